@@ -1,0 +1,118 @@
+"""What becomes of the descriptors that a fork inherits.
+
+There is no execve(2), so close-on-exec does nothing, and every one is the host's: an inet socket is a way out of the
+network namespace, a directory one out of the root, a writable file a way to write the host. But Python objects own
+those numbers, and would later close whatever reused them. So each number stays taken:
+
+    a file that the sandbox's tree has too  → the tree's own, opened again at the same offset
+    an unlinked file (pytest's capture, …)  → a private copy, in memory
+    the host's stdout or stderr, duplicated → the sandbox's
+    anything else                           → /dev/null
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from isolation.backends.namespace import syscalls
+
+_DELETED = " (deleted)"
+_COPY_AT_MOST = 64 << 20
+_REOPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A descriptor above 2: how it looks on the host, before the tree changes."""
+
+    fd: int
+    path: str = ""  # to open again
+    flags: int = 0
+    scratch: bool = False  # to copy
+    stdio: int = 0  # 1 or 2: a duplicate of the host's stdout or stderr
+
+
+def inventory(exclude: Sequence[int] = ()) -> list[Inherited]:
+    """All open descriptors but 0 to 2 and `exclude`, in ascending order."""
+    stdio = {}
+    for number in (2, 1):
+        try:
+            stdio[_identity(os.fstat(number))] = number
+        except OSError:
+            continue
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd not in exclude:
+            try:
+                found.append(_classify(fd, stdio))
+            except OSError:
+                continue  # the descriptor of the listing itself
+    return sorted(found, key=lambda item: item.fd)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
+    status = os.fstat(fd)
+    if _identity(status) in stdio:
+        return Inherited(fd, stdio=stdio[_identity(status)])
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        return Inherited(fd)
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    if status.st_nlink == 0 or path.startswith("/memfd:"):
+        return Inherited(fd, scratch=stat.S_ISREG(status.st_mode))
+    return Inherited(fd, path=path.removesuffix(_DELETED), flags=fcntl.fcntl(fd, fcntl.F_GETFL) & _REOPEN_FLAGS)
+
+
+def adopt(inherited: Sequence[Inherited], stdio: Sequence[int], scratch: Sequence[int], keep: Sequence[int]) -> None:
+    """Make the table safe, inside: 0 to 2 become `stdio`, `keep` stays as it is, `inherited` is replaced as the
+    module says (unlinked files by `scratch`, in order), and everything else is closed."""
+    dead = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    spare = list(scratch)
+    for number, fd in enumerate(stdio):
+        os.dup2(fd, number)
+    for item in inherited:
+        if item.fd not in keep:
+            _replace(item, dead, spare)
+    taken = sorted({0, 1, 2, *keep, *(item.fd for item in inherited)})
+    for below, above in zip(taken, [*taken[1:], 1 << 31], strict=True):
+        if above - below > 1:
+            syscalls.close_range(below + 1, above - 1)
+
+
+def _replace(item: Inherited, dead: int, spare: list[int]) -> None:
+    if item.stdio:
+        os.dup2(item.stdio, item.fd, inheritable=False)
+        return
+    if item.scratch and spare:
+        copy = spare.pop(0)
+        _copy(item.fd, copy)
+        os.dup2(copy, item.fd, inheritable=False)
+        return
+    if item.path:
+        try:
+            new = os.open(item.path, item.flags | os.O_CLOEXEC)
+        except OSError:
+            pass
+        else:
+            if not item.flags & os.O_DIRECTORY:
+                os.lseek(new, os.lseek(item.fd, 0, os.SEEK_CUR), os.SEEK_SET)
+            os.dup2(new, item.fd, inheritable=False)
+            os.close(new)
+            return
+    os.dup2(dead, item.fd, inheritable=False)
+
+
+def _copy(source: int, target: int) -> None:
+    position = os.lseek(source, 0, os.SEEK_CUR)
+    size = min(os.fstat(source).st_size, _COPY_AT_MOST)
+    if size:
+        os.pwrite(target, os.pread(source, size, 0), 0)
+    os.lseek(target, position, os.SEEK_SET)

@@ -1,0 +1,73 @@
+"""Who the guest is. An ordinary user stays that user inside; real root is mapped to a range without host uid 0."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from isolation.backends.namespace import syscalls
+
+# 65536 ids that no distribution hands out: above /etc/subuid's usual ranges (100000 up), and 64K-aligned within what
+# systemd sets aside for containers (524288 to 1879048191, systemd's UIDS-GIDS.md).
+RANGE_BASE = 27465 * 65536
+RANGE_SIZE = 65536
+
+
+@dataclass(frozen=True)
+class Identity:
+    """uid and gid inside, and whether they come from the mapped range of real root."""
+
+    uid: int
+    gid: int
+    ranged: bool
+
+    @classmethod
+    def of_caller(cls) -> Identity:
+        """The identity for sandboxes that this process makes."""
+        if os.geteuid() == 0 and _is_initial_user_namespace():
+            return cls(0, 0, ranged=True)
+        return cls(os.geteuid(), os.getegid(), ranged=False)
+
+    def describe(self) -> str:
+        """One line for `--explain`."""
+        if self.ranged:
+            return f"root inside, host ids {RANGE_BASE} to {RANGE_BASE + RANGE_SIZE - 1}: never host uid 0"
+        return f"uid {self.uid}, gid {self.gid}, inside and outside"
+
+
+def _is_initial_user_namespace() -> bool:
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return file.read().split() == ["0", "0", "4294967295"]
+
+
+def map_range(pid: int) -> None:
+    """Write the maps of a process in a new user namespace; for real root, from outside."""
+    for name in ("uid_map", "gid_map"):
+        _write(f"/proc/{pid}/{name}", f"0 {RANGE_BASE} {RANGE_SIZE}")
+
+
+def become_mapped_root() -> None:
+    """Inside, once the range is mapped: leave the host's ids behind."""
+    os.setresgid(0, 0, 0)
+    os.setgroups([])
+    os.setresuid(0, 0, 0)
+
+
+def map_own_ids(inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
+    """In a user namespace that this process just made: map its one uid and gid.
+
+    setgroups must be denied first, else an ordinary user may not write gid_map (user_namespaces(7)); and the files
+    belong to root while the process is not dumpable.
+    """
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"{inside_uid} {uid} 1")
+    _write("/proc/self/gid_map", f"{inside_gid} {gid} 1")
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode("ascii"))
+    finally:
+        os.close(fd)

@@ -1,0 +1,222 @@
+"""One sandbox of the namespace backend, seen from the host."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO
+
+from isolation.backends.namespace import changes, keeper
+from isolation.backends.namespace.keeper import KeeperProcess
+from isolation.backends.namespace.plan import Plan
+from isolation.errors import CommandNotFound, GuestError, LaunchError, SandboxClosed, WireError
+from isolation.hookspecs import Machine
+from isolation.result import Change, Ended, Usage, Verdict
+from isolation.wire import Message, Wire
+
+_HINTS = {
+    errno.ENOSPC: "the kernel's limit on namespaces is reached; raise sysctl user.max_user_namespaces (and its like)",
+    errno.EPERM: "the kernel refused; 'isolation doctor' says which setting forbids it",
+    errno.EAGAIN: "too many processes for this user (ulimit -u)",
+    errno.ENOMEM: "the machine is out of memory",
+}
+
+
+def failure(message: Message | None) -> str:
+    """A sentence for an event that says that something could not be made."""
+    if message is None:
+        return "the sandbox went away while it was being made"
+    what = str(message.get("what"))
+    hint = _HINTS.get(message.get("errno") or 0)
+    return f"{what} ({hint})" if hint else what
+
+
+class NamespaceMachine(Machine):
+    """Talks to the sandbox's PID 1. Calls from several threads take turns."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._lock = threading.RLock()
+        self._numbers = 0
+        self._store = -1
+        self._exits: dict[int, Message] = {}
+        self._oom = False
+        self._started: dict[int, float] = {}
+        self._last: Message | None = None  # the keeper's last word
+        ours, theirs = Wire.pair()
+        self._control = Wire(ours, accept_fds=True)
+        self._keeper: KeeperProcess = keeper.start(plan)
+        try:
+            self._keeper.request({"op": "fork", "id": 0, "fds": 1}, [theirs.fileno()])
+            theirs.close()
+            self._keeper.scratch()
+            message = self._event("ready")
+            (self._store,) = self._control.take_fds(1)
+        except BaseException:
+            self.close()
+            raise
+        assert message is not None
+
+    def start(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, stdio: Sequence[int | None]
+    ) -> tuple[int, int | None]:
+        with self._lock:
+            self._numbers += 1
+            number = self._numbers
+            given = [fd for fd in stdio if fd is not None]
+            tty = [fd is None for fd in stdio] if len(given) < 3 else None
+            request = {"op": "spawn", "id": number, "argv": list(argv), "env": dict(env), "cwd": cwd}
+            self._send(request | {"tty": tty, "fds": len(given)}, given)
+            message = self._event("spawned", "unspawned")
+            if message["event"] == "unspawned":
+                raise self._not_started(argv[0], cwd, message)
+            self._started[number] = time.monotonic()
+            return number, self._control.take_fds(1)[0] if tty else None
+
+    def _not_started(self, command: str, cwd: str, message: Message) -> LaunchError:
+        if message["cwd"]:
+            return LaunchError(f"the working directory {cwd!r} does not exist inside the sandbox")
+        if message["errno"] in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
+            what = "is not" if message["errno"] == errno.ENOENT else "cannot be executed"
+            hint = ""
+            if command.startswith("/") and os.path.exists(command):
+                hint = f"; it exists on the host: show it with Mount({command!r}) or --mount"
+            return CommandNotFound(f"{command!r} {what} in the sandbox ({message['what']}){hint}")
+        return LaunchError(f"{command!r} could not be started: {failure(message)}")
+
+    def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            while number not in self._exits:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                try:
+                    message = self._control.receive(left)
+                except TimeoutError:
+                    return None
+                except WireError:
+                    message = None
+                if message is None:
+                    return self._verdict_of_end(), self._usage(number, None)
+                self._note(message)
+            message = self._exits[number]
+        return verdict_of_exit(message), self._usage(number, message)
+
+    def fileno(self) -> int:
+        return self._control.fileno()
+
+    def signal(self, number: int, signum: int, *, group: bool) -> None:
+        with self._lock:
+            self._send({"op": "signal", "id": number, "signal": int(signum), "group": group})
+
+    def open(self, path: str, mode: str) -> BinaryIO:
+        flags = os.O_RDONLY if mode == "rb" else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with self._lock:
+            self._send({"op": "open", "path": path, "flags": flags})
+            message = self._event("opened")
+            if "errno" in message:
+                raise GuestError(f"{path}: {message['what']} (inside the sandbox)")
+            (fd,) = self._control.take_fds(1)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise GuestError(f"{path} is not a regular file inside the sandbox")
+        os.set_blocking(fd, True)
+        return os.fdopen(fd, mode)  # type: ignore[return-value]
+
+    def changes(self) -> list[Change]:
+        if self._store < 0:
+            raise SandboxClosed("the sandbox is closed, and what it wrote is gone")
+        return changes.of_store(self._store, self.plan.operations, staged=bool(self.plan.staged))
+
+    def close(self) -> None:
+        self._control.close()
+        self._keeper.close()
+        if self._store >= 0:
+            os.close(self._store)
+            self._store = -1
+
+    def _send(self, message: Message, given: Sequence[int] = ()) -> None:
+        if self._control.fileno() < 0:
+            raise SandboxClosed("the sandbox is closed")
+        try:
+            self._control.send(message, fds=given)
+        except WireError as error:
+            raise SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}") from error
+
+    def _event(self, *kinds: str) -> Message:
+        """The next event of one of these kinds; exits that come before it are kept."""
+        while True:
+            try:
+                message = self._control.receive()
+            except WireError:
+                message = None
+            if message is None:
+                last = self._last_word()
+                if kinds == ("ready",):
+                    raise LaunchError(f"the sandbox could not be made: {failure(last)}")
+                raise SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}")
+            if message["event"] in kinds:
+                return message
+            if message["event"] == "failed":
+                raise LaunchError(f"the sandbox could not be made: {failure(message)}")
+            self._note(message)
+
+    def _note(self, message: Message) -> None:
+        if message["event"] == "exit":
+            self._exits[message["id"]] = message
+        elif message["event"] == "oom":
+            self._oom = True
+
+    def _last_word(self) -> Message | None:
+        if self._last is None and self._keeper.pidfd >= 0:
+            self._last = self._keeper.ended(0, 5.0)
+        return self._last
+
+    def _verdict_of_end(self) -> Verdict:
+        """Why the whole sandbox is gone."""
+        last = self._last_word()
+        return verdict_of_end(last, oom=self._oom)
+
+    def _usage(self, number: int, message: Message | None) -> Usage:
+        wall = time.monotonic() - self._started.get(number, time.monotonic())
+        last = self._last if message is None else None
+        return usage_of(wall, message or last)
+
+
+def verdict_of_exit(message: Message) -> Verdict:
+    """From PID 1's word on a process that it waited for."""
+    status = message["status"]
+    if message.get("oom"):
+        return Verdict(Ended.OUT_OF_MEMORY)
+    if os.WIFSIGNALED(status):
+        return Verdict(Ended.SIGNALLED, os.WTERMSIG(status))
+    return Verdict(Ended.EXITED, os.WEXITSTATUS(status))
+
+
+def verdict_of_end(last: Message | None, *, oom: bool) -> Verdict:
+    """From the keeper's word on PID 1, for a sandbox that ended as a whole."""
+    if oom or (last and last.get("accounts", {}).get("oom_kills")):
+        return Verdict(Ended.OUT_OF_MEMORY)
+    if last and last.get("timed_out"):
+        return Verdict(Ended.TIMED_OUT)
+    if last and os.WIFSIGNALED(last.get("status", 0)):
+        return Verdict(Ended.KILLED, signal.SIGKILL)
+    return Verdict(Ended.LOST)
+
+
+def usage_of(wall: float, message: Message | None) -> Usage:
+    """From an event's rusage and, where there was a cgroup, its accounts."""
+    if message is None:
+        return Usage(wall)
+    user, system, peak = message["usage"]
+    accounts = message.get("accounts", {})
+    return Usage(
+        wall,
+        cpu_user=accounts.get("cpu_user", user),
+        cpu_system=accounts.get("cpu_system", system),
+        memory_peak=int(accounts.get("memory_peak", peak)),
+    )

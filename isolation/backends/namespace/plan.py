@@ -1,0 +1,236 @@
+"""From a spec to a plan: everything that can be decided, decided on the host, before anything is forked.
+
+A plan holds only data. `describe()` prints it (`isolation run --explain`); init.py executes it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from isolation.backends.namespace import environment, lockdown, seccomp, syscalls, view
+from isolation.backends.namespace.cgroup import Hierarchy
+from isolation.backends.namespace.identity import Identity
+from isolation.backends.namespace.mountinfo import MountTable
+from isolation.backends.namespace.operations import Directory, DevPts, Operation, Proc, Symlink, TextFile
+from isolation.errors import FeatureMissing, SpecError
+from isolation.spec import Limits, SandboxSpec
+
+_DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
+# What the OCI runtime specification masks (config-linux, default of runc and crun), and what tells of keys.
+_MASKED = (
+    "acpi", "asound", "kcore", "key-users", "keys", "latency_stats", "sched_debug", "scsi", "sysrq-trigger",
+    "timer_list",
+)  # fmt: skip
+_STORE_MOUNT_POINTS = ("/tmp", "/var/tmp", "/mnt", "/")
+_NAMESPACES = {
+    "user": syscalls.CLONE_NEWUSER,
+    "mount": syscalls.CLONE_NEWNS,
+    "pid": syscalls.CLONE_NEWPID,
+    "network": syscalls.CLONE_NEWNET,
+    "ipc": syscalls.CLONE_NEWIPC,
+    "uts": syscalls.CLONE_NEWUTS,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What PID 1 of a sandbox executes."""
+
+    operations: tuple[Operation, ...]
+    staged: tuple[tuple[str, bool], ...]
+    mount_point: str
+    identity: Identity
+    clone_flags: int
+    own_network: bool
+    limits: Limits
+    rlimits: tuple[tuple[int, int], ...]
+    watch_memory: bool
+    cgroup: Hierarchy | None
+    landlock: int
+    filter: bytes = field(repr=False)
+    nesting: bool
+    workdir: str
+    env: dict[str, str] = field(repr=False)
+    inherit_env: bool
+    defences: frozenset[str]
+
+    def describe(self) -> str:
+        """For people: what will be made, step by step."""
+        namespaces = [name for name, flag in _NAMESPACES.items() if self.clone_flags & flag] + ["cgroup", "time"]
+        lines = [
+            "backend    namespace",
+            f"namespaces {', '.join(namespaces)}",
+            f"identity   {self.identity.describe()}",
+            f"network    {'own loopback only' if self.own_network else 'the host: NOT isolated'}",
+            f"limits     {self.limits.describe()}{self._how_limited()}",
+            f"landlock   {f'ABI {self.landlock}: writes only beneath the new root' if self.landlock else 'off'}",
+            f"seccomp    {len(self.filter) // 8} instructions{', nesting allowed' if self.nesting else ''}",
+            f"workdir    {self.workdir}",
+            f"env        {'the whole environment of the caller' if self.inherit_env else ' '.join(sorted(self.env))}",
+            "root tree:",
+        ]
+        return "\n".join(lines + [f"  {operation.describe()}" for operation in self.operations])
+
+    def _how_limited(self) -> str:
+        if self.cgroup is not None:
+            return f" (cgroup v{self.cgroup.version})"
+        return " (rlimits and a watch by PID 1)" if self.rlimits or self.watch_memory else ""
+
+
+# Each can be left out by a test, to show that the attack it stops then succeeds. Not reachable from a spec.
+ALL_DEFENCES = frozenset(
+    "capabilities dumpable environment fds keyring landlock network pid-namespace proc-masks seccomp view".split()
+)
+
+
+def make_plan(
+    spec: SandboxSpec, *, python: Iterable[str] = (), defences: frozenset[str] = ALL_DEFENCES
+) -> Plan:
+    """Resolve `spec` on this machine; `python` are paths of the Python environment to show.
+
+    Raises SpecError for what cannot be found, FeatureMissing for what cannot be enforced here.
+    """
+    if spec.image is not None:
+        raise FeatureMissing("the namespace backend does not run OCI images yet; leave image=None for the host's tree")
+    if spec.network.mode not in ("none", "host"):
+        raise FeatureMissing(
+            f"the namespace backend has no network mode {spec.network.mode!r}; it has 'none' (own loopback) and 'host'"
+        )
+    identity = Identity.of_caller()
+    mount_point = next(path for path in _STORE_MOUNT_POINTS if os.path.isdir(path))
+    shown = view.View(MountTable.read(), mount_point if identity.ranged else None)
+    if "view" in defences:
+        _fill(shown, spec, python)
+    else:
+        _fill_everything(shown)
+    env = environment.environment_for(spec, shown.shows)
+    _writable_places(shown, env)
+    _kernel_places(shown, spec, defences)
+    if spec.network.mode == "host":
+        _name_resolution(shown)
+    if not shown.shows(os.path.realpath(spec.workdir)) and spec.workdir != "/":
+        if not any(operation.target == spec.workdir for operation in shown.operations()):
+            raise SpecError(
+                f"workdir {spec.workdir!r} is not part of the sandbox's file tree; mount it "
+                f"(Mount.overlay({spec.workdir!r}), or --mount {spec.workdir})"
+            )
+    own_network = spec.network.mode == "none" and "network" in defences
+    flags = sum(_NAMESPACES.values()) & ~(0 if own_network else syscalls.CLONE_NEWNET)
+    cgroup, rlimits, watch = _enforcement(spec.limits)
+    return Plan(
+        operations=tuple(shown.operations()),
+        staged=tuple(shown.staged),
+        mount_point=mount_point,
+        identity=identity,
+        clone_flags=flags,
+        own_network=own_network,
+        limits=spec.limits,
+        rlimits=rlimits,
+        watch_memory=watch,
+        cgroup=cgroup,
+        landlock=0 if spec.nesting or "landlock" not in defences else _usable_landlock(),
+        filter=compiled_filter(spec.nesting),
+        nesting=spec.nesting,
+        workdir=spec.workdir,
+        env=env,
+        inherit_env=spec.inherit_env,
+        defences=defences,
+    )
+
+
+def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
+    shown.system()
+    for path in python:
+        shown.show(path)
+    for mount in spec.mounts:
+        if not os.path.exists(mount.source):
+            raise SpecError(f"mount source {mount.source!r} does not exist on the host")
+        if mount.target == mount.source and mount.mode == "overlay":
+            shown.show(mount.source)
+        elif mount.mode == "rw" or not os.path.isdir(mount.source):
+            shown.bind(mount.source, mount.target, writable=mount.mode == "rw")
+        else:
+            shown.show(mount.source, mount.target, writable=mount.mode == "overlay")
+
+
+def _fill_everything(shown: view.View) -> None:
+    for name in sorted(os.listdir("/")):
+        if name not in ("proc", "dev", "sys", "tmp"):
+            shown.show("/" + name)
+
+
+def _writable_places(shown: view.View, env: dict[str, str]) -> None:
+    """Empty directories where programs expect to write; the home directory has its name, and nothing of its content."""
+    shown.private("/tmp", 0o1777)
+    shown.private("/var/tmp", 0o1777)
+    shown.private("/run", 0o755)
+    for name in ("HOME", "TMPDIR", "TEMP", "TMP"):
+        path = os.path.normpath(env.get(name, "/"))
+        if path.startswith("/") and path.count("/") and path not in ("/", "//") and not os.path.islink(path):
+            shown.private(path, 0o700 if name == "HOME" else 0o1777)
+    if not shown.shows("/var/run"):
+        shown.add(Symlink("/var/run", "/run"))
+
+
+def _kernel_places(shown: view.View, spec: SandboxSpec, defences: frozenset[str]) -> None:
+    shown.add(Proc(_MASKED if not spec.nesting and "proc-masks" in defences else ()))
+    shown.add(Directory("/dev"))
+    shown.add(DevPts())
+    shown.private("/dev/shm", 0o1777)
+    for name in _DEVICES:
+        shown.bind(f"/dev/{name}", f"/dev/{name}", device=True)
+    for name, to in (("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"),
+                     ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):  # fmt: skip
+        shown.add(Symlink(f"/dev/{name}", to))
+    if os.path.isdir("/sys/devices/system/cpu"):
+        shown.bind("/sys/devices/system/cpu", "/sys/devices/system/cpu")  # how many processors: OpenBLAS, glibc, …
+
+
+def _name_resolution(shown: view.View) -> None:
+    """/etc/resolv.conf is often a link into /run, which is not shown."""
+    real = os.path.realpath("/etc/resolv.conf")
+    if not shown.shows(real) and os.path.isfile(real):
+        with open(real, encoding="utf-8", errors="replace") as file:
+            shown.add(TextFile(real, file.read()))
+
+
+def _enforcement(limits: Limits) -> tuple[Hierarchy | None, tuple[tuple[int, int], ...], bool]:
+    """By what each limit is held: (cgroups, rlimits, PID 1 watches memory). Raises FeatureMissing."""
+    rlimits = [(resource.RLIMIT_CORE, 0)]
+    wanted = {
+        name
+        for name, value in (("memory", limits.memory), ("pids", limits.pids), ("cpu", limits.cpus))
+        if value is not None
+    }
+    hierarchy = Hierarchy.find() if wanted else None
+    if hierarchy is not None and not all(hierarchy.can(name) for name in wanted):
+        hierarchy = None
+    if hierarchy is not None or not wanted:
+        return hierarchy, tuple(rlimits), False
+    if "cpu" in wanted:
+        raise FeatureMissing(
+            "a cpus limit needs a cgroup with the cpu controller that this user may write; run under "
+            "'systemd-run --user --scope -p Delegate=yes', or leave the limit out"
+        )
+    if limits.pids is not None:
+        # Counted per user namespace since Linux 5.14, and so for this sandbox alone; PID 1 is ours.
+        rlimits.append((resource.RLIMIT_NPROC, limits.pids + 1))
+    return None, tuple(rlimits), limits.memory is not None
+
+
+def _usable_landlock() -> int:
+    abi = syscalls.landlock_abi()
+    return abi if abi >= lockdown.LANDLOCK_LEAST_ABI else 0
+
+
+_filters: dict[bool, bytes] = {}
+
+
+def compiled_filter(nesting: bool) -> bytes:
+    """The system call filter, compiled once per process."""
+    if nesting not in _filters:
+        _filters[nesting] = seccomp.compile_profile(seccomp.load_profile(), nesting=nesting)
+    return _filters[nesting]

@@ -1,0 +1,77 @@
+"""The backend as the core's registry finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from isolation.backends.namespace.cgroup import Hierarchy
+from isolation.errors import FeatureMissing
+from isolation.hookspecs import (
+    CHANGES,
+    CPU_LIMIT,
+    DISK_LIMIT,
+    FORK,
+    FORK_HERE,
+    MEMORY_LIMIT,
+    NESTING,
+    NETWORK_HOST,
+    NETWORK_NONE,
+    PIDS_LIMIT,
+    TTY,
+    Backend,
+    Machine,
+    Probe,
+    hookimpl,
+)
+from isolation.spec import SandboxSpec
+from isolation.template import Template
+
+
+class NamespaceBackend(Backend):
+    """A Linux container in pure Python: no daemon, no root, no program but the kernel."""
+
+    name = "namespace"
+
+    def probe(self) -> Probe:
+        from isolation.backends.namespace import probe
+
+        return probe.probe(self.features())
+
+    def features(self) -> frozenset[str]:
+        found = {CHANGES, DISK_LIMIT, FORK, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST, NETWORK_NONE, PIDS_LIMIT, TTY}
+        if Hierarchy.find().can("cpu"):
+            found.add(CPU_LIMIT)
+        return frozenset(found)
+
+    def launch(self, spec: SandboxSpec) -> Machine:
+        from isolation.backends.namespace.machine import NamespaceMachine
+        from isolation.backends.namespace.plan import make_plan
+        from isolation.backends.namespace.view import python_environment
+
+        return NamespaceMachine(make_plan(spec, python=python_environment()))
+
+    def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
+        from isolation.backends.namespace.plan import make_plan
+        from isolation.backends.namespace.template import NamespaceTemplate
+        from isolation.backends.namespace.view import python_environment
+
+        if isinstance(payload, str):
+            raise NotImplementedError
+        if spec.nesting:
+            raise FeatureMissing(
+                "a fork of this very process cannot nest: its interpreter is the host's file, which only Landlock "
+                "protects, and nesting rules Landlock out; use a template inside a sandbox, or leave nesting out"
+            )
+        return NamespaceTemplate(make_plan(spec, python=python_environment()), payload)
+
+    def explain(self, spec: SandboxSpec) -> str:
+        from isolation.backends.namespace.plan import make_plan
+        from isolation.backends.namespace.view import python_environment
+
+        return make_plan(spec, python=python_environment()).describe()
+
+
+@hookimpl
+def isolation_backend() -> Backend:
+    return NamespaceBackend()

@@ -1,0 +1,273 @@
+"""System calls that Python lacks, each as a function of the same name; unit tests replace them by a recorder.
+
+All calls go through `ctypes.PyDLL`, which keeps the GIL: between fork(2) and PyOS_AfterFork_Child() the GIL's own
+lock may be in any state, so a call that lets go of it could hang. Errors are OSError with the call's arguments
+that matter; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Any
+
+# Flags, from the kernel's uapi headers; alphabetical within a call.
+AT_EMPTY_PATH = 0x1000
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWNET = 0x40000000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWTIME = 0x00000080
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWUTS = 0x04000000
+CLONE_PIDFD = 0x00001000
+KEYCTL_JOIN_SESSION_KEYRING = 1
+MNT_DETACH = 2
+MOUNT_ATTR_IDMAP = 0x00100000
+MOUNT_ATTR_NODEV = 0x00000004
+MOUNT_ATTR_NOSUID = 0x00000002
+MOUNT_ATTR_RDONLY = 0x00000001
+MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
+MS_BIND = 4096
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_NOSUID = 2
+MS_PRIVATE = 1 << 18
+MS_RDONLY = 1
+MS_REC = 16384
+MS_REMOUNT = 32
+MS_SLAVE = 1 << 19
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+OPEN_TREE_CLONE = 1
+PR_CAPBSET_DROP = 24
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
+PR_SET_NAME = 15
+PR_SET_NO_NEW_PRIVS = 38
+PR_SET_PDEATHSIG = 1
+PR_SET_SECUREBITS = 28
+
+# Numbers that differ between architectures; those of 2019 and later (424 up) are the same everywhere.
+_MACHINE = platform.machine()
+_NUMBERS: dict[str, dict[str, int]] = {
+    "x86_64": {"capset": 126, "clone": 56, "keyctl": 250, "pivot_root": 155, "signalfd4": 289},
+    "aarch64": {"capset": 91, "clone": 220, "keyctl": 219, "pivot_root": 41, "signalfd4": 74},
+}
+_NR = _NUMBERS.get(_MACHINE, {})
+_NR_OPEN_TREE = 428
+_NR_MOVE_MOUNT = 429
+_NR_CLOSE_RANGE = 436
+_NR_MOUNT_SETATTR = 442
+_NR_LANDLOCK_CREATE_RULESET = 444
+_NR_LANDLOCK_ADD_RULE = 445
+_NR_LANDLOCK_RESTRICT_SELF = 446
+
+_libc = ctypes.PyDLL(None, use_errno=True)
+_python = ctypes.pythonapi
+_libc.syscall.restype = ctypes.c_long
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
+_libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+
+
+def supported_machine() -> bool:
+    """Whether the syscall numbers of this processor are known here."""
+    return bool(_NR)
+
+
+def _fail(call: str, *about: object) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}({', '.join(str(item) for item in about)}): {os.strerror(number)}")
+
+
+def _syscall(number: int, *arguments: Any) -> int:
+    widened = [ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
+    return int(_libc.syscall(ctypes.c_long(number), *widened))
+
+
+def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
+    """mount(2)."""
+    encoded = os.fsencode(data) if data else None
+    if _libc.mount(os.fsencode(source), os.fsencode(target), os.fsencode(fstype), flags, encoded):
+        raise _fail("mount", fstype or "bind", source, target, data)
+
+
+def umount2(target: str, flags: int) -> None:
+    """umount2(2)."""
+    if _libc.umount2(os.fsencode(target), flags):
+        raise _fail("umount2", target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    if _syscall(_NR["pivot_root"], ctypes.c_char_p(os.fsencode(new_root)), ctypes.c_char_p(os.fsencode(put_old))):
+        raise _fail("pivot_root", new_root, put_old)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    if _libc.unshare(ctypes.c_int(flags)):
+        raise _fail("unshare", hex(flags))
+
+
+def clone(flags: int) -> tuple[int, int]:
+    """clone(2) as fork(2) does it, with `flags` and SIGCHLD: (pid, pidfd) in the parent, (0, -1) in the child.
+
+    glibc's and CPython's fork handlers do not run, so the caller must be single-threaded.
+    """
+    pidfd = ctypes.c_int(-1)
+    pid = _syscall(_NR["clone"], flags | CLONE_PIDFD | 17, 0, ctypes.byref(pidfd), 0, 0)
+    if pid < 0:
+        raise _fail("clone", hex(flags))
+    return pid, pidfd.value
+
+
+def fork_before() -> None:
+    """PyOS_BeforeFork(): the interpreter's locks are taken, at-fork hooks run."""
+    _python.PyOS_BeforeFork()
+
+
+def fork() -> int:
+    """glibc's fork(3), with its own handlers (malloc, stdio) and without Python's. -1 is an OSError."""
+    pid = int(_libc.fork())
+    if pid < 0:
+        raise _fail("fork")
+    return pid
+
+
+def fork_after_child() -> None:
+    """PyOS_AfterFork_Child(): from here on the child is an ordinary Python process."""
+    _python.PyOS_AfterFork_Child()
+
+
+def fork_after_parent() -> None:
+    """PyOS_AfterFork_Parent(): the counterpart of `fork_before`."""
+    _python.PyOS_AfterFork_Parent()
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2) with integer arguments."""
+    result = int(_libc.prctl(option, arg2, arg3, arg4, arg5))
+    if result < 0:
+        raise _fail("prctl", option, arg2)
+    return result
+
+
+def set_name(name: str) -> None:
+    """prctl(PR_SET_NAME): what ps(1) and top(1) show; 15 bytes at most."""
+    buffer = ctypes.create_string_buffer(os.fsencode(name)[:15])
+    _libc.prctl(PR_SET_NAME, ctypes.addressof(buffer), 0, 0, 0)
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """capset(2), version 3, of the calling thread."""
+    header = _CapHeader(0x20080522, 0)
+    masks = [effective, permitted, inheritable]
+    words = (ctypes.c_uint32 * 6)(*(mask & 0xFFFFFFFF for mask in masks), *(mask >> 32 for mask in masks))
+    if _syscall(_NR["capset"], ctypes.byref(header), ctypes.byref(words)):
+        raise _fail("capset")
+
+
+def open_tree(path: str, flags: int, dirfd: int = AT_FDCWD) -> int:
+    """open_tree(2)."""
+    fd = _syscall(_NR_OPEN_TREE, dirfd, ctypes.c_char_p(os.fsencode(path)), flags)
+    if fd < 0:
+        raise _fail("open_tree", path)
+    return fd
+
+
+def move_mount(from_fd: int, to_path: str) -> None:
+    """move_mount(2) of the detached tree `from_fd` onto `to_path`."""
+    empty, target = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(to_path))
+    if _syscall(_NR_MOVE_MOUNT, from_fd, empty, AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH):
+        raise _fail("move_mount", to_path)
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
+
+
+def mount_setattr(fd: int, attr_set: int, userns_fd: int = 0, *, recursive: bool = False) -> None:
+    """mount_setattr(2) of the mount that `fd` is."""
+    attr = _MountAttr(attr_set, 0, 0, userns_fd)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    size = ctypes.sizeof(attr)
+    if _syscall(_NR_MOUNT_SETATTR, fd, ctypes.c_char_p(b""), flags, ctypes.byref(attr), size):
+        raise _fail("mount_setattr", hex(attr_set))
+
+
+def close_range(first: int, last: int) -> None:
+    """close_range(2)."""
+    if _syscall(_NR_CLOSE_RANGE, first, last, 0):
+        raise _fail("close_range", first, last)
+
+
+def signalfd(signals: int) -> int:
+    """signalfd4(2), close-on-exec, for the signals in the bit mask `signals` (bit n-1 is signal n)."""
+    mask = ctypes.c_uint64(signals)
+    fd = _syscall(_NR["signalfd4"], -1, ctypes.byref(mask), 8, os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        raise _fail("signalfd4")
+    return fd
+
+
+def join_session_keyring() -> None:
+    """keyctl(KEYCTL_JOIN_SESSION_KEYRING, NULL): a new, empty, anonymous session keyring."""
+    if _syscall(_NR["keyctl"], KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0) < 0:
+        raise _fail("keyctl", "JOIN_SESSION_KEYRING")
+
+
+class _LandlockRuleset(ctypes.Structure):
+    _fields_ = (("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
+
+
+class _LandlockPathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("allowed", ctypes.c_uint64), ("parent_fd", ctypes.c_int32))
+
+
+def landlock_abi() -> int:
+    """The kernel's Landlock version; 0 where it has none (landlock(7))."""
+    return max(0, _syscall(_NR_LANDLOCK_CREATE_RULESET, 0, 0, 1))
+
+
+def landlock_create_ruleset(handled_fs: int, scoped: int, *, size: int) -> int:
+    """landlock_create_ruleset(2), with the attribute cut to `size` bytes, which is how older kernels know it."""
+    attr = _LandlockRuleset(handled_fs, 0, scoped)
+    fd = _syscall(_NR_LANDLOCK_CREATE_RULESET, ctypes.byref(attr), size, 0)
+    if fd < 0:
+        raise _fail("landlock_create_ruleset", hex(handled_fs))
+    return fd
+
+
+def landlock_add_path(ruleset: int, parent_fd: int, allowed: int) -> None:
+    """landlock_add_rule(2) of type LANDLOCK_RULE_PATH_BENEATH."""
+    attr = _LandlockPathBeneath(allowed, parent_fd)
+    if _syscall(_NR_LANDLOCK_ADD_RULE, ruleset, 1, ctypes.byref(attr), 0):
+        raise _fail("landlock_add_rule")
+
+
+def landlock_restrict_self(ruleset: int) -> None:
+    """landlock_restrict_self(2)."""
+    if _syscall(_NR_LANDLOCK_RESTRICT_SELF, ruleset, 0):
+        raise _fail("landlock_restrict_self")
+
+
+def clear_memory(start: int, end: int) -> None:
+    """Overwrite the calling process's own bytes from `start` to `end` with zeroes."""
+    ctypes.memset(start, 0, end - start)
+
+
+def clearenv() -> None:
+    """clearenv(3): the C library forgets the environment that it started with."""
+    _libc.clearenv()

@@ -1,0 +1,205 @@
+"""Templates of the namespace backend: a keeper with warm memory, and forks made ahead of need."""
+
+from __future__ import annotations
+
+import collections
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from isolation.backends.namespace import keeper, machine
+from isolation.backends.namespace.plan import Plan
+from isolation.errors import LaunchError, WireError
+from isolation.guest import Guest
+from isolation.result import Ended, Usage, Verdict
+from isolation.template import Fork, Template
+from isolation.wire import Message, Wire, wait_readable
+
+_STACKS_AT_MOST = 256 << 10
+_SCRATCH_AT_MOST = 16 << 20
+_STACKS_WAIT = 0.25  # s, for the stacks of a process that is about to be ended
+
+
+class NamespaceTemplate(Template):
+    """Warm memory of the process that made it, as it was then."""
+
+    def __init__(self, plan: Plan, payload: Callable[[Guest], object], *, ahead: int = 1) -> None:
+        self._plan = plan
+        self._ahead = ahead
+        self._numbers = 0
+        self._keeper = keeper.start(plan, payload)
+        self._spares: collections.deque[NamespaceFork] = collections.deque()
+        self._done: list[int] = []
+        try:
+            self._scratch = self._keeper.scratch()
+        except BaseException:
+            self._keeper.close()
+            raise
+
+    def fork(self, job: Any = None) -> Fork:
+        fork = self._spares.popleft() if self._spares else self._prepare()
+        fork.begin(job)
+        # While this one runs, the keeper makes the next: on a second core it costs the host nothing but the request.
+        while len(self._spares) < self._ahead:
+            self._spares.append(self._prepare())
+        self._keeper.forget(self._done)
+        self._done.clear()
+        return fork
+
+    def close(self) -> None:
+        for fork in self._spares:
+            fork.close()
+        self._spares.clear()
+        self._keeper.close()
+
+    def _prepare(self) -> NamespaceFork:
+        self._numbers += 1
+        return NamespaceFork(self._plan, self._keeper, self._numbers, self._scratch, self._done)
+
+
+class NamespaceFork(Fork):
+    """One fresh sandbox. It has two wires: its payload's, and its PID 1's, which alone is believed."""
+
+    def __init__(
+        self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int]
+    ) -> None:
+        self._keeper = keeper_process
+        self._number = number
+        self._done = done
+        self._begun = time.monotonic()
+        self._exit: Message | None = None
+        self._verdict: Verdict | None = None
+        self._failure: Message | None = None
+        self._oom = False
+        self._closed = False
+        control, theirs_control = Wire.pair()
+        wire, theirs_wire = Wire.pair()
+        self._control = Wire(control, accept_fds=True)
+        self._wire = Wire(wire)
+        self.stdout, stdout = os.pipe2(os.O_CLOEXEC)
+        self.stderr, stderr = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.stdout, False)
+        os.set_blocking(self.stderr, False)
+        stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self._crash = os.memfd_create("isolation-stacks")
+        self._scratch = [os.memfd_create("isolation-scratch") for _ in range(scratch)]
+        given = [theirs_control.fileno(), theirs_wire.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
+        try:
+            self._keeper.request({"op": "fork", "id": number, "payload": True, "fds": len(given)}, given)
+        finally:
+            theirs_control.close()
+            theirs_wire.close()
+            for fd in (stdin, stdout, stderr):
+                os.close(fd)
+
+    def begin(self, job: Any) -> None:
+        """Hand over the job; this is when its time starts."""
+        self._begun = time.monotonic()
+        try:
+            self._wire.send({"job": job})
+        except WireError as error:
+            raise LaunchError(f"the sandbox could not be made: {self._why()}") from error
+
+    def send(self, message: Message, data: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        self._wire.send(message, data, fds)
+
+    def receive(self, timeout: float | None = None) -> Message | None:
+        message = self._wire.receive(timeout)
+        if message is None:
+            self.wait(5.0)
+            if self._failure is not None:
+                raise LaunchError(f"the sandbox could not be made: {machine.failure(self._failure)}")
+        return message
+
+    def filenos(self) -> tuple[int, ...]:
+        return (self._wire.fileno(),)
+
+    def wait(self, timeout: float | None = None) -> Verdict | None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self._verdict is None:
+            try:
+                message = self._control.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                return None
+            except WireError:
+                message = None
+            if message is None:
+                last = self._keeper.ended(self._number, 5.0)
+                if last is not None and last["event"] == "unforked":
+                    self._failure = last
+                self._verdict = machine.verdict_of_end(last, oom=self._oom)
+            else:
+                self._note(message)
+        return self._verdict
+
+    def end(self, verdict: Verdict) -> None:
+        if self._closed:
+            return
+        if self._verdict is None and verdict.ended in (Ended.TIMED_OUT, Ended.OUT_OF_MEMORY):
+            self._ask_for_stacks()
+        self._verdict = self._verdict or verdict
+        self._kill()
+
+    def usage(self) -> Usage:
+        self.wait()
+        return machine.usage_of(time.monotonic() - self._begun, self._exit)
+
+    def stacks(self) -> str:
+        text = os.pread(self._crash, _STACKS_AT_MOST, 0)
+        return text.decode("utf-8", "replace")
+
+    def scratch(self, inode: int) -> bytes:
+        for fd in self._scratch:
+            if os.fstat(fd).st_ino == inode:
+                return os.pread(fd, _SCRATCH_AT_MOST, 0)
+        return b""
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._done.append(self._number)
+        self._control.close()  # PID 1 ends, and everything inside with it
+        self._wire.close()
+        for fd in (self.stdout, self.stderr, self._crash, *self._scratch):
+            os.close(fd)
+
+    def _note(self, message: Message) -> None:
+        if message["event"] == "ready":
+            for fd in self._control.take_fds(1):
+                os.close(fd)
+        elif message["event"] == "failed":
+            self._failure = message
+            self._verdict = Verdict(Ended.LOST, detail=machine.failure(message))
+        elif message["event"] == "oom":
+            self._oom = True
+        elif message["event"] == "exit" and message["id"] == 0:
+            self._exit = message
+            self._verdict = machine.verdict_of_exit(message)
+
+    def _why(self) -> str:
+        self.wait(5.0)
+        return machine.failure(self._failure)
+
+    def _ask_for_stacks(self) -> None:
+        before = os.fstat(self._crash).st_size
+        try:
+            self._control.send({"op": "dump"})
+        except WireError:
+            return
+        deadline = time.monotonic() + _STACKS_WAIT
+        size = before
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+            now = os.fstat(self._crash).st_size
+            if now > before and now == size:
+                return
+            size = now
+
+    def _kill(self) -> None:
+        try:
+            self._keeper.request({"op": "kill", "id": self._number})
+        except LaunchError:
+            pass
+        wait_readable(self._wire.fileno(), 1.0)

@@ -1,0 +1,227 @@
+"""Which parts of the host a sandbox shows: system directories, the Python environment, and what was asked for.
+
+Everything else (home directories, /run, /tmp, /var, sockets, other users' files) is simply not in the tree.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import count
+
+from isolation.backends.namespace.mountinfo import MountTable
+from isolation.backends.namespace.operations import (
+    OLD,
+    Bind,
+    CopiedFile,
+    Directory,
+    Operation,
+    Overlay,
+    Private,
+    Symlink,
+)
+from isolation.errors import SpecError
+
+SYSTEM = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "sbin", "usr")
+# File systems that are windows into the kernel or mount on access; never part of a view.
+_VIRTUAL = frozenset(
+    "autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs fusectl hugetlbfs mqueue nsfs "
+    "proc pstore rpc_pipefs securityfs selinuxfs sysfs tracefs".split()
+)
+_COPY_AT_MOST = 1 << 20
+_MANY_LINKS = 40  # as the kernel: path_resolution(7)
+
+
+class View:
+    """Collects operations. `staged` is set for real root, whose sources are prepared by the keeper (stage.py)."""
+
+    def __init__(self, table: MountTable, stage: str | None = None) -> None:
+        self._table = table
+        self._stage = stage
+        self._operations: dict[str, Operation] = {}
+        self._numbers = count()
+        self.staged: list[tuple[str, bool]] = []
+
+    def operations(self) -> list[Operation]:
+        """In an order in which every directory exists before what lies in it."""
+        return [self._operations[target] for target in sorted(self._operations, key=_by_depth)]
+
+    def add(self, operation: Operation) -> None:
+        """Put `operation` at its target, instead of what was there."""
+        self._operations[operation.target] = operation
+
+    def private(self, target: str, mode: int = 0o755) -> None:
+        """An empty, writable directory, unless something is already shown there."""
+        if target not in self._operations and self._covering(target) is None:
+            self.add(Private(target, next(self._numbers), mode))
+
+    def system(self) -> None:
+        """The host's system directories. Their owners stay unmapped, so only what everyone may read is readable."""
+        for name in SYSTEM:
+            path = "/" + name
+            if os.path.islink(path):
+                self.add(Symlink(path, os.readlink(path)))
+            elif os.path.isdir(path):
+                self._overlay(path, path, owned=False)
+
+    def show(self, path: str, target: str | None = None, *, writable: bool = True) -> None:
+        """A directory (copy-on-write) or file (read-only) of the user's; symlinks on the way to it are shown too."""
+        real = self._follow(path) if target is None else os.path.realpath(path)
+        self._overlay(real, target or real, owned=True, writable=writable, explicit=target is not None)
+
+    def bind(self, source: str, target: str, *, writable: bool = False, device: bool = False) -> None:
+        """The host's own file or directory."""
+        real = os.path.realpath(source)
+        self.add(Bind(target, real, self._lower(real, owned=writable), os.path.isdir(real), writable, device))
+
+    def shows(self, path: str) -> bool:
+        """Whether `path` (without symlinks) is part of the view."""
+        return path in self._operations or self._covering(path) is not None
+
+    def _follow(self, path: str) -> str:
+        """Resolve `path` step by step, adding each symlink that is met outside of what is already shown."""
+        done, todo = "/", [part for part in path.split("/") if part]
+        links = 0
+        while todo:
+            step = os.path.join(done, todo.pop(0))
+            if step.endswith("/.."):
+                done = os.path.dirname(done)
+            elif os.path.islink(step):
+                links += 1
+                if links > _MANY_LINKS:
+                    raise SpecError(f"too many symbolic links in {path!r}")
+                to = os.readlink(step)
+                if not self.shows(step):
+                    self.add(Symlink(step, to))
+                todo[:0] = [part for part in to.split("/") if part and part != "."]
+                done = "/" if to.startswith("/") else done
+            else:
+                done = step
+        return done
+
+    def _overlay(
+        self, real: str, target: str, *, owned: bool, writable: bool = True, explicit: bool = False
+    ) -> None:
+        if not os.path.isdir(real):
+            if os.path.exists(real) and not self.shows(target):
+                self.bind(real, target)
+            return
+        covering = self._covering(target)
+        if not explicit and covering is not None and (self._stage is None or not owned or self._owned(covering)):
+            return
+        beneath = [path for path in self._table.beneath(real) if not self._is_virtual(path)]
+        locked = self._table.beneath(real)
+        if self._stage is None and locked:
+            self._split(real, target, owned=owned, writable=writable)
+            return
+        lower = self._lower(real, owned=owned)
+        self.add(Overlay(target, real, lower, next(self._numbers), writable))
+        for path in beneath:
+            self._overlay(path, target + path[len(real) :], owned=owned, writable=writable, explicit=True)
+
+    def _split(self, real: str, target: str, *, owned: bool, writable: bool) -> None:
+        """A directory with mounts beneath cannot be a lower layer in a user namespace (EINVAL: the kernel would have
+        to clone it without its locked submounts), so its entries are shown one by one."""
+        if owned and writable:
+            self.add(Private(target, next(self._numbers)))
+        else:
+            self.add(Directory(target))
+        try:
+            entries = sorted(os.scandir(real), key=lambda entry: entry.name)
+        except PermissionError:
+            return
+        for entry in entries:
+            inside = os.path.join(target, entry.name)
+            if entry.is_symlink():
+                self.add(Symlink(inside, os.readlink(entry.path)))
+            elif entry.is_dir():
+                if os.access(entry.path, os.R_OK | os.X_OK) and not self._is_virtual(entry.path):
+                    self._overlay(entry.path, inside, owned=owned, writable=writable, explicit=True)
+            elif entry.is_file() and os.access(entry.path, os.R_OK):
+                if entry.stat().st_size <= _COPY_AT_MOST:
+                    self.add(CopiedFile(inside, self._lower(entry.path, owned=owned)))
+                else:
+                    self.bind(entry.path, inside)
+
+    def _is_virtual(self, path: str) -> bool:
+        mount = self._table.containing(path)
+        return mount is not None and mount.path == path and mount.fstype in _VIRTUAL
+
+    def _covering(self, target: str) -> Operation | None:
+        """The overlay that already shows `target` as it is on the host."""
+        for parent in _parents(target):
+            operation = self._operations.get(parent)
+            if operation is not None:
+                same = isinstance(operation, Overlay) and operation.source == operation.target
+                return operation if same else None
+        return None
+
+    def _owned(self, operation: Operation) -> bool:
+        return isinstance(operation, Overlay) and (operation.source, True) in self.staged
+
+    def _lower(self, real: str, *, owned: bool) -> str:
+        if self._stage is None:
+            return OLD + real
+        if (real, owned) not in self.staged:
+            self.staged.append((real, owned))
+        return f"{OLD}{self._stage}/{self.staged.index((real, owned))}"
+
+
+def _by_depth(target: str) -> tuple[bool, int, str]:
+    return target == "/proc", target.count("/"), target  # /proc is masked with what lies in /dev
+
+
+def _parents(path: str) -> Iterator[str]:
+    """`path` itself, then every directory above it but the root."""
+    while path != "/":
+        yield path
+        path = os.path.dirname(path)
+
+
+def python_environment() -> list[str]:
+    """Every directory and file that this interpreter imports from, wherever it lies.
+
+    Prefixes, `sys.path`, and the roots of modules that were found in some other way (editable installs with an
+    import hook). A home directory, or `/`, that happens to stand on `sys.path` is not an environment, and left out.
+    """
+    found = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, sys.executable]
+    found += [entry for entry in sys.path if entry]
+    found += _module_roots(found)
+    virtual_env = os.environ.get("VIRTUAL_ENV")
+    if virtual_env:
+        found += [virtual_env, *_venv_home(virtual_env)]
+    too_wide = {"/", "/tmp", "/var/tmp", "/home", "/root", os.path.realpath(os.path.expanduser("~"))}
+    paths: dict[str, None] = {}
+    for path in found:
+        absolute = os.path.abspath(path)
+        if os.path.exists(absolute) and os.path.realpath(absolute) not in too_wide:
+            paths[absolute] = None
+    return list(paths)
+
+
+def _module_roots(known: Iterable[str]) -> list[str]:
+    prefixes = tuple(os.path.join(os.path.abspath(path), "") for path in known if path)
+    roots = []
+    for name, module in list(sys.modules.items()):
+        if "." in name:
+            continue
+        locations = list(getattr(module, "__path__", None) or ())
+        file = getattr(module, "__file__", None)
+        for location in locations or ([file] if isinstance(file, str) else []):
+            if isinstance(location, str) and os.path.isabs(location) and not location.startswith(prefixes):
+                roots.append(location)
+    return roots
+
+
+def _venv_home(virtual_env: str) -> list[str]:
+    """The installation that a virtual environment was made from (PEP 405)."""
+    try:
+        with open(os.path.join(virtual_env, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition("=")
+                if key.strip().lower() == "home":
+                    return [os.path.dirname(value.strip())]
+    except OSError:
+        pass
+    return []

@@ -1,0 +1,139 @@
+"""The contract between the core and a backend. A backend is an ordinary pluggy plug-in.
+
+    # pyproject.toml:  [project.entry-points.isolation]  mine = "my_package.plugin"
+    import isolation
+
+    @isolation.hookimpl
+    def isolation_backend():
+        return MyBackend()
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pluggy
+
+from isolation.result import Change, Usage, Verdict
+from isolation.spec import SandboxSpec
+from isolation.template import Template
+
+hookspec = pluggy.HookspecMarker("isolation")
+hookimpl = pluggy.HookimplMarker("isolation")
+
+# Features: what a backend can do, asked before use. Third parties may add their own names.
+CHANGES = "changes"  # tells what the guest wrote
+CPU_LIMIT = "cpu-limit"
+DISK_LIMIT = "disk-limit"
+FORK = "fork"  # a warm sandbox can be forked
+FORK_HERE = "fork-here"  # the calling process itself can be the template
+MEMORY_LIMIT = "memory-limit"
+NESTING = "nesting"  # can make sandboxes inside
+NETWORK_HOST = "network-host"
+NETWORK_NONE = "network-none"
+PIDS_LIMIT = "pids-limit"
+SNAPSHOT = "snapshot"  # a warm sandbox can be kept on disk
+TTY = "tty"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a backend needs: does it hold, what was found, and what mends it."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether a backend works on this machine, for this user. Found by trying, not by guessing."""
+
+    works: bool
+    reason: str
+    checks: tuple[Check, ...] = ()
+    features: frozenset[str] = field(default_factory=frozenset)
+
+
+class Machine(abc.ABC):
+    """One live sandbox, as its backend holds it. `isolation.Sandbox` is what users see of it.
+
+    Methods raise SandboxClosed once it has ended.
+    """
+
+    @abc.abstractmethod
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        stdio: Sequence[int | None],
+    ) -> tuple[int, int | None]:
+        """Start a command with the given descriptors as its stdin, stdout and stderr; None stands for a terminal
+        of the sandbox's own, whose master is the second value returned. The first is the command's number.
+
+        Raises CommandNotFound, or LaunchError.
+        """
+
+    @abc.abstractmethod
+    def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
+        """Wait for a command's end; None when it has not ended in `timeout` seconds."""
+
+    @abc.abstractmethod
+    def fileno(self) -> int:
+        """Readable when `wait` might have news."""
+
+    @abc.abstractmethod
+    def signal(self, number: int, signum: int, *, group: bool) -> None:
+        """Send a signal to a command, or to all of its process group."""
+
+    @abc.abstractmethod
+    def open(self, path: str, mode: str) -> BinaryIO:
+        """A file inside, as the guest sees it: "rb" (regular files only) or "wb". Raises GuestError."""
+
+    @abc.abstractmethod
+    def changes(self) -> list[Change]:
+        """What the guest wrote so far, sorted by path; works after the end, too."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End everything inside, and wait until it is gone. May be called again."""
+
+
+class Backend(abc.ABC):
+    """One way of making sandboxes."""
+
+    name: str
+
+    @abc.abstractmethod
+    def probe(self) -> Probe:
+        """Try the whole chain, in a child process. Never raises."""
+
+    @abc.abstractmethod
+    def features(self) -> frozenset[str]:
+        """What this backend can do here. Cheap: reads settings, makes nothing."""
+
+    @abc.abstractmethod
+    def launch(self, spec: SandboxSpec) -> Machine:
+        """A new sandbox. Raises LaunchError, FeatureMissing or SpecError; leaves nothing behind then."""
+
+    def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
+        """A warm sandbox to fork; a callable makes the calling process the template. Feature "fork"."""
+        raise NotImplementedError
+
+    def explain(self, spec: SandboxSpec) -> str:
+        """What `launch` would do, for people."""
+        return f"backend    {self.name}"
+
+
+class Hooks:
+    """The hooks themselves."""
+
+    @hookspec
+    def isolation_backend(self) -> Backend:  # type: ignore[empty-body]
+        """Return one backend."""

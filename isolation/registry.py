@@ -1,0 +1,65 @@
+"""Finding backends, and choosing one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import pluggy
+
+from isolation.errors import BackendUnavailable, FeatureMissing, UnknownBackend
+from isolation.hookspecs import Backend, Hooks
+from isolation.spec import SandboxSpec
+
+_PREFERRED = ("namespace", "microvm")  # what "auto" tries first; others follow in name order
+
+
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """Every installed backend by name, in the order that "auto" tries them."""
+    manager = pluggy.PluginManager("isolation")
+    manager.add_hookspecs(Hooks)
+    manager.load_setuptools_entrypoints("isolation")
+    found = {backend.name: backend for backend in manager.hook.isolation_backend()}
+    order = [name for name in _PREFERRED if name in found] + sorted(set(found) - set(_PREFERRED))
+    return {name: found[name] for name in order}
+
+
+def get(name: str) -> Backend:
+    """The backend of that name. Raises UnknownBackend."""
+    try:
+        return backends()[name]
+    except KeyError:
+        known = ", ".join(backends()) or "none"
+        raise UnknownBackend(f"no backend {name!r} is installed; there is: {known}") from None
+
+
+@functools.cache
+def _works(name: str) -> tuple[bool, str]:
+    probe = backends()[name].probe()
+    return probe.works, probe.reason
+
+
+def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:
+    """The backend for `spec`: the one it names, or the first that works here and has `features`.
+
+    Raises UnknownBackend, FeatureMissing, or BackendUnavailable with each backend's reason.
+    """
+    wanted = frozenset(features)
+    if spec.backend != "auto":
+        backend = get(spec.backend)
+        missing = wanted - backend.features()
+        if missing:
+            raise FeatureMissing(f"the {backend.name} backend cannot do this here: {', '.join(sorted(missing))}")
+        return backend
+    reasons = []
+    for name, backend in backends().items():
+        missing = wanted - backend.features()
+        if missing:
+            reasons.append(f"{name}: has no {', '.join(sorted(missing))} here")
+            continue
+        works, reason = _works(name)
+        if works:
+            return backend
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailable("no backend works here ('isolation doctor' tells more):\n  " + "\n  ".join(reasons))

@@ -1,0 +1,333 @@
+"""What is held: a live sandbox, and the processes that run in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, BinaryIO, Final, Self
+
+from isolation import registry
+from isolation.errors import FeatureMissing, GuestError, SandboxClosed, SpecError
+from isolation.hookspecs import FORK, Machine
+from isolation.result import Change, Completed, Ended, Usage, Verdict
+from isolation.spec import SandboxSpec
+from isolation.template import Template
+from isolation.units import parse_seconds, parse_size
+
+PIPE: Final = subprocess.PIPE
+_CHUNK = 1 << 16
+_FORCE_AFTER = 5.0  # s, between ending a command and giving its sandbox up
+
+
+class Process:
+    """A command that runs in a sandbox. stdin, stdout and stderr are binary files where PIPE was asked for."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        number: int,
+        args: Sequence[str],
+        stdin: BinaryIO | None,
+        stdout: BinaryIO | None,
+        stderr: BinaryIO | None,
+        tty: int | None,
+    ) -> None:
+        self.args = tuple(args)
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self.tty = tty  # the master of its terminal, where it has one
+        self._machine = machine
+        self._number = number
+        self._ended: tuple[Verdict, Usage] | None = None
+
+    def poll(self) -> Verdict | None:
+        """Why it ended; None while it runs."""
+        return self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> Verdict | None:
+        """Wait until it has ended; None when it has not after `timeout` seconds."""
+        if self._ended is None:
+            self._ended = self._machine.wait(self._number, timeout)
+        return self._ended[0] if self._ended else None
+
+    @property
+    def usage(self) -> Usage:
+        """What it used; waits for its end."""
+        self.wait()
+        assert self._ended is not None
+        return self._ended[1]
+
+    def send_signal(self, signum: int, *, group: bool = False) -> None:
+        """Send it a signal; with `group`, to every process of its process group."""
+        if self._ended is None:
+            self._machine.signal(self._number, signum, group=group)
+
+    def kill(self) -> None:
+        """SIGKILL, to its process group."""
+        self.send_signal(9, group=True)
+
+    def communicate(
+        self, input: bytes | None = None, timeout: float | None = None, output_limit: int | None = None
+    ) -> Completed:
+        """Feed `input`, collect what it writes, and wait for its end; it is killed after `timeout` seconds.
+
+        Output is what the command and its children wrote until the command ended; at most `output_limit`
+        bytes of each stream are kept.
+        """
+        collected = _Communication(self, input, timeout, output_limit).run()
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        return collected
+
+
+class _Communication:
+    """One `communicate`: a poll(2) loop over the streams and the machine."""
+
+    def __init__(
+        self, process: Process, input: bytes | None, timeout: float | None, output_limit: int | None
+    ) -> None:
+        self._process = process
+        self._input = memoryview(input or b"")
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._limit = output_limit
+        self._truncated = False
+        self._timed_out = False
+        self._output: dict[int, bytearray] = {}
+        self._poller = select.poll()
+
+    def run(self) -> Completed:
+        process = self._process
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                self._output[stream.fileno()] = bytearray()
+                os.set_blocking(stream.fileno(), False)
+                self._poller.register(stream.fileno(), select.POLLIN)
+        if process.stdin is not None:
+            if self._input:
+                os.set_blocking(process.stdin.fileno(), False)
+                self._poller.register(process.stdin.fileno(), select.POLLOUT)
+            else:
+                process.stdin.close()
+        machine = process._machine
+        self._poller.register(machine.fileno(), select.POLLIN)
+        while (verdict := process.poll()) is None:
+            self._step(machine.fileno())
+        for fd in self._output:
+            while self._read(fd):
+                pass
+        if self._timed_out:
+            verdict = Verdict(Ended.TIMED_OUT)
+        streams = [bytes(self._output[s.fileno()]) if s is not None else b"" for s in (process.stdout, process.stderr)]
+        return Completed(process.args, verdict, process.usage, streams[0], streams[1], self._truncated)
+
+    def _step(self, machine_fd: int) -> None:
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        ready = self._poller.poll(None if left is None else left * 1000 + 1)
+        if not ready and left is not None and time.monotonic() >= (self._deadline or 0):
+            self._expire()
+        for fd, _events in ready:
+            if fd in self._output:
+                if self._read(fd) == 0:
+                    self._poller.unregister(fd)
+            elif fd != machine_fd:
+                self._write(fd)
+
+    def _expire(self) -> None:
+        if self._timed_out:
+            self._process._machine.close()  # not even SIGKILL ended it in time
+        self._timed_out = True
+        self._deadline = time.monotonic() + _FORCE_AFTER
+        self._process.kill()
+
+    def _read(self, fd: int) -> int | None:
+        """Bytes read; 0 at the end, None when there is nothing now."""
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return None
+        kept = self._output[fd]
+        room = len(data) if self._limit is None else max(0, self._limit - len(kept))
+        kept += data[:room]
+        self._truncated = self._truncated or room < len(data)
+        return len(data)
+
+    def _write(self, fd: int) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._input = self._input[os.write(fd, self._input[:_CHUNK]) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._input = self._input[:0]
+        if not self._input:
+            self._poller.unregister(fd)
+            self._process.stdin.close()
+
+
+class Sandbox:
+    """A fresh, sealed sandbox; ends with the `with` block, and everything in it.
+
+    Raises what `registry.choose` and the backend raise: every failure says what to do.
+    """
+
+    def __init__(self, spec: SandboxSpec | None = None) -> None:
+        self.spec = spec if spec is not None else SandboxSpec()
+        self.backend = registry.choose(self.spec)
+        self._machine: Machine | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """The backend's own handle; the sandbox is made when it is first needed."""
+        if self._machine is None:
+            self._machine = self.backend.launch(self.spec)
+        return self._machine
+
+    def popen(
+        self,
+        args: Sequence[str],
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        tty: bool = False,
+    ) -> Process:
+        """Start a command. Streams are PIPE, a file descriptor, or None for /dev/null; with `tty`, the streams that are
+        None are a terminal of the sandbox's own, whose master is `Process.tty`.
+
+        Raises CommandNotFound when there is no such command inside, LaunchError, SandboxClosed.
+        """
+        if isinstance(args, (str, bytes)) or not args or not all(isinstance(word, str) for word in args):
+            raise SpecError(f"a command is a non-empty list of strings, not {args!r}")
+        if any("\0" in word for word in args):
+            raise SpecError("a command's arguments cannot hold NUL characters")
+        ours: list[BinaryIO | None] = []
+        given: list[int | None] = []
+        opened: list[int] = []
+        try:
+            for number, wanted in enumerate((stdin, stdout, stderr)):
+                end: BinaryIO | None = None
+                fd = wanted
+                if wanted == PIPE:
+                    read, write = os.pipe2(os.O_CLOEXEC)
+                    fd, kept = (read, write) if number == 0 else (write, read)
+                    opened.append(fd)
+                    end = os.fdopen(kept, "wb" if number == 0 else "rb", buffering=0)  # type: ignore[assignment]
+                elif wanted is None and not tty:
+                    fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+                    opened.append(fd)
+                ours.append(end)
+                given.append(fd)
+            number, master = self.machine.start(args, env=env or {}, cwd=cwd or self.spec.workdir, stdio=given)
+        except BaseException:
+            for stream in ours:
+                if stream is not None:
+                    stream.close()
+            raise
+        finally:
+            for fd in opened:
+                os.close(fd)
+        return Process(self.machine, number, args, ours[0], ours[1], ours[2], master)
+
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | str | None = None,
+        timeout: float | str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        output_limit: int | str | None = "64M",
+    ) -> Completed:
+        """Run a command to its end and collect its output. A command that fails is a result, not an exception.
+
+        `input` is a string (UTF-8) or bytes; without it stdin is empty. After `timeout` (seconds, or "2s") it is
+        killed, and the verdict says so. Raises what `popen` raises.
+        """
+        data = input.encode() if isinstance(input, str) else input
+        limit = None if output_limit is None else parse_size(output_limit, "output limit")
+        seconds = None if timeout is None else parse_seconds(timeout, "timeout")
+        process = self.popen(
+            args, stdin=None if data is None else PIPE, stdout=PIPE, stderr=PIPE, env=env, cwd=cwd
+        )
+        return process.communicate(data, seconds, limit)
+
+    def copy_in(self, source: str | os.PathLike[str], target: str) -> None:
+        """Copy a host file to `target` (an absolute path) inside. Raises OSError for the host's side, GuestError for the
+        guest's."""
+        with open(source, "rb") as file, self._open(target, "wb") as inside:
+            shutil.copyfileobj(file, inside, 1 << 20)
+
+    def copy_out(self, source: str, target: str | os.PathLike[str], *, limit: int | str | None = "1G") -> int:
+        """Copy a regular file of the guest's to the host; returns its size in bytes.
+
+        The target is written only when all of it has arrived, and never through a symlink. Raises GuestError when it is
+        no regular file, or larger than `limit`.
+        """
+        most = None if limit is None else parse_size(limit, "copy limit")
+        path = os.fspath(target)
+        if os.path.isdir(path):
+            path = os.path.join(path, os.path.basename(source))
+        partial = f"{path}.{os.getpid()}.part"
+        size = 0
+        with self._open(source, "rb") as inside:
+            try:
+                with open(partial, "xb") as file:
+                    while data := inside.read(1 << 20):
+                        size += len(data)
+                        if most is not None and size > most:
+                            raise GuestError(f"{source} is larger than the copy limit of {most} bytes; raise limit=")
+                        file.write(data)
+                os.replace(partial, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+                raise
+        return size
+
+    def _open(self, path: str, mode: str) -> BinaryIO:
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise SpecError(f"{path!r} must be an absolute path inside the sandbox")
+        return self.machine.open(path, mode)
+
+    def changes(self) -> list[Change]:
+        """Every path that the guest added, changed or deleted, sorted by path."""
+        if self._machine is None:
+            return []
+        return self.machine.changes()
+
+    def template(self, payload: str, config: Any = None) -> Template:
+        """Run `payload` ("package.module:function") in a sandbox of this spec, as a template to fork.
+
+        The function gets a `isolation.guest.Guest`, warms up, and then loops over `guest.forks()`.
+        """
+        if FORK not in self.backend.features():
+            raise FeatureMissing(f"the {self.backend.name} backend cannot fork a warm sandbox here")
+        return self.backend.template(self.spec, payload, config)
+
+    def close(self) -> None:
+        """End everything inside. May be called again; afterwards the sandbox is of no more use."""
+        if self._machine is not None:
+            self._machine.close()
+
+    def __enter__(self) -> Self:
+        _ = self.machine
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+__all__ = ["PIPE", "Process", "Sandbox", "SandboxClosed"]

@@ -1,0 +1,93 @@
+"""The fork primitive, host side: a warm sandbox, and fresh ones made from it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from isolation.result import Usage, Verdict
+from isolation.wire import Message
+
+
+class Fork(abc.ABC):
+    """A fresh sandbox made from a template. Its messages come from the guest: believe nothing in them.
+
+    stdout, stderr  descriptors to read what its streams carry, non-blocking
+    """
+
+    stdout: int
+    stderr: int
+
+    @abc.abstractmethod
+    def send(self, message: Message, data: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        """Send the guest a message. Raises WireError when it is gone."""
+
+    @abc.abstractmethod
+    def receive(self, timeout: float | None = None) -> Message | None:
+        """The guest's next message; None when there will be none. Raises TimeoutError, WireError."""
+
+    @abc.abstractmethod
+    def filenos(self) -> tuple[int, ...]:
+        """Descriptors to poll(2): when one is readable, `receive(0)` may have news."""
+
+    @abc.abstractmethod
+    def wait(self, timeout: float | None = None) -> Verdict | None:
+        """Why the payload ended, from the sandbox's own PID 1, not from the payload; None if it has not in time."""
+
+    @abc.abstractmethod
+    def end(self, verdict: Verdict) -> None:
+        """End it now, for the reason given. The stacks of its threads are written first, if it was running."""
+
+    @abc.abstractmethod
+    def usage(self) -> Usage:
+        """What it used. Waits for its end."""
+
+    @abc.abstractmethod
+    def stacks(self) -> str:
+        """What faulthandler wrote at a crash, a time-out or near the memory limit; "" if nothing."""
+
+    @abc.abstractmethod
+    def scratch(self, inode: int) -> bytes:
+        """Content of the private copy of an unlinked file that the guest names by its inode number; bounded."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End it, without waiting until it is gone. May be called again."""
+
+    def __iter__(self) -> Iterator[Message]:
+        """The guest's messages, to its end."""
+        while (message := self.receive()) is not None:
+            yield message
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Template(abc.ABC):
+    """A warm sandbox that waits to be forked."""
+
+    @abc.abstractmethod
+    def fork(self, job: Any = None) -> Fork:
+        """A fresh, sealed sandbox with the template's memory and files; `job` (JSON) is what it gets to do.
+
+        Raises LaunchError when it cannot be made.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the template and every fork of it; returns when they are gone."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""`pytest --isolation`: every test in its own fresh, sealed sandbox."""
