@@ -63,7 +63,11 @@ class Machine(abc.ABC):
     """One live sandbox, as its backend holds it. `isolation.Sandbox` is what users see of it.
 
     Methods raise SandboxClosed once it has ended.
+
+    workdir  where commands start unless told otherwise
     """
+
+    workdir: str
 
     @abc.abstractmethod
     def start(
@@ -104,6 +108,10 @@ class Machine(abc.ABC):
     def close(self) -> None:
         """End everything inside, and wait until it is gone. May be called again."""
 
+    def lend(self) -> tuple[Any, list[int]]:
+        """What another process (a guest) needs to use this machine by `Backend.borrow`: JSON, and descriptors."""
+        raise NotImplementedError
+
 
 class Backend(abc.ABC):
     """One way of making sandboxes."""
@@ -124,6 +132,10 @@ class Backend(abc.ABC):
 
     def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
         """A warm sandbox to fork; a callable makes the calling process the template. Feature "fork"."""
+        raise NotImplementedError
+
+    def borrow(self, token: Any, fds: Sequence[int]) -> Machine:
+        """In a guest: a machine that the host has lent. It ends when the host says."""
         raise NotImplementedError
 
     def explain(self, spec: SandboxSpec) -> str:

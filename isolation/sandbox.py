@@ -191,6 +191,14 @@ class Sandbox:
             self._machine = self.backend.launch(self.spec)
         return self._machine
 
+    @classmethod
+    def borrowed(cls, machine: Machine) -> Self:
+        """In a guest: a sandbox that the host made and lent."""
+        box = cls.__new__(cls)
+        box.spec = SandboxSpec(workdir=machine.workdir)
+        box._machine = machine
+        return box
+
     def popen(
         self,
         args: Sequence[str],

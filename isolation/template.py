@@ -49,8 +49,12 @@ class Fork(abc.ABC):
         """What faulthandler wrote at a crash, a time-out or near the memory limit; "" if nothing."""
 
     @abc.abstractmethod
-    def scratch(self, inode: int) -> bytes:
-        """Content of the private copy of an unlinked file that the guest names by its inode number; bounded."""
+    def scratch_index(self, inode: int) -> int | None:
+        """Which private copy of an unlinked file the guest means by an inode number; the same in every fork."""
+
+    @abc.abstractmethod
+    def scratch(self, index: int) -> bytes:
+        """Content of a private copy, as it is now; bounded."""
 
     @abc.abstractmethod
     def close(self) -> None:

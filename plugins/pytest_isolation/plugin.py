@@ -1,0 +1,75 @@
+"""What pytest loads in every run: options, the marker, and nothing more unless isolation is asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from isolation import Sandbox
+
+_MARKER = (
+    "isolation(enabled=True, backend=None, network=None, memory=None, pids=None, timeout=None): how this test is "
+    "isolated; enabled=False runs it in pytest's own process."
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("isolation", "isolation: every test in its own fresh, sealed sandbox")
+    group.addoption(
+        "--isolation",
+        nargs="?",
+        const="auto",
+        metavar="BACKEND",
+        help="run every test in its own sandbox; the backend (auto, namespace, …) goes behind '='; 'no' turns it off",
+    )
+    settings = {
+        "network": ("none|host", "what a test's network reaches: 'none' (own loopback, the default) or 'host'"),
+        "memory": ("SIZE", "memory limit of a test and its processes, such as 512M"),
+        "pids": ("N", "how many processes and threads a test may have at once (default: 1024)"),
+        "timeout": ("TIME", "wall-clock limit of a test, such as 30s; the stacks of its threads are shown"),
+    }
+    parser.addini("isolation", "the backend to run every test in its own sandbox with, or 'auto', or 'no'", default="")
+    for name, (metavar, text) in settings.items():
+        group.addoption(f"--isolation-{name}", metavar=metavar, help=text)
+        parser.addini(f"isolation_{name}", text, default="")
+    text = "show a path of the host inside: SRC[:DST][:ro|rw|overlay]; may be given several times"
+    group.addoption("--isolation-mount", metavar="SRC:DST[:rw]", action="append", default=[], help=text)
+    parser.addini("isolation_mount", text, type="linelist", default=[])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, None, None]:
+    """`pytest --isolation tests/`: the value is optional, and argparse would take the path for it."""
+    if "--isolation" in args:
+        args[:] = ["--isolation=auto" if word == "--isolation" else word for word in args]
+        namespace = copy.copy(early_config.option)
+        early_config.known_args_namespace = parser.parse_known_args(args, namespace=namespace)
+    return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", _MARKER)
+    wanted = config.getoption("isolation")
+    if wanted is None:
+        wanted = config.getini("isolation")
+    if wanted and wanted not in ("no", "off", "false", "0") and not config.getoption("collectonly", False):
+        from pytest_isolation.controller import Controller
+
+        config.pluginmanager.register(Controller(config, wanted), "isolation-controller")
+
+
+@pytest.fixture
+def sandbox(request: pytest.FixtureRequest) -> Generator[Sandbox, None, None]:
+    """A fresh `isolation.Sandbox` for the test to run commands in, with the project copy-on-write at its place."""
+    from pytest_isolation.fixture import make_sandbox
+
+    box: Any
+    with make_sandbox(request) as box:
+        yield box

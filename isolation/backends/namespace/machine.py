@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import stat
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from isolation.backends.namespace import changes, keeper
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan
-from isolation.errors import CommandNotFound, GuestError, LaunchError, SandboxClosed, WireError
+from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
 from isolation.hookspecs import Machine
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message, Wire
@@ -41,6 +42,7 @@ class NamespaceMachine(Machine):
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.workdir = plan.workdir
         self._lock = threading.RLock()
         self._numbers = 0
         self._store = -1
@@ -139,6 +141,9 @@ class NamespaceMachine(Machine):
             os.close(self._store)
             self._store = -1
 
+    def lend(self) -> tuple[Any, list[int]]:
+        return {"workdir": self.workdir}, [self._control.fileno()]
+
     def _send(self, message: Message, given: Sequence[int] = ()) -> None:
         if self._control.fileno() < 0:
             raise SandboxClosed("the sandbox is closed")
@@ -185,6 +190,30 @@ class NamespaceMachine(Machine):
         wall = time.monotonic() - self._started.get(number, time.monotonic())
         last = self._last if message is None else None
         return usage_of(wall, message or last)
+
+
+class BorrowedMachine(NamespaceMachine):
+    """A machine lent by the host: its wire, without the keeper and the store behind it."""
+
+    def __init__(self, token: dict[str, str], fd: int) -> None:
+        self.workdir = token["workdir"]
+        self._lock = threading.RLock()
+        self._numbers = 0
+        self._exits = {}
+        self._oom = False
+        self._started = {}
+        self._last = None
+        self._store = -1
+        self._control = Wire(socket.socket(fileno=fd), accept_fds=True)
+
+    def changes(self) -> list[Change]:
+        raise FeatureMissing("the changes of a sandbox are seen from the host only, not from inside a test's sandbox")
+
+    def close(self) -> None:
+        self._control.close()
+
+    def _last_word(self) -> Message | None:
+        return None
 
 
 def verdict_of_exit(message: Message) -> Verdict:

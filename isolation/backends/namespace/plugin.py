@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from isolation.backends.namespace.cgroup import Hierarchy
@@ -64,6 +64,11 @@ class NamespaceBackend(Backend):
                 "protects, and nesting rules Landlock out; use a template inside a sandbox, or leave nesting out"
             )
         return NamespaceTemplate(make_plan(spec, python=python_environment()), payload)
+
+    def borrow(self, token: Any, fds: Sequence[int]) -> Machine:
+        from isolation.backends.namespace.machine import BorrowedMachine
+
+        return BorrowedMachine(token, fds[0])
 
     def explain(self, spec: SandboxSpec) -> str:
         from isolation.backends.namespace.plan import make_plan

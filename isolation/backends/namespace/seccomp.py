@@ -1,24 +1,28 @@
 """The system call filter: a profile in JSON, compiled here to the classic BPF that seccomp(2) takes.
 
-The profile, `seccomp.json`, is in the form of the OCI runtime specification ("Linux Seccomp"), which is Docker's
-too. It is read strictly, since what is ignored in a filter is a hole: an unknown key, action or operator is an
-error. Only a system call that this machine does not have is skipped, because calls differ between machines.
+The profile, `seccomp.json`, is in the form of the OCI runtime specification ("Linux Seccomp"), which is
+Docker's too. It is read strictly, since what is ignored in a filter is a hole: an unknown key, action or
+operator is an error. Only a system call that this machine does not have is skipped, because calls differ
+between machines.
 
 What a program does, precisely:
 
-* A call is looked up by its number, and the entries that name it are tried in the order of the file. The first
-  whose `args` all match decides; where none matches, or none names the call, it is the profile's default.
-* `includes` and `excludes` know one key, an extension of this project: `nesting`, for sandboxes that may make
-  sandboxes themselves.
-* A call of another architecture (32-bit programs, `int 0x80`) kills the process with SIGSYS. The other choice,
-  ENOSYS, is no kinder: a 32-bit program cannot even exit then, and one linked with musl spins for ever.
+* A call is looked up by its number, and the entries that name it are tried in the order of the file. The
+  first whose `args` all match decides; where none matches, or none names the call, it is the profile's
+  default.
+* `includes` and `excludes` know one key, an extension of this project: `nesting`, for sandboxes that may
+  make sandboxes themselves.
+* A call of another architecture (32-bit programs, `int 0x80`) kills the process with SIGSYS. The other
+  choice, ENOSYS, is no kinder: a 32-bit program cannot even exit then, and one linked with musl spins for
+  ever.
 * A call of the x32 ABI is ENOSYS, as on the many kernels that are built without it.
 
-The kernel passes arguments as 64 bits, also where it reads an int from the lower half. A comparison that looks
-at both halves is therefore by-passed by whoever sets the upper one (CVE-2019-10063): use SCMP_CMP_MASKED_EQ.
+The kernel passes arguments as 64 bits, also where it reads an int from the lower half. A comparison that
+looks at both halves is therefore by-passed by whoever sets the upper one (CVE-2019-10063): use
+SCMP_CMP_MASKED_EQ.
 
-Only opcodes that the kernel can follow itself lead to a decision by number, so that from Linux 5.11 on it finds
-out at installation which calls are always allowed, and runs no filter for them.
+Only opcodes that the kernel can follow itself lead to a decision by number, so that from Linux 5.11 on it
+finds out at installation which calls are always allowed, and runs no filter for them.
 """
 
 from __future__ import annotations
@@ -118,7 +122,7 @@ class Profile:
 
 def load_profile() -> Profile:
     """The profile that comes with this package."""
-    import importlib.resources  # late: some 10 ms, and only the host side needs it
+    import importlib.resources  # late: it takes longer than all the rest here, and only the host needs it
 
     text = importlib.resources.files(__package__).joinpath("seccomp.json").read_text(encoding="utf-8")
     return parse_profile(json.loads(text))
@@ -153,7 +157,7 @@ def _rule(entry: object, where: str) -> Rule:
 def _condition(argument: object, where: str) -> Condition:
     fields = _object(argument, where, {"index", "value", "valueTwo", "op"})
     operator = fields.get("op")
-    if operator not in _OPERATORS:
+    if not isinstance(operator, str) or operator not in _OPERATORS:
         known = ", ".join(sorted(_OPERATORS))
         raise ProfileError(f"{where}: unknown operator {operator!r}; known are {known}.")
     index = _number(fields.get("index"), 5, f"'index' in {where}")
@@ -161,7 +165,7 @@ def _condition(argument: object, where: str) -> Condition:
     value_two = _number(fields.get("valueTwo", 0), _LONG, f"'valueTwo' in {where}")
     if operator == "SCMP_CMP_MASKED_EQ" and value_two & ~value:
         raise ProfileError(f"{where}: 'valueTwo' has bits outside the mask in 'value', so it never matches.")
-    return Condition(index, value, value_two, str(operator))
+    return Condition(index, value, value_two, operator)
 
 
 def _nesting(fields: dict[str, Any], where: str) -> bool | None:
@@ -251,7 +255,7 @@ class _Assembler:
     """A program written from its last instruction to its first.
 
     Every jump goes forward, so its target is in place when the jump is written, and the offset is known. A
-    position is counted from the end: that of the last instruction is 0. What is asked for twice is written once.
+    position is counted from the end: the last instruction's is 0. What is asked for twice is written once.
     """
 
     def __init__(self, *, little_endian: bool) -> None:
@@ -381,7 +385,7 @@ class _Assembler:
     def _within_reach(self, position: int) -> int:
         """`position`, or an unconditional jump to it where a conditional one does not get that far."""
         for candidate in (position, self._relays.get(position, position)):
-            # Strictly less: the jump's other target may need such a relay too, which moves this one away by one.
+            # Less, not equal: a relay for the jump's other target may yet come between.
             if len(self._backwards) - 1 - candidate < _BPF_FARTHEST:
                 return candidate
         return self._relay(position)
@@ -402,7 +406,7 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-# Made here, as `install` runs in a forked child, where nothing may be imported. PyDLL keeps the GIL, see `syscalls`.
+# Made here, as `install` runs in a forked child: no imports there. PyDLL keeps the GIL, see `syscalls`.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _NR_SECCOMP = NUMBERS.get(platform.machine(), {}).get("seccomp", -1)

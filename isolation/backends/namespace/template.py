@@ -149,11 +149,14 @@ class NamespaceFork(Fork):
         text = os.pread(self._crash, _STACKS_AT_MOST, 0)
         return text.decode("utf-8", "replace")
 
-    def scratch(self, inode: int) -> bytes:
-        for fd in self._scratch:
+    def scratch_index(self, inode: int) -> int | None:
+        for index, fd in enumerate(self._scratch):
             if os.fstat(fd).st_ino == inode:
-                return os.pread(fd, _SCRATCH_AT_MOST, 0)
-        return b""
+                return index
+        return None
+
+    def scratch(self, index: int) -> bytes:
+        return os.pread(self._scratch[index], _SCRATCH_AT_MOST, 0)
 
     def close(self) -> None:
         if self._closed:

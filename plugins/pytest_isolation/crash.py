@@ -1,0 +1,130 @@
+"""Reports for tests that could not report themselves."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from isolation.result import Ended, Verdict
+from pytest_isolation.text import clean
+
+_OWN_FRAMES = re.compile(
+    r'^  File "[^"\n]*/(?:pytest_isolation|isolation/backends/namespace|isolation/guest)/[^"\n]*", line .*\n?', re.MULTILINE
+)
+_PYTEST_FRAMES = re.compile(r'^  File "[^"\n]*/(?:_pytest|pluggy|pytest)/[^"\n]*", line .*\n?', re.MULTILINE)
+
+
+@dataclass
+class _Place:
+    message: str
+    path: str
+    lineno: int
+
+
+class CrashRepr:
+    """A failure's representation, as pytest's terminal and junitxml expect one (reprcrash, toterminal, str)."""
+
+    def __init__(self, message: str, text: str, path: str, lineno: int) -> None:
+        self.reprcrash = _Place(message, path, lineno)
+        self._text = text
+
+    def toterminal(self, tw: Any) -> None:
+        """pytest prints a failure with this."""
+        tw.line(self.reprcrash.message, red=True, bold=True)
+        if self._text:
+            tw.line()
+            tw.line(self._text)
+
+    def __str__(self) -> str:
+        return f"{self.reprcrash.message}\n\n{self._text}".rstrip()
+
+
+def explain(verdict: Verdict, limits: dict[str, str]) -> str:
+    """One sentence: why there is no result."""
+    if verdict.ended is Ended.EXITED:
+        return (
+            f"the test's process ended with status {verdict.status} before the test was over "
+            f"(os._exit, or an extension module that exits)"
+        )
+    if verdict.ended is Ended.SIGNALLED:
+        return f"the test's process was {verdict}"
+    if verdict.ended is Ended.TIMED_OUT:
+        return f"the test timed out after {limits['timeout']} (isolation timeout)"
+    if verdict.ended is Ended.OUT_OF_MEMORY:
+        return f"the test ran out of memory (isolation memory limit: {limits['memory']})"
+    return f"the test's sandbox was lost: {verdict}"
+
+
+def tidy_stacks(stacks: str, *, whole: bool) -> str:
+    """faulthandler's text without the frames of this plug-in and, unless the test is not in it, of pytest's."""
+    text = _OWN_FRAMES.sub("", stacks)
+    shorter = _PYTEST_FRAMES.sub("", text)
+    if not whole and '  File "' in shorter:
+        text = shorter
+    return clean(text.strip())
+
+
+class Phases:
+    """Which reports of a test have come, and so in which phase it died."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    @property
+    def running(self) -> str:
+        """The phase that has not been reported yet."""
+        for phase in ("setup", "call", "teardown"):
+            if phase not in self.seen:
+                return phase
+        return "teardown"
+
+
+def crash_reports(
+    item: pytest.Item,
+    phases: Phases,
+    message: str,
+    text: str,
+    sections: Sequence[tuple[str, str]],
+    started: float,
+) -> list[pytest.TestReport]:
+    """What plain pytest would have reported had the test failed there: the phases before it passed, those after it did.
+
+    A test that dies in its set-up has failed, too: an "error" would hide it from who counts failures.
+    """
+    path, line, _domain = item.location
+    failed = "call" if phases.running == "setup" else phases.running
+    now = time.time()
+    made = []
+    for phase in ("setup", "call", "teardown"):
+        if phase in phases.seen:
+            continue
+        report = pytest.TestReport(
+            nodeid=item.nodeid, location=item.location, keywords={str(name): 1 for name in item.keywords},
+            outcome="passed", longrepr=None, when=phase,
+        )  # fmt: skip
+        if phase == failed:
+            report.outcome = "failed"
+            report.longrepr = CrashRepr(message, text, path, (line or 0) + 1)  # type: ignore[assignment]
+            report.sections = list(sections)
+            report.start, report.stop, report.duration = started, now, now - started
+            reason = _xfail_reason(item)
+            if reason is not None:
+                report.outcome = "skipped"
+                report.wasxfail = reason
+        made.append(report)
+    return made
+
+
+def _xfail_reason(item: pytest.Item) -> str | None:
+    """A test that is expected to fail, without saying by which exception, may fail by dying."""
+    for marker in item.iter_markers("xfail"):
+        conditions = marker.args or ((marker.kwargs["condition"],) if "condition" in marker.kwargs else ())
+        applies = not conditions or any(condition for condition in conditions if not isinstance(condition, str))
+        if applies and marker.kwargs.get("run", True) and "raises" not in marker.kwargs:
+            return str(marker.kwargs.get("reason", ""))
+    return None

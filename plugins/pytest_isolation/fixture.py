@@ -1,0 +1,34 @@
+"""The `sandbox` fixture, in pytest's own process and in a test's sandbox."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from isolation import Sandbox, registry
+from isolation.errors import LaunchError
+
+
+@contextlib.contextmanager
+def make_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """Inside a sandbox no other can be made, so the host makes it, and lends the wire to it."""
+    worker = request.config.pluginmanager.getplugin("isolation-worker")
+    if worker is None:
+        from pytest_isolation.settings import Reader
+
+        reader = Reader(request.config, request.config.getoption("isolation") or "auto")
+        assert isinstance(request.node, pytest.Item)
+        spec = reader.of_item(request.node).spec.replace(inherit_env=False)
+        with Sandbox(spec) as box:
+            yield box
+        return
+    guest = worker.guest
+    guest.send({"sandbox": True})
+    answer = guest.receive()
+    if answer is None or "error" in answer:
+        raise LaunchError(f"the host could not make a sandbox: {answer['error'] if answer else 'it is gone'}")
+    machine = registry.get(answer["backend"]).borrow(answer["sandbox"], guest.wire.take_fds(answer["fds"]))
+    with Sandbox.borrowed(machine) as box:
+        yield box

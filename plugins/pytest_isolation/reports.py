@@ -1,0 +1,213 @@
+"""Reports on the wire: encoded in the sandbox, checked on the host. JSON only; the guest is not believed.
+
+What the host accepts from a test: its outcome (a test can always spoil its own), text, numbers. What it does not:
+another test's node id, attributes that pytest gives a meaning to, control sequences, objects of any kind.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import linecache
+import math
+import warnings
+from typing import Any
+
+import pytest
+
+from pytest_isolation.text import clean, clean_all, clean_name
+
+_OUTCOMES = ("passed", "failed", "skipped")
+_PHASES = ("setup", "call", "teardown")
+_SECTIONS_AT_MOST = 1000
+_PROPERTIES_AT_MOST = 10_000
+_WARNING_NAMES = frozenset(
+    name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Warning)
+)
+
+
+class BadReport(ValueError):
+    """The guest sent something that is not a report of this test."""
+
+
+def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
+    """In the sandbox. What is not JSON crosses as its repr()."""
+    before = report.outcome
+    after = None
+    if report.when == "call":
+        # Plug-ins change a report's outcome here (pytest's own subtests do), which the terminal reporter would cause.
+        config.hook.pytest_report_teststatus(report=report, config=config)
+        if report.outcome != before:
+            after = {"outcome": report.outcome, "longrepr": str(report.longrepr)}
+            report.outcome = before
+            report.longrepr = None
+    data = config.hook.pytest_report_to_serializable(config=config, report=report)
+    data["isolation_after"] = after
+    try:
+        return json.dumps(data, default=_repr).encode()
+    except (TypeError, ValueError, RecursionError):
+        data["longrepr"] = None if data.get("longrepr") is None else report.longreprtext
+        data["user_properties"] = [(str(name), _repr(value)) for name, value in report.user_properties]
+        data["keywords"] = {str(name): 1 for name in data.get("keywords", ())}
+        return json.dumps(data, default=_repr, skipkeys=True).encode()
+
+
+def _repr(value: object) -> str:
+    try:
+        return repr(value)
+    except BaseException as error:  # a test's __repr__ may raise anything
+        return f"<{type(error).__name__} in __repr__ of {type(value).__name__}>"
+
+
+def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.TestReport:
+    """On the host: a report of `item`, rebuilt from what its sandbox sent. Raises BadReport."""
+    try:
+        if not isinstance(payload, bytes):
+            raise BadReport("a report without content")
+        data = json.loads(payload)
+        checked = _check(item, data)
+        report = config.hook.pytest_report_from_serializable(config=config, data=checked)
+        if not isinstance(report, pytest.TestReport):
+            raise BadReport("not a test report")
+        if isinstance(data.get("isolation_after"), dict):
+            report.__dict__["_isolation_after"] = _check_after(data["isolation_after"])
+        _try_to_show(report)
+    except BadReport:
+        raise
+    except Exception as error:
+        raise BadReport(f"malformed: {type(error).__name__}: {clean_name(str(error), 200)}") from error
+    return report
+
+
+def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise BadReport("not an object")
+    if data.get("nodeid") != item.nodeid:
+        raise BadReport(f"a report of another test: {clean_name(str(data.get('nodeid')), 200)}")
+    if data.get("outcome") not in _OUTCOMES or data.get("when") not in _PHASES:
+        raise BadReport("no such outcome or phase")
+    checked: dict[str, Any] = {
+        "$report_type": "TestReport",
+        "nodeid": item.nodeid,
+        "location": _location(data.get("location")),
+        "keywords": {clean_name(name): 1 for name in _expect(data.get("keywords"), dict)},
+        "outcome": data["outcome"],
+        "longrepr": _longrepr(data.get("longrepr")),
+        "when": data["when"],
+        "sections": [_pair(section) for section in _expect(data.get("sections"), list)[:_SECTIONS_AT_MOST]],
+        "user_properties": [
+            (clean_name(str(name)), clean_all(value))
+            for name, value in _expect(data.get("user_properties"), list)[:_PROPERTIES_AT_MOST]
+        ],
+        **{name: _number(data.get(name)) for name in ("duration", "start", "stop")},
+    }
+    if "wasxfail" in data:
+        checked["wasxfail"] = clean(_expect(data["wasxfail"], str))
+    if data.get("_report_type") == "SubTestReport":
+        context = _expect(data.get("_subtest.context"), dict)
+        message = context.get("msg")
+        checked["_report_type"] = "SubTestReport"
+        checked["_subtest.context"] = {
+            "msg": None if message is None else clean(str(message)),
+            "kwargs": {clean_name(name): clean(str(value)) for name, value in _expect(context["kwargs"], dict).items()},
+        }
+    return checked
+
+
+def _check_after(after: dict[str, Any]) -> tuple[str, str]:
+    if after.get("outcome") not in _OUTCOMES:
+        raise BadReport("no such outcome")
+    return after["outcome"], clean(_expect(after.get("longrepr"), str))
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise BadReport(f"{type(value).__name__} where {kind.__name__} belongs")
+    return value
+
+
+def _location(value: Any) -> tuple[str, int | None, str]:
+    path, line, domain = _expect(value, list)
+    if line is not None:
+        _expect(line, int)
+    return clean_name(_expect(path, str)), line, clean_name(_expect(domain, str))
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    title, content = _expect(value, list)
+    return clean_name(_expect(title, str)), clean(_expect(content, str))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadReport("a time that is no number")
+    return value
+
+
+def _longrepr(value: Any) -> Any:
+    """None, text, a skip's (path, line, reason), or a dictionary that pytest itself rebuilds; tuples again."""
+    if value is None or isinstance(value, str):
+        return None if value is None else clean(value)
+    if isinstance(value, list):
+        path, line, reason = value
+        return clean_name(_expect(path, str)), _expect(line, int), clean(_expect(reason, str))
+    value = clean_all(_expect(value, dict))
+    crash, trace = value.get("reprcrash"), value.get("reprtraceback")
+    _expect(trace, dict)
+    if crash is not None:
+        _expect(crash.get("message"), str)
+    return value
+
+
+def _try_to_show(report: pytest.TestReport) -> None:
+    """Whatever would fail when it is printed must fail here, and fail this one test only."""
+    _ = report.longreprtext, report.caplog, report.capstdout, report.capstderr
+
+
+def encode_warning(message: warnings.WarningMessage, when: str, nodeid: str, location: Any) -> dict[str, Any]:
+    """In the sandbox: text and place of a warning, its source line included."""
+    return {
+        "message": str(message.message),
+        "category": message.category.__name__,
+        "filename": message.filename,
+        "lineno": message.lineno,
+        "line": message.line if message.line is not None else linecache.getline(message.filename, message.lineno).strip(),
+        "when": when,
+        "nodeid": nodeid,
+        "location": list(location) if location else None,
+    }
+
+
+def decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
+    """On the host: keyword arguments for `pytest_warning_recorded`. Raises BadReport.
+
+    The category is looked up among Python's own, else a new class that only has its name: a module or class that
+    the guest names is never imported (pytest-xdist does, and so runs what the guest likes). A source line is
+    always given, else printing would read any file that the guest names.
+    """
+    if not isinstance(data, dict) or data.get("when") not in ("config", "collect", "runtest"):
+        raise BadReport("not a warning")
+    name = str(data.get("category"))
+    if not name.isidentifier() or len(name) > 200:
+        raise BadReport("a warning without a category")
+    category = getattr(builtins, name) if name in _WARNING_NAMES else type(name, (Warning,), {})
+    text = clean(_expect(data.get("message"), str), 1 << 20)
+    message = warnings.WarningMessage(
+        message=_warning(category, text),
+        category=category,
+        filename=clean_name(_expect(data.get("filename"), str)),
+        lineno=_expect(data.get("lineno"), int),
+        line=clean(_expect(data.get("line"), str), 4096),
+    )
+    place = data.get("location")
+    if place is not None:
+        path, line, function = _expect(place, list)
+        place = (clean_name(_expect(path, str)), _expect(line, int), clean_name(_expect(function, str)))
+    return {"warning_message": message, "when": data["when"], "nodeid": item.nodeid, "location": place}
+
+
+def _warning(category: type[Warning], text: str) -> Warning:
+    try:
+        return category(text)
+    except TypeError:  # UnicodeWarning and its like take other arguments
+        return Warning(text)

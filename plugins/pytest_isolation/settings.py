@@ -1,0 +1,86 @@
+"""From options, ini and markers to the spec of one test's sandbox."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from isolation.errors import SpecError
+from isolation.spec import Limits, Mount, SandboxSpec
+
+_DEFAULT_PIDS = "1024"
+_KEYS = ("enabled", "backend", "network", "memory", "pids", "timeout")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one test is isolated; equal settings share a template."""
+
+    enabled: bool
+    spec: SandboxSpec
+
+
+class Reader:
+    """Reads the run's settings once, and each test's marker."""
+
+    def __init__(self, config: pytest.Config, backend: str) -> None:
+        self._run: dict[str, Any] = {"enabled": True, "backend": backend}
+        for key in ("network", "memory", "pids", "timeout"):
+            self._run[key] = config.getoption(f"isolation_{key}") or config.getini(f"isolation_{key}") or None
+        mounts = [*config.getini("isolation_mount"), *config.getoption("isolation_mount")]
+        self._mounts = tuple(_project_mounts(config)) + tuple(Mount.parse(text) for text in mounts)
+        self._workdir = os.getcwd()
+        self._known: dict[tuple[Any, ...], Settings] = {}
+        self.default = self._settings(self._run)
+
+    def of_item(self, item: pytest.Item) -> Settings:
+        """The settings of one test. Raises SpecError, naming the test."""
+        values = dict(self._run)
+        markers = list(item.iter_markers("isolation"))
+        if not markers:
+            return self.default
+        for marker in reversed(markers):  # the closest one last, so that it wins
+            unknown = set(marker.kwargs) - set(_KEYS)
+            if marker.args or unknown:
+                what = ", ".join(sorted(unknown)) or "arguments without a name"
+                raise SpecError(f"{item.nodeid}: the isolation marker does not take {what}; it takes {', '.join(_KEYS)}")
+            values.update(marker.kwargs)
+        try:
+            return self._settings(values)
+        except SpecError as error:
+            raise SpecError(f"{item.nodeid}: isolation marker: {error}") from None
+
+    def _settings(self, values: dict[str, Any]) -> Settings:
+        key = tuple(values[name] for name in _KEYS)
+        if key not in self._known:
+            limits = Limits(memory=values["memory"], pids=values["pids"] or _DEFAULT_PIDS, wall=values["timeout"])
+            spec = SandboxSpec(
+                backend=values["backend"] or "auto",
+                mounts=self._mounts,
+                workdir=self._workdir,
+                inherit_env=True,  # tests are written against the environment of whoever runs them
+                network=values["network"] or "none",
+                limits=limits,
+            )
+            self._known[key] = Settings(bool(values["enabled"]), spec)
+        return self._known[key]
+
+
+def _project_mounts(config: pytest.Config) -> list[Mount]:
+    """The project, copy-on-write: rootdir, the current directory, and what was named on the command line."""
+    wanted = [str(config.rootpath), os.getcwd()]
+    for argument in config.args:
+        path = os.path.abspath(argument.split("::")[0])
+        if os.path.exists(path):
+            wanted.append(path if os.path.isdir(path) else os.path.dirname(path))
+    home = os.path.expanduser("~")
+    chosen: list[str] = []
+    for path in sorted(dict.fromkeys(map(os.path.realpath, wanted)), key=len):
+        inside = any(path == known or path.startswith(known + "/") for known in chosen)
+        # `/` or the directory of all homes is nobody's project; a rootdir there means that none was found.
+        if not inside and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
+            chosen.append(path)
+    return [Mount.overlay(path) for path in chosen]
