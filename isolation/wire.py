@@ -143,9 +143,16 @@ class Wire:
         return [self.fds.popleft() for _ in range(count)]
 
     def close(self) -> None:
-        """Close the socket, and every descriptor that nobody took."""
+        """End the connection, and close every descriptor that nobody took.
+
+        Shut down, not only closed: a process that was forked meanwhile may hold a duplicate.
+        """
         while self.fds:
             os.close(self.fds.popleft())
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end was quicker
         self.sock.close()
 
 

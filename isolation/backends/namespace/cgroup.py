@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from isolation.spec import Limits
 
-_NAME = re.compile(r"isolation-(\d+)-(\d+)-\d+")
-_CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+_NAME = re.compile(r"isolation-(\d+)-(\d+)")
+_CONTROLLERS = ("memory", "cpu", "cpuacct")
 _PERIOD = 100_000  # µs; the kernel's default accounting period
 
 
@@ -50,22 +50,34 @@ class Hierarchy:
     def can(self, controller: str) -> bool:
         return controller in self.parents
 
-    def create(self, number: int, limits: Limits) -> Cgroup:
-        """A cgroup for one sandbox, its limits set. Raises OSError."""
-        name = f"isolation-{os.getpid()}-{_start_time(os.getpid())}-{number}"
+    def subtree(self) -> Hierarchy:
+        """A cgroup of this process's own, to make others in. Needs the rights of whoever may write the hierarchy;
+        what is made in it later needs only this process's user id. Raises OSError."""
         if self.version == 2:
             _delegate(self.parents)
-        paths = {controller: f"{parent}/{name}" for controller, parent in self.parents.items()}
-        group = Cgroup(self.version, paths)
+        name = f"isolation-{os.getpid()}-{_start_time(os.getpid())}"
+        parents = {controller: f"{parent}/{name}" for controller, parent in self.parents.items()}
+        for path in set(parents.values()):
+            os.mkdir(path, 0o755)
+        if self.version == 2:
+            _delegate(parents)
+        return Hierarchy(self.version, parents)
+
+    def create(self, number: int, limits: Limits) -> Cgroup:
+        """A cgroup for one sandbox, its limits set. Raises OSError."""
+        group = Cgroup(self.version, {controller: f"{parent}/{number}" for controller, parent in self.parents.items()})
         try:
-            for path in set(paths.values()):
-                with contextlib.suppress(FileExistsError):  # cpu and cpuacct are often one mount
-                    os.mkdir(path)
+            for path in set(group.paths.values()):
+                os.mkdir(path, 0o755)
             group.apply(limits)
         except OSError:
             group.remove()
             raise
         return group
+
+    def remove(self) -> None:
+        """Remove a subtree, whose sandboxes are gone."""
+        Cgroup(self.version, self.parents).remove()
 
     def sweep(self) -> None:
         """Remove the cgroups of keepers that are no more."""
@@ -74,8 +86,7 @@ class Hierarchy:
                 for name in os.listdir(parent):
                     match = _NAME.fullmatch(name)
                     if match and _start_time(int(match[1])) != match[2]:
-                        with contextlib.suppress(OSError):
-                            os.rmdir(f"{parent}/{name}")
+                        _remove_tree(f"{parent}/{name}")
 
 
 class Cgroup:
@@ -94,8 +105,6 @@ class Cgroup:
             else:
                 self._write("memory", "memory.limit_in_bytes", limits.memory)
                 self._write("memory", "memory.memsw.limit_in_bytes", limits.memory, optional=True)
-        if limits.pids is not None:
-            self._write("pids", "pids.max", limits.pids + 1)  # the reaper is ours, not the guest's
         if limits.cpus is not None:
             quota = max(1000, int(limits.cpus * _PERIOD))
             if self.version == 2:
@@ -160,6 +169,14 @@ class Cgroup:
         if optional and not os.path.exists(path):
             return
         _write_file(path, str(value))
+
+
+def _remove_tree(path: str) -> None:
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path):
+            if entry.is_dir(follow_symlinks=False):
+                os.rmdir(entry.path)
+        os.rmdir(path)
 
 
 def oom_kills(events: str) -> int:

@@ -18,11 +18,11 @@ _AT_MOST = 100_000
 _DEEPEST = 200
 
 
-def of_store(store: int, operations: Sequence[Operation], *, staged: bool) -> list[Change]:
+def of_store(store: int, operations: Sequence[Operation]) -> list[Change]:
     """Every path added, changed or deleted in the store behind the descriptor, sorted; at most 100,000."""
     found: list[Change] = []
     for operation in operations:
-        if isinstance(operation, Overlay) and operation.writable:
+        if isinstance(operation, Overlay):
             top, source = f".{LAYERS}/{operation.number}/upper", operation.source
         elif isinstance(operation, Private):
             top, source = f".{PRIVATE}/{operation.number}", ""

@@ -40,10 +40,10 @@ def _is_initial_user_namespace() -> bool:
         return file.read().split() == ["0", "0", "4294967295"]
 
 
-def map_range(pid: int) -> None:
+def map_range(pid: int, base: int = RANGE_BASE) -> None:
     """Write the maps of a process in a new user namespace; for real root, from outside."""
     for name in ("uid_map", "gid_map"):
-        _write(f"/proc/{pid}/{name}", f"0 {RANGE_BASE} {RANGE_SIZE}")
+        _write(f"/proc/{pid}/{name}", f"0 {base} {RANGE_SIZE}")
 
 
 def become_mapped_root() -> None:

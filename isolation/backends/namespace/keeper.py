@@ -7,6 +7,7 @@ the host, so that neither `kill -9` nor a forgotten duplicate of its socket keep
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -14,14 +15,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
-from isolation.backends.namespace import fds, identity, init, stage, syscalls
-from isolation.backends.namespace.cgroup import Cgroup
+from isolation.backends.namespace import build, fds, identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.fds import Inherited
-from isolation.backends.namespace.init import Birth
 from isolation.backends.namespace.plan import Plan
+from isolation.backends.namespace.sleeper import Sleeper
 from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest
 from isolation.wire import Message, Wire, wait_readable
@@ -55,14 +55,17 @@ class KeeperProcess:
         except WireError as error:
             raise LaunchError("the process that makes sandboxes is gone; was it killed?") from error
 
-    def ended(self, number: int, timeout: float | None) -> Message | None:
-        """The keeper's last word on a clone ("ended" or "unforked"), waiting for it; None when there is none."""
+    def last_word(self, number: int, timeout: float | None) -> Message | None:
+        """What the keeper says of a clone's end ("exit", "ended" or "unforked"), waiting for it; None when it says nothing.
+
+        Raises TimeoutError.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while number not in self._ended:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 message = self.wire.receive(left)
-            except (TimeoutError, WireError):
+            except WireError:
                 return None
             if message is None:
                 return None
@@ -78,7 +81,7 @@ class KeeperProcess:
             self._ended.pop(number, None)
 
     def _note(self, message: Message) -> None:
-        if message.get("event") in ("ended", "unforked"):
+        if message.get("event") in ("exit", "ended", "unforked"):
             self._ended.setdefault(message["id"], message)
 
     def close(self) -> None:
@@ -94,8 +97,8 @@ class KeeperProcess:
         self.pidfd = -1
 
 
-def start(plan: Plan, payload: Callable[[Guest], object] | None = None) -> KeeperProcess:
-    """Fork a keeper off this process. `payload` is what its forks run; None for commands only.
+def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> KeeperProcess:
+    """Fork a keeper off this process. `function` is what its forks run; None for commands only.
 
     Raises LaunchError, naming what could not be prepared.
     """
@@ -109,7 +112,7 @@ def start(plan: Plan, payload: Callable[[Guest], object] | None = None) -> Keepe
     try:
         pid = syscalls.fork()
         if pid == 0:
-            _become_keeper(plan, payload, theirs, ours, host, mask)
+            _become_keeper(plan, function, theirs, ours, host, mask)
     finally:
         syscalls.fork_after_parent()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -120,7 +123,7 @@ def start(plan: Plan, payload: Callable[[Guest], object] | None = None) -> Keepe
 
 def _become_keeper(
     plan: Plan,
-    payload: Callable[[Guest], object] | None,
+    function: Callable[[Guest], object] | None,
     theirs: socket.socket,
     ours: socket.socket,
     host: int,
@@ -143,10 +146,12 @@ def _become_keeper(
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         wire = Wire(theirs, accept_fds=True)
-        keeper = Keeper(plan, wire, host, mask)
-        guest = keeper.serve()
-        if guest is not None:
-            _run_payload(guest, payload)
+        if function is None:
+            Keeper(plan, wire, host, mask).serve()
+        else:
+            guest = _serve_warm(plan, wire, host, mask)
+            if guest is not None:
+                _run(guest, function)
         status = 0
     except BaseException as error:
         if os.environ.get("ISOLATION_DEBUG"):
@@ -155,11 +160,44 @@ def _become_keeper(
         os._exit(status)
 
 
-def _run_payload(guest: Guest, payload: Callable[[Guest], object] | None) -> NoReturn:
+def _serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> Guest | None:
+    """The keeper of a template is itself PID 1 of a PID namespace, beneath which it makes its forks: so the kernel ends
+    them all with it. Returns None in its parent, which only waits, once it is gone."""
+    inherited = fds.inventory(exclude=[wire.fileno(), host])
+    cgroups = None
+    try:
+        if plan.staged:
+            stage.prepare(plan.staged, plan.mount_point)
+        if plan.cgroup is not None:
+            plan.cgroup.sweep()
+            cgroups = plan.cgroup.subtree()
+        ours, theirs = socket.socketpair()
+        pid, _pidfd = syscalls.clone(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID)
+        if pid == 0:
+            ours.close()
+            build.die_with_keeper()
+            build.become_root_of_namespace(plan, theirs)
+            theirs.close()
+            return WarmKeeper(plan, wire, host, mask, cgroups, inherited).serve()
+    except OSError as error:
+        wire.send({"event": "failed", "errno": error.errno, "what": error.strerror or str(error)})
+    else:
+        theirs.close()
+        wire.sock.close()
+        if ours.recv(1) == b"m":
+            identity.map_range(pid)
+            ours.send(b"m")
+        os.waitpid(pid, 0)
+    if cgroups is not None:
+        cgroups.remove()
+    return None
+
+
+def _run(guest: Guest, function: Callable[[Guest], object] | None) -> NoReturn:
     """In a fork: its status is 0 only when the function returned."""
     try:
-        assert payload is not None
-        payload(guest)
+        assert function is not None
+        function(guest)
     except SystemExit as error:
         guest.finish(error.code if isinstance(error.code, int) else 0 if error.code is None else 1)
     except BaseException as error:
@@ -177,19 +215,40 @@ def _open_stdio() -> None:
             os.open("/dev/null", os.O_RDWR)
 
 
-@dataclass
 class _Child:
-    number: int
-    pid: int
-    pidfd: int
-    leash: int
-    cgroup: Cgroup | None
-    deadline: float | None
-    timed_out: bool = False
+    """A sandbox, as its keeper knows it."""
+
+    def __init__(self, number: int, pid: int, pidfd: int, leash: socket.socket, cgroup: Cgroup | None) -> None:
+        self.number = number
+        self.pid = pid  # of its payload, or of its PID 1 where it is one for commands
+        self.pidfd = pidfd
+        self.leash = leash
+        self.cgroup = cgroup
+        self.init: tuple[int, int] | None = None  # (pid, pidfd) of the sleeping PID 1 of a payload
+        self.crash = -1
+        self.memory_files: tuple[int, int] | None = None
+        self.watch: memory.Watch | None = None
+        self.deadline: float | None = None
+        self.timed_out = False
+        self.out_of_memory = False
+
+    def kill(self) -> None:
+        """End everything inside: the death of a PID 1 is that of its whole namespace (pid_namespaces(7))."""
+        signal.pidfd_send_signal(self.init[1] if self.init else self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.leash.close()
+        if self.watch is not None:
+            self.watch.close()
+        elif self.memory_files is not None:
+            for fd in self.memory_files:
+                os.close(fd)
+        if self.crash >= 0:
+            os.close(self.crash)
 
 
 class Keeper:
-    """Serves one plan's sandboxes to one host."""
+    """Serves one plan's sandboxes to one host. This one makes sandboxes for commands."""
 
     def __init__(self, plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> None:
         self._plan = plan
@@ -198,21 +257,18 @@ class Keeper:
         self._mask = mask
         self._umask = os.umask(0)
         os.umask(self._umask)
-        self._children: dict[int, _Child] = {}
-        self._inherited: list[Inherited] = []
+        self._cgroups: Hierarchy | None = None
+        self._children: dict[int, _Child] = {}  # by number
+        self._ending: dict[int, tuple[int, Cgroup | None]] = {}  # sleeping PID 1s that were killed: pidfd → pid, cgroup
 
     def serve(self) -> Guest | None:
         """Until the host is gone; then None. In each forked payload it returns, too: that fork's guest."""
         try:
-            self._inherited = fds.inventory(exclude=[self._wire.fileno(), self._host])
-            if self._plan.staged:
-                stage.prepare(self._plan.staged, self._plan.mount_point)
-            if self._plan.cgroup is not None:
-                self._plan.cgroup.sweep()
+            scratch = self._prepare()
         except OSError as error:
-            self._wire.send({"event": "failed", "what": error.strerror or str(error)})
+            self._wire.send({"event": "failed", "errno": error.errno, "what": error.strerror or str(error)})
             return None
-        self._wire.send({"event": "ready", "scratch": sum(item.scratch for item in self._inherited)})
+        self._wire.send({"event": "ready", "scratch": scratch})
         try:
             return self._loop()
         except WireError:
@@ -220,122 +276,318 @@ class Keeper:
         finally:
             self._end_all()
 
+    def _prepare(self) -> int:
+        """What is done once. Returns how many private files a fork wants."""
+        plan = self._plan
+        if plan.staged:
+            stage.prepare(plan.staged, plan.mount_point)
+        if plan.cgroup is not None:
+            plan.cgroup.sweep()
+            self._cgroups = plan.cgroup.subtree()
+        return 0
+
     def _loop(self) -> Guest | None:
         while True:
             message = self._next_message()
             if message is None:
                 return None
-            if message["op"] == "kill":
-                self._kill(message["id"])
-            elif message["op"] == "fork":
+            if message["op"] == "fork":
                 guest = self._fork(message)
                 if guest is not None:
                     return guest
+            elif (child := self._children.get(message["id"])) is not None:
+                if message["op"] == "kill":
+                    child.kill()
+                elif message["op"] == "dump":
+                    self._dump(child)
 
     def _next_message(self) -> Message | None:
+        """The host's next wish; meanwhile, what the sandboxes want and do. None when the host is gone."""
         while True:
             message = self._wire.next_message()
             if message is not None:
                 return message
             poller = select.poll()
-            for fd in (self._wire.fileno(), self._host, *self._children):
+            waiting: dict[int, Callable[[], None]] = {}
+            for child in self._children.values():
+                waiting[child.pidfd] = lambda child=child: self._ended(child)  # type: ignore[misc]
+                if child.leash.fileno() >= 0:
+                    waiting[child.leash.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
+            for pidfd in self._ending:
+                waiting[pidfd] = lambda pidfd=pidfd: self._buried(pidfd)  # type: ignore[misc]
+            for fd in (self._wire.fileno(), self._host, *waiting):
                 poller.register(fd, select.POLLIN)
-            for fd, _events in poller.poll(self._until_deadline()):
-                if fd == self._host:
-                    return None
-                if fd in self._children:
-                    self._ended(self._children[fd])
-                elif fd == self._wire.fileno() and not self._wire.fill():
-                    return None
+            ready = [fd for fd, _events in poller.poll(self._patience())]
+            if self._host in ready:
+                return None
+            for fd in ready:
+                # What one event did may have ended what another was about.
+                if fd in waiting and (fd in self._ending or any(fd in (c.pidfd, c.leash.fileno()) for c in self._children.values())):
+                    waiting[fd]()
+            if self._wire.fileno() in ready and not self._wire.fill():
+                return None
 
-    def _until_deadline(self) -> float | None:
-        """Milliseconds to the next wall-clock limit; ends those that have reached theirs."""
-        deadlines = [child.deadline for child in self._children.values() if child.deadline is not None]
-        if not deadlines:
-            return None
+    def _patience(self) -> float | None:
+        """Milliseconds until something must be looked at. Ends what is over its wall-clock or memory limit."""
         now = time.monotonic()
+        patience: list[float] = []
         for child in self._children.values():
-            if child.deadline is not None and child.deadline <= now:
-                child.deadline, child.timed_out = None, True
-                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
-        return max(0.0, (min(deadlines) - now) * 1000) + 1
+            if child.deadline is not None:
+                if child.deadline <= now:
+                    child.deadline, child.timed_out = None, True
+                    child.kill()
+                else:
+                    patience.append((child.deadline - now) * 1000 + 1)
+            if child.watch is not None:
+                patience.append(child.watch.interval)
+                state = child.watch.look()
+                if state == "near":
+                    self._dump(child)
+                elif state == "over" and not child.out_of_memory:
+                    child.out_of_memory = True
+                    self._dump(child)
+                    time.sleep(0.02)  # a moment for the stacks to be written
+                    child.kill()
+        return min(patience, default=None)
+
+    def _dump(self, child: _Child) -> None:
+        """Have a payload write the stacks of its threads; those of an earlier time are dropped."""
+        if child.init is not None:
+            os.ftruncate(child.crash, 0)
+            signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
 
     def _fork(self, message: Message) -> Guest | None:
         number = message["id"]
         given = self._wire.take_fds(message["fds"])
         cgroup = None
         memory_files = None
+        ours, theirs = socket.socketpair()
         try:
-            if self._plan.cgroup is not None:
-                cgroup = self._plan.cgroup.create(number, self._plan.limits)
+            if self._cgroups is not None:
+                cgroup = self._cgroups.create(number, self._plan.limits)
                 memory_files = cgroup.open_memory_files() if self._plan.limits.memory is not None else None
-            leash, our_leash = os.pipe2(os.O_CLOEXEC)
-            birth = self._birth(message, given, leash, memory_files)
-            pid, pidfd = syscalls.clone(self._plan.clone_flags)
+            made = self._clone(number, given, ours, theirs, cgroup, memory_files)
+            if isinstance(made, Guest):
+                return made
         except OSError as error:
-            self._wire.send({"event": "unforked", "id": number, "errno": error.errno, "what": error.strerror})
+            self._unforked(number, error)
+            ours.close()
             if cgroup is not None:
                 cgroup.remove()
-            for fd in given:
-                os.close(fd)
-            return None
-        if pid == 0:
-            os.close(our_leash)
-            guest = init.live(self._plan, birth)
-            self._children = {}  # those of the keeper, not of this fork
-            return guest
-        for fd in (*given, leash, *(memory_files or ())):
+        else:
+            made.memory_files = memory_files
+            self._children[number] = made
+        theirs.close()
+        for fd in given:
             os.close(fd)
-        wall = None if message.get("payload") else self._plan.limits.wall  # a payload's begins with its job
-        deadline = None if wall is None else time.monotonic() + wall
-        self._children[pidfd] = _Child(number, pid, pidfd, our_leash, cgroup, deadline)
-        try:
-            if cgroup is not None:
-                cgroup.add(pid)
-            if self._plan.identity.ranged:
-                identity.map_range(pid)
-            os.write(our_leash, b"g")
-        except OSError as error:
-            self._wire.send({"event": "unforked", "id": number, "errno": error.errno, "what": error.strerror})
-            self._kill(number)
         return None
 
-    def _birth(self, message: Message, given: list[int], leash: int, memory_files: tuple[int, int] | None) -> Birth:
-        if not message.get("payload"):
-            return Birth(
-                control=given[0], leash=leash, memory_files=memory_files, umask=self._umask,
-                spawn=message.get("spawn"), spawn_fds=tuple(given[1:]),
-            )  # fmt: skip
-        control, wire, stdin, stdout, stderr, crash, *scratch = given
-        return Birth(
-            control=control, leash=leash, wire=wire, stdio=(stdin, stdout, stderr), crash=crash,
-            scratch=tuple(scratch), inherited=self._inherited, memory_files=memory_files,
-            signal_mask=self._mask, umask=self._umask,
-        )  # fmt: skip
+    def _clone(
+        self,
+        number: int,
+        given: list[int],
+        ours: socket.socket,
+        theirs: socket.socket,
+        cgroup: Cgroup | None,
+        memory_files: tuple[int, int] | None,
+    ) -> _Child | Guest:
+        pid, pidfd = syscalls.clone(self._plan.clone_flags)
+        if pid == 0:
+            ours.close()
+            init.live(self._plan, init.Birth(given[0], theirs, memory_files, self._mask, self._umask))
+        child = _Child(number, pid, pidfd, ours, cgroup)
+        wall = self._plan.limits.wall
+        child.deadline = None if wall is None else time.monotonic() + wall
+        return child
 
-    def _kill(self, number: int) -> None:
-        for child in self._children.values():
-            if child.number == number:
-                signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+    def _answer(self, child: _Child) -> None:
+        """What a process cannot do for itself while it builds its sandbox."""
+        request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
+        try:
+            if request == b"c" and child.cgroup is not None:
+                child.cgroup.add(child.pid)
+            elif request == b"m":
+                identity.map_range(child.pid)
+                _enter_user_namespace(child.pid)  # the next map is one below it, and written from there only
+            elif request == b"i":
+                identity.map_range(_host_pid(child.pidfd), 0)
+            elif request == b"w" and len(given) == 2:
+                child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
+                return
+            else:
+                child.leash.close()
+                if request[:1] == b"x":
+                    self._unforked(child.number, _error_in(request))
+                return
+            child.leash.send(request)
+        except OSError as error:
+            self._unforked(child.number, error)
+            child.kill()
+
+    def _unforked(self, number: int, error: OSError) -> None:
+        what = error.strerror or str(error)
+        self._wire.send({"event": "unforked", "id": number, "errno": error.errno, "what": what})
 
     def _ended(self, child: _Child) -> None:
-        """PID 1 is gone, and so, by the kernel's word, is everything inside (pid_namespaces(7))."""
+        """A payload is gone, or a PID 1 for commands."""
         _pid, status, usage = os.wait4(child.pid, 0)
-        event: Message = {"event": "ended", "id": child.number, "status": status, "timed_out": child.timed_out}
+        event: Message = {"event": "exit" if child.init else "ended", "id": child.number, "status": status}
         event["usage"] = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024]
-        del self._children[child.pidfd]
-        os.close(child.pidfd)
-        os.close(child.leash)
+        event["timed_out"], event["oom"] = child.timed_out, child.out_of_memory
         if child.cgroup is not None:
             event["accounts"] = child.cgroup.accounts()
+        del self._children[child.number]
+        os.close(child.pidfd)
+        child.close()
+        if child.init is not None:
+            child.kill()  # whatever it has left running ends with it
+            self._ending[child.init[1]] = child.init[0], child.cgroup
+        elif child.cgroup is not None:
             child.cgroup.remove()
         try:
             self._wire.send(event)
         except WireError:
             pass  # the host is gone; the loop notices
 
+    def _buried(self, pidfd: int) -> None:
+        """A sleeping PID 1 is gone, and so, by the kernel's word, is everything inside."""
+        pid, cgroup = self._ending.pop(pidfd)
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+        if cgroup is not None:
+            cgroup.remove()
+
     def _end_all(self) -> None:
         for child in list(self._children.values()):
-            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            child.kill()
         for child in list(self._children.values()):
             self._ended(child)
+        for pidfd in list(self._ending):
+            self._buried(pidfd)
+        self._remove_cgroups()
+
+    def _remove_cgroups(self) -> None:
+        if self._cgroups is not None:
+            self._cgroups.remove()
+
+
+class WarmKeeper(Keeper):
+    """Makes forks of itself: root of the user namespace that owns them, and PID 1 above theirs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        wire: Wire,
+        host: int,
+        mask: frozenset[int],
+        cgroups: Hierarchy | None,
+        inherited: list[Inherited],
+    ) -> None:
+        super().__init__(plan, wire, host, mask)
+        self._cgroups = cgroups
+        self._inherited = inherited
+        self._base = -1
+        self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self._sleeper = Sleeper()
+
+    def _prepare(self) -> int:
+        self._base = self._build_base()
+        gc.collect()
+        gc.freeze()  # what is warm stays; without it, every fork's collections would touch, and so copy, all of it
+        if "dumpable" in self._plan.defences:
+            syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # its memory is that of every sleeping PID 1, too
+        return sum(item.scratch for item in self._inherited)
+
+    def _build_base(self) -> int:
+        """A mount namespace with what all forks share, built by a clone."""
+        ours, theirs = socket.socketpair()
+        pid, pidfd = syscalls.clone(syscalls.CLONE_NEWNS)
+        if pid == 0:
+            ours.close()
+            self._be_builder(theirs)
+        theirs.close()
+        answer, given, _flags, _ = socket.recv_fds(ours, 4096, 1)
+        ours.close()
+        os.waitpid(pid, 0)
+        os.close(pidfd)
+        if not given:
+            raise _error_in(answer)
+        return given[0]
+
+    def _be_builder(self, leash: socket.socket) -> NoReturn:
+        try:
+            mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            build.build_base(self._plan)
+            socket.send_fds(leash, [b"d"], [mounts])
+        except OSError as error:
+            leash.send(f"x{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000])
+        finally:
+            os._exit(0)
+
+    def _clone(
+        self,
+        number: int,
+        given: list[int],
+        ours: socket.socket,
+        theirs: socket.socket,
+        cgroup: Cgroup | None,
+        memory_files: tuple[int, int] | None,
+    ) -> _Child | Guest:
+        """A PID 1, and the payload as the second process of its namespace; whose parent, though, is this keeper."""
+        wire, stdin, stdout, stderr, crash, *scratch = given
+        syscalls.unshare(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWTIME)  # for children
+        first = pid = None
+        syscalls.fork_before()
+        try:
+            first = self._sleeper.clone()
+            pid, pidfd = syscalls.clone(self._plan.clone_flags & ~_INHERITED)
+        except OSError:
+            if first is not None:
+                signal.pidfd_send_signal(first[1], signal.SIGKILL)
+                self._ending[first[1]] = first[0], None
+            raise
+        finally:
+            if pid != 0:
+                syscalls.fork_after_parent()
+                syscalls.setns(self._own_pid_namespace, syscalls.CLONE_NEWPID)
+        if pid == 0:
+            ours.close()
+            birth = payload.Birth(
+                theirs, self._base, wire, (stdin, stdout, stderr), crash, scratch, self._inherited, self._mask, self._umask
+            )
+            guest = payload.become(self._plan, birth)
+            self._children, self._ending, self._cgroups = {}, {}, None  # the keeper's, not this fork's
+            return guest
+        child = _Child(number, pid, pidfd, ours, cgroup)
+        child.init = first
+        child.crash = os.dup(crash)
+        if memory_files is not None:
+            child.watch = memory.Watch(self._plan.limits.memory or 0, memory_files, -1, -1, kills=False)
+        return child
+
+    def _remove_cgroups(self) -> None:
+        """Its parent does."""
+
+
+# What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.
+_INHERITED = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
+
+
+def _enter_user_namespace(pid: int) -> None:
+    users = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        syscalls.setns(users, syscalls.CLONE_NEWUSER)
+    finally:
+        os.close(users)
+
+
+def _host_pid(pidfd: int) -> int:
+    """A process's number in the /proc that is mounted here, which need not be that of this PID namespace."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+
+
+def _error_in(answer: bytes) -> OSError:
+    """From "xERRNO TEXT", as a child that fails to build says it."""
+    number, _, what = answer[1:].decode("utf-8", "replace").partition(" ")
+    return OSError(int(number or 0), what or "the process that builds the sandbox died")

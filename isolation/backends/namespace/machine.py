@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -50,9 +51,9 @@ class NamespaceMachine(Machine):
         self._oom = False
         self._started: dict[int, float] = {}
         self._last: Message | None = None  # the keeper's last word
-        ours, theirs = Wire.pair()
-        self._control = Wire(ours, accept_fds=True)
         self._keeper: KeeperProcess = keeper.start(plan)
+        ours, theirs = Wire.pair()  # after the fork: a copy of theirs in the keeper would keep the wire alive
+        self._control = Wire(ours, accept_fds=True)
         try:
             self._keeper.request({"op": "fork", "id": 0, "fds": 1}, [theirs.fileno()])
             theirs.close()
@@ -132,7 +133,7 @@ class NamespaceMachine(Machine):
     def changes(self) -> list[Change]:
         if self._store < 0:
             raise SandboxClosed("the sandbox is closed, and what it wrote is gone")
-        return changes.of_store(self._store, self.plan.operations, staged=bool(self.plan.staged))
+        return changes.of_store(self._store, self.plan.fresh)
 
     def close(self) -> None:
         self._control.close()
@@ -178,7 +179,8 @@ class NamespaceMachine(Machine):
 
     def _last_word(self) -> Message | None:
         if self._last is None and self._keeper.pidfd >= 0:
-            self._last = self._keeper.ended(0, 5.0)
+            with contextlib.suppress(TimeoutError):
+                self._last = self._keeper.last_word(0, 5.0)
         return self._last
 
     def _verdict_of_end(self) -> Verdict:
@@ -217,9 +219,9 @@ class BorrowedMachine(NamespaceMachine):
 
 
 def verdict_of_exit(message: Message) -> Verdict:
-    """From PID 1's word on a process that it waited for."""
+    """From the word of who waited for a process: PID 1 for a command, the keeper for a payload."""
     status = message["status"]
-    if message.get("oom"):
+    if message.get("oom") or (os.WIFSIGNALED(status) and message.get("accounts", {}).get("oom_kills")):
         return Verdict(Ended.OUT_OF_MEMORY)
     if os.WIFSIGNALED(status):
         return Verdict(Ended.SIGNALLED, os.WTERMSIG(status))

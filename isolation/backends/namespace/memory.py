@@ -1,8 +1,8 @@
-"""PID 1's eye on the sandbox's memory.
+"""An eye on a sandbox's memory, of its PID 1 (commands) or its keeper (forks).
 
-Where a cgroup holds the limit, the kernel kills at once, and no stack could be written any more: so PID 1 has it
-written when the limit is near. Where there is none (an ordinary user without a delegated cgroup), PID 1 adds up
-what the sandbox's processes hold, and ends the sandbox itself.
+Where a cgroup holds the limit, the kernel kills at once, and no stack could be written any more: so it is
+written when the limit is near. Where there is none (an ordinary user without a delegated cgroup), the watch adds up
+what the sandbox's processes hold, and the sandbox is ended by who watches.
 """
 
 from __future__ import annotations
@@ -12,19 +12,27 @@ import time
 
 from isolation.backends.namespace.cgroup import oom_kills
 
-_NEAR = 0.85
-_INTERVAL = 20  # ms; an allocating process touches some 1 to 2 GB/s, and so overshoots by some 30 MB
+_INTERVAL = 5  # ms; an allocating process touches some 1 to 2 GB/s, and so is 10 MB further at the next look
+_HEADROOM = 64 << 20  # "near" is this much below the limit: time enough to write stacks
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Watch:
-    """Looks at most every `interval` milliseconds."""
+    """Looks at most every `interval` milliseconds.
+
+    `cgroup_files` are those of Cgroup.open_memory_files; without them, `proc` (the sandbox's /proc) and `store`
+    (its file store) tell.
+    """
 
     interval = _INTERVAL
 
-    def __init__(self, limit: int, cgroup_files: tuple[int, int] | None, store: int, *, kills: bool) -> None:
+    def __init__(
+        self, limit: int, cgroup_files: tuple[int, int] | None, proc: int, store: int, *, kills: bool
+    ) -> None:
         self._limit = limit
+        self._near = max(limit // 2, min(limit * 85 // 100, limit - _HEADROOM))
         self._files = cgroup_files
+        self._proc = proc
         self._store = store
         self._kills = kills
         self._next = 0.0
@@ -38,11 +46,17 @@ class Watch:
         used = self._used()
         if used > self._limit and self._kills:
             return "over"
-        return "near" if used > self._limit * _NEAR else "low"
+        return "near" if used > self._near else "low"
 
     def kernel_killed(self) -> bool:
         """Whether the kernel has killed something of this sandbox for want of memory."""
         return self._files is not None and oom_kills(os.pread(self._files[1], 4096, 0).decode()) > 0
+
+    def close(self) -> None:
+        """Close what it looks at."""
+        for fd in (self._proc, self._store, *(self._files or ())):
+            if fd >= 0:
+                os.close(fd)
 
     def _used(self) -> int:
         if self._files is not None:
@@ -51,31 +65,27 @@ class Watch:
         stored = (filesystem.f_blocks - filesystem.f_bfree) * filesystem.f_frsize
         # Resident sizes count a page once for each process that shares it: a bound that costs 10 µs a process. Only
         # when it says "near" is the kernel asked for the exact share, which walks page tables.
-        bound = stored + _resident_sum()
-        return bound if bound < self._limit * _NEAR else stored + sum(map(_share, _processes()))
+        processes = [name for name in os.listdir(self._proc) if name.isdigit() and name != "1"]
+        bound = stored + sum(map(self._resident, processes))
+        return bound if bound < self._near else stored + sum(map(self._share, processes))
 
+    def _read(self, name: str) -> bytes:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)
+        try:
+            return os.read(fd, 4096)
+        finally:
+            os.close(fd)
 
-def _processes() -> list[str]:
-    return [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+    def _resident(self, pid: str) -> int:
+        try:
+            return int(self._read(f"{pid}/statm").split()[1]) * _PAGE
+        except (OSError, IndexError):
+            return 0
 
-
-def _resident_sum() -> int:
-    return sum(map(_resident, _processes()))
-
-
-def _resident(pid: str) -> int:
-    try:
-        with open(f"/proc/{pid}/statm", "rb") as file:
-            return int(file.read().split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
-
-
-def _share(pid: str) -> int:
-    """Proportional anonymous and shared memory; for a process that made itself undumpable, all it has."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-            fields = dict(line.split(b":") for line in file.read().splitlines()[1:])
-        return sum(int(fields[name].split()[0]) << 10 for name in (b"Pss_Anon", b"Pss_Shmem"))
-    except (OSError, KeyError, ValueError):
-        return _resident(pid)
+    def _share(self, pid: str) -> int:
+        """Proportional anonymous and shared memory; for a process that made itself undumpable, all it has."""
+        try:
+            fields = dict(line.split(b":") for line in self._read(f"{pid}/smaps_rollup").splitlines()[1:])
+            return sum(int(fields[name].split()[0]) << 10 for name in (b"Pss_Anon", b"Pss_Shmem"))
+        except (OSError, KeyError, ValueError):
+            return self._resident(pid)

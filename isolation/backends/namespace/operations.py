@@ -1,8 +1,9 @@
 """The steps that build a sandbox's root file tree. Each is data: it can be printed, compared, and executed.
 
-They run in PID 1 of the new sandbox, as root of its user namespace, after the first pivot_root (tree.py): `/` is the
-*store*, a tmpfs of the sandbox's own; the host's tree stands at /old; the new root grows in /new. Everything that the
-guest writes lands in the store: in /layers/N (the uppers of overlays) or /private/N (plain directories).
+They come in two kinds. The *base* is what never changes: read-only views of the host. It is built once for a template,
+in /new while the host's tree stands at /old, and every fork starts with a copy of the finished mount namespace. The
+*fresh* part is what a guest writes to; it is made anew in each sandbox, whose root is then already `/`. Everything
+written lands in the *store*, a tmpfs of the sandbox's own: in layers/N (the uppers of overlays) or private/N.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from isolation.backends.namespace import syscalls
 
 OLD = "/old"
 NEW = "/new"
+HIDDEN = "/.isolation"  # covered before anything of the guest's runs
+EMPTY = HIDDEN + "/empty"
+BASE = HIDDEN + "/base"
+LOWER = HIDDEN + "/lower"
+STORE = HIDDEN + "/store"
+PROC = HIDDEN + "/proc"
 LAYERS = "/layers"
 PRIVATE = "/private"
-EMPTY = "/empty"
 
 # `userxattr` is what lets a user namespace keep whiteouts and opaque marks; the others say what follows from it anyway
 # and keep the kernel log quiet (kernel: Documentation/filesystems/overlayfs.rst). `volatile` skips pointless syncs.
@@ -40,7 +46,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Directory(Operation):
-    """An empty directory of the root itself: read-only once the root is sealed."""
+    """Base: an empty directory of the root itself, read-only once the root is sealed."""
 
     target: str
     mode: int = 0o755
@@ -54,7 +60,7 @@ class Directory(Operation):
 
 @dataclass(frozen=True)
 class Symlink(Operation):
-    """A symbolic link, as it stands on the host."""
+    """Base: a symbolic link, as it stands on the host."""
 
     target: str
     to: str
@@ -69,7 +75,7 @@ class Symlink(Operation):
 
 @dataclass(frozen=True)
 class TextFile(Operation):
-    """A small file with content of our own."""
+    """Base: a small file with content of our own."""
 
     target: str
     text: str
@@ -84,19 +90,82 @@ class TextFile(Operation):
 
 
 @dataclass(frozen=True)
+class View(Operation):
+    """Base: a host directory, read-only. `lower` is where it stands now, `source` where it is on the host.
+
+    An overlay without an upper, not a bind: that also cuts what a read-only bind lets through. A unix socket or FIFO of
+    the lower tree is another, dead inode here.
+    """
+
+    target: str
+    source: str
+    lower: str
+
+    def execute(self) -> None:
+        make_directory(NEW + self.target)
+        data = f"lowerdir={NEW}{EMPTY}:{_escape(self.lower)},{_OVERLAY}"
+        syscalls.mount("overlay", NEW + self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
+
+    def describe(self) -> str:
+        return f"view     {_from(self.target, self.source)} (read-only)"
+
+
+@dataclass(frozen=True)
+class Bind(Operation):
+    """Base: a host file or directory itself; read-only unless `writable`, where the guest's writes reach the host."""
+
+    target: str
+    source: str
+    lower: str
+    directory: bool
+    writable: bool = False
+    device: bool = False
+
+    def execute(self) -> None:
+        path = NEW + self.target
+        make_mount_point(path, directory=self.directory)
+        fd = syscalls.open_tree(self.lower, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | os.O_CLOEXEC)
+        attributes = syscalls.MOUNT_ATTR_NOSUID
+        if not self.device:
+            attributes |= syscalls.MOUNT_ATTR_NODEV | (0 if self.writable else syscalls.MOUNT_ATTR_RDONLY)
+        syscalls.mount_setattr(fd, attributes, recursive=True)
+        syscalls.move_mount(fd, path)
+        os.close(fd)
+
+    def describe(self) -> str:
+        kind = "device" if self.device else "writable: reaches the host" if self.writable else "read-only"
+        return f"bind     {_from(self.target, self.source)} ({kind})"
+
+
+@dataclass(frozen=True)
+class Lower(Operation):
+    """Base: the lower layer of an overlay that each sandbox makes; out of the guest's sight."""
+
+    target: str
+    lower: str
+
+    def execute(self) -> None:
+        make_directory(NEW + self.target)
+        syscalls.mount(self.lower, NEW + self.target, "", syscalls.MS_BIND)
+
+    def describe(self) -> str:
+        return f"lower    {self.target}"
+
+
+@dataclass(frozen=True)
 class Private(Operation):
-    """An empty, writable directory in the store."""
+    """Fresh: an empty, writable directory in the store."""
 
     target: str
     number: int
     mode: int = 0o755
 
     def execute(self) -> None:
-        source = f"{PRIVATE}/{self.number}"
+        source = f"{STORE}{PRIVATE}/{self.number}"
         os.mkdir(source)
         os.chmod(source, self.mode)
-        make_directory(NEW + self.target)
-        syscalls.mount(source, NEW + self.target, "", syscalls.MS_BIND)
+        make_directory(self.target)
+        syscalls.mount(source, self.target, "", syscalls.MS_BIND)
 
     def describe(self) -> str:
         return f"private  {self.target} (empty, writable, discarded)"
@@ -104,31 +173,26 @@ class Private(Operation):
 
 @dataclass(frozen=True)
 class Overlay(Operation):
-    """A host directory, copy-on-write. `lower` is where it stands for PID 1, `source` where it is on the host.
-
-    An overlay also cuts what a read-only bind lets through: a unix socket or FIFO of the lower tree is another,
-    dead inode here.
-    """
+    """Fresh: a host directory, copy-on-write."""
 
     target: str
     source: str
-    lower: str
     number: int
-    writable: bool = True
+
+    @property
+    def lower(self) -> str:
+        """Where its `Lower` is."""
+        return f"{LOWER}/{self.number}"
 
     def execute(self) -> None:
-        make_directory(NEW + self.target)
-        lower = _escape(self.lower)
-        if not self.writable:
-            syscalls.mount("overlay", NEW + self.target, "overlay", 0, f"lowerdir={EMPTY}:{lower},{_OVERLAY}")
-            return
-        layer = f"{LAYERS}/{self.number}"
+        make_directory(self.target)
+        layer = f"{STORE}{LAYERS}/{self.number}"
         os.mkdir(layer)
         os.mkdir(layer + "/work")
         os.mkdir(layer + "/upper")
         self._copy_owner(layer + "/upper")
-        data = f"lowerdir={lower},upperdir={layer}/upper,workdir={layer}/work,{_OVERLAY},volatile"
-        syscalls.mount("overlay", NEW + self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
+        data = f"lowerdir={self.lower},upperdir={layer}/upper,workdir={layer}/work,{_OVERLAY},volatile"
+        syscalls.mount("overlay", self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
 
     def _copy_owner(self, upper: str) -> None:
         """The merged root directory shows the upper's own mode and times, which must be the lower's."""
@@ -144,53 +208,35 @@ class Overlay(Operation):
                 os.chmod(upper, stat.S_IMODE(status.st_mode) & 0o555)
 
     def describe(self) -> str:
-        where = self.target if self.source == self.target else f"{self.target} <- {self.source}"
-        return f"overlay  {where} ({'copy-on-write' if self.writable else 'read-only'})"
+        return f"overlay  {_from(self.target, self.source)} (copy-on-write)"
 
 
 @dataclass(frozen=True)
-class Bind(Operation):
-    """A host file or directory itself; read-only unless `writable`, where the guest's writes reach the host."""
+class Rebind(Operation):
+    """Fresh: a part of the base that lies beneath something fresh, bound there."""
 
     target: str
-    source: str
-    lower: str
+    base: str
     directory: bool
-    writable: bool = False
-    device: bool = False
+    shows: Operation
 
     def execute(self) -> None:
-        path = NEW + self.target
-        if self.directory:
-            make_directory(path)
-        else:
-            make_directory(os.path.dirname(path))
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-        fd = syscalls.open_tree(self.lower, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | os.O_CLOEXEC)
-        attributes = syscalls.MOUNT_ATTR_NOSUID
-        if not self.device:
-            attributes |= syscalls.MOUNT_ATTR_NODEV | (0 if self.writable else syscalls.MOUNT_ATTR_RDONLY)
-        syscalls.mount_setattr(fd, attributes, recursive=True)
-        syscalls.move_mount(fd, path)
-        os.close(fd)
+        make_mount_point(self.target, directory=self.directory)
+        syscalls.mount(self.base, self.target, "", syscalls.MS_BIND | syscalls.MS_REC)
 
     def describe(self) -> str:
-        where = self.target if self.source == self.target else f"{self.target} <- {self.source}"
-        kind = "device" if self.device else "writable: reaches the host" if self.writable else "read-only"
-        return f"bind     {where} ({kind})"
+        return self.shows.describe()
 
 
 @dataclass(frozen=True)
 class CopiedFile(Operation):
-    """A small host file, copied: for directories that must be shown entry by entry."""
+    """Fresh: a small host file, copied; for directories that must be shown entry by entry."""
 
     target: str
-    lower: str
+    base: str
 
     def execute(self) -> None:
-        path = NEW + self.target
-        make_directory(os.path.dirname(path))
-        with open(self.lower, "rb") as source, open(path, "wb") as copy:
+        with open(self.base, "rb") as source, open(self.target, "wb") as copy:
             copy.write(source.read())
             os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(source.fileno()).st_mode) & 0o777)
 
@@ -199,22 +245,36 @@ class CopiedFile(Operation):
 
 
 @dataclass(frozen=True)
+class FreshSymlink(Operation):
+    """Fresh: a symbolic link inside something fresh."""
+
+    target: str
+    to: str
+
+    def execute(self) -> None:
+        make_directory(os.path.dirname(self.target))
+        os.symlink(self.to, self.target)
+
+    def describe(self) -> str:
+        return f"symlink  {self.target} -> {self.to}"
+
+
+@dataclass(frozen=True)
 class Proc(Operation):
-    """A fresh /proc of the new PID namespace, without what tells of the host or its keys."""
+    """Fresh: a /proc of the new PID namespace, without what tells of the host or its keys."""
 
     masked: tuple[str, ...]
     target: str = "/proc"
 
     def execute(self) -> None:
-        make_directory(NEW + self.target)
         flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-        syscalls.mount("proc", NEW + self.target, "proc", flags)
+        syscalls.mount("proc", self.target, "proc", flags)
         for name in self.masked:
-            path = f"{NEW}{self.target}/{name}"
+            path = f"{self.target}/{name}"
             if os.path.isdir(path):
                 syscalls.mount(EMPTY, path, "", syscalls.MS_BIND)
             elif os.path.exists(path):
-                syscalls.mount(f"{NEW}/dev/null", path, "", syscalls.MS_BIND)
+                syscalls.mount("/dev/null", path, "", syscalls.MS_BIND)
 
     def describe(self) -> str:
         return f"proc     {self.target} (masked: {', '.join(self.masked) or 'nothing'})"
@@ -222,17 +282,19 @@ class Proc(Operation):
 
 @dataclass(frozen=True)
 class DevPts(Operation):
-    """A devpts instance of the sandbox's own: no terminal of the host is in it."""
+    """Fresh: a devpts instance of the sandbox's own: no terminal of the host is in it."""
 
     target: str = "/dev/pts"
 
     def execute(self) -> None:
-        make_directory(NEW + self.target)
         flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-        syscalls.mount("devpts", NEW + self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620")
+        syscalls.mount("devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620")
 
     def describe(self) -> str:
         return f"devpts   {self.target} (new instance)"
+
+
+FRESH = (Private, Overlay, Rebind, CopiedFile, FreshSymlink, Proc, DevPts)
 
 
 def make_directory(path: str, mode: int = 0o755) -> None:
@@ -241,9 +303,24 @@ def make_directory(path: str, mode: int = 0o755) -> None:
         os.mkdir(path, mode)
     except FileExistsError:
         pass
-    except FileNotFoundError:
+    except OSError:
+        if os.path.isdir(path):  # on a read-only mount
+            return
         make_directory(os.path.dirname(path))
         os.mkdir(path, mode)
+
+
+def make_mount_point(path: str, *, directory: bool) -> None:
+    """A directory or an empty file to mount something on."""
+    if directory:
+        make_directory(path)
+    elif not os.path.lexists(path):
+        make_directory(os.path.dirname(path))
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+
+
+def _from(target: str, source: str) -> str:
+    return target if source == target else f"{target} <- {source}"
 
 
 def _escape(path: str) -> str:

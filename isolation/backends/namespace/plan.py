@@ -14,7 +14,7 @@ from isolation.backends.namespace import environment, lockdown, seccomp, syscall
 from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.backends.namespace.identity import Identity
 from isolation.backends.namespace.mountinfo import MountTable
-from isolation.backends.namespace.operations import Directory, DevPts, Operation, Proc, Symlink, TextFile
+from isolation.backends.namespace.operations import HIDDEN, Directory, DevPts, Operation, Proc, Symlink, TextFile
 from isolation.errors import FeatureMissing, SpecError
 from isolation.spec import Limits, SandboxSpec
 
@@ -39,7 +39,8 @@ _NAMESPACES = {
 class Plan:
     """What PID 1 of a sandbox executes."""
 
-    operations: tuple[Operation, ...]
+    base: tuple[Operation, ...]
+    fresh: tuple[Operation, ...]
     staged: tuple[tuple[str, bool], ...]
     mount_point: str
     identity: Identity
@@ -72,11 +73,12 @@ class Plan:
             f"env        {'the whole environment of the caller' if self.inherit_env else ' '.join(sorted(self.env))}",
             "root tree:",
         ]
-        return "\n".join(lines + [f"  {operation.describe()}" for operation in self.operations])
+        made = sorted((*self.base, *self.fresh), key=lambda operation: operation.target)
+        return "\n".join(lines + [f"  {item.describe()}" for item in made if not item.target.startswith(HIDDEN)])
 
     def _how_limited(self) -> str:
         if self.cgroup is not None:
-            return f" (cgroup v{self.cgroup.version})"
+            return f" (cgroup v{self.cgroup.version} and rlimits)"
         return " (rlimits and a watch by PID 1)" if self.rlimits or self.watch_memory else ""
 
 
@@ -112,7 +114,7 @@ def make_plan(
     if spec.network.mode == "host":
         _name_resolution(shown)
     if not shown.shows(os.path.realpath(spec.workdir)) and spec.workdir != "/":
-        if not any(operation.target == spec.workdir for operation in shown.operations()):
+        if not shown.has(spec.workdir):
             raise SpecError(
                 f"workdir {spec.workdir!r} is not part of the sandbox's file tree; mount it "
                 f"(Mount.overlay({spec.workdir!r}), or --mount {spec.workdir})"
@@ -120,8 +122,10 @@ def make_plan(
     own_network = spec.network.mode == "none" and "network" in defences
     flags = sum(_NAMESPACES.values()) & ~(0 if own_network else syscalls.CLONE_NEWNET)
     cgroup, rlimits, watch = _enforcement(spec.limits)
+    base, fresh = shown.operations()
     return Plan(
-        operations=tuple(shown.operations()),
+        base=tuple(base),
+        fresh=tuple(fresh),
         staged=tuple(shown.staged),
         mount_point=mount_point,
         identity=identity,
@@ -143,23 +147,23 @@ def make_plan(
 
 def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
     shown.system()
-    for path in python:
-        shown.show(path)
     for mount in spec.mounts:
         if not os.path.exists(mount.source):
             raise SpecError(f"mount source {mount.source!r} does not exist on the host")
         if mount.target == mount.source and mount.mode == "overlay":
-            shown.show(mount.source)
+            shown.show(mount.source, writable=True)
         elif mount.mode == "rw" or not os.path.isdir(mount.source):
             shown.bind(mount.source, mount.target, writable=mount.mode == "rw")
         else:
             shown.show(mount.source, mount.target, writable=mount.mode == "overlay")
+    for path in python:
+        shown.show(path, writable=False)
 
 
 def _fill_everything(shown: view.View) -> None:
     for name in sorted(os.listdir("/")):
         if name not in ("proc", "dev", "sys", "tmp"):
-            shown.show("/" + name)
+            shown.show("/" + name, writable=True)
 
 
 def _writable_places(shown: view.View, env: dict[str, str]) -> None:
@@ -200,11 +204,11 @@ def _name_resolution(shown: view.View) -> None:
 def _enforcement(limits: Limits) -> tuple[Hierarchy | None, tuple[tuple[int, int], ...], bool]:
     """By what each limit is held: (cgroups, rlimits, PID 1 watches memory). Raises FeatureMissing."""
     rlimits = [(resource.RLIMIT_CORE, 0)]
-    wanted = {
-        name
-        for name, value in (("memory", limits.memory), ("pids", limits.pids), ("cpu", limits.cpus))
-        if value is not None
-    }
+    if limits.pids is not None:
+        # Counted per user namespace since Linux 5.14, and so for this sandbox alone; PID 1 is ours. Cheaper than a cgroup,
+        # and as strict.
+        rlimits.append((resource.RLIMIT_NPROC, limits.pids + 1))
+    wanted = {name for name, value in (("memory", limits.memory), ("cpu", limits.cpus)) if value is not None}
     hierarchy = Hierarchy.find() if wanted else None
     if hierarchy is not None and not all(hierarchy.can(name) for name in wanted):
         hierarchy = None
@@ -215,9 +219,6 @@ def _enforcement(limits: Limits) -> tuple[Hierarchy | None, tuple[tuple[int, int
             "a cpus limit needs a cgroup with the cpu controller that this user may write; run under "
             "'systemd-run --user --scope -p Delegate=yes', or leave the limit out"
         )
-    if limits.pids is not None:
-        # Counted per user namespace since Linux 5.14, and so for this sandbox alone; PID 1 is ours.
-        rlimits.append((resource.RLIMIT_NPROC, limits.pids + 1))
     return None, tuple(rlimits), limits.memory is not None
 
 

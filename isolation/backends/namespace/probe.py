@@ -118,9 +118,9 @@ def _landlock() -> Check:
 def _cgroup() -> Check:
     hierarchy = Hierarchy.find()
     found = ", ".join(sorted(hierarchy.parents)) or "none that this user may write"
-    ok = all(hierarchy.can(name) for name in ("memory", "pids", "cpu"))
+    ok = all(hierarchy.can(name) for name in ("memory", "cpu"))
     remedy = (
-        "limits on memory and pids are held by PID 1 and rlimits instead, cpus cannot be limited; "
+        "a limit on memory is held by PID 1 instead, cpus cannot be limited; "
         "'systemd-run --user --scope -p Delegate=yes COMMAND' gives a cgroup"
     )
     return Check("cgroup", ok, f"v{hierarchy.version}: {found}" if hierarchy.parents else found, "" if ok else remedy)

@@ -25,6 +25,7 @@ CLONE_NEWTIME = 0x00000080
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWUTS = 0x04000000
 CLONE_PIDFD = 0x00001000
+CLONE_VM = 0x00000100
 KEYCTL_JOIN_SESSION_KEYRING = 1
 MNT_DETACH = 2
 MOUNT_ATTR_IDMAP = 0x00100000
@@ -116,6 +117,12 @@ def unshare(flags: int) -> None:
         raise _fail("unshare", hex(flags))
 
 
+def setns(fd: int, flags: int) -> None:
+    """setns(2)."""
+    if _libc.setns(ctypes.c_int(fd), ctypes.c_int(flags)):
+        raise _fail("setns", hex(flags))
+
+
 def clone(flags: int) -> tuple[int, int]:
     """clone(2) as fork(2) does it, with `flags` and SIGCHLD: (pid, pidfd) in the parent, (0, -1) in the child.
 
@@ -126,6 +133,18 @@ def clone(flags: int) -> tuple[int, int]:
     if pid < 0:
         raise _fail("clone", hex(flags))
     return pid, pidfd.value
+
+
+def clone_function(function: int, stack: int, flags: int, argument: int) -> tuple[int, int]:
+    """clone(3): run the machine code at `function` on `stack` in a new process; (pid, pidfd)."""
+    pidfd = ctypes.c_int(-1)
+    pid = _libc.clone(
+        ctypes.c_void_p(function), ctypes.c_void_p(stack), ctypes.c_int(flags | CLONE_PIDFD), ctypes.c_void_p(argument),
+        ctypes.byref(pidfd), None, None,
+    )  # fmt: skip
+    if pid < 0:
+        raise _fail("clone", hex(flags))
+    return int(pid), pidfd.value
 
 
 def fork_before() -> None:

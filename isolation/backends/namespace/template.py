@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class NamespaceTemplate(Template):
 
 
 class NamespaceFork(Fork):
-    """One fresh sandbox. It has two wires: its payload's, and its PID 1's, which alone is believed."""
+    """One fresh sandbox. What its payload says comes over its own wire; how it ended, from the keeper, which is believed."""
 
     def __init__(
         self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int]
@@ -71,11 +72,8 @@ class NamespaceFork(Fork):
         self._exit: Message | None = None
         self._verdict: Verdict | None = None
         self._failure: Message | None = None
-        self._oom = False
         self._closed = False
-        control, theirs_control = Wire.pair()
-        wire, theirs_wire = Wire.pair()
-        self._control = Wire(control, accept_fds=True)
+        wire, theirs = Wire.pair()
         self._wire = Wire(wire)
         self.stdout, stdout = os.pipe2(os.O_CLOEXEC)
         self.stderr, stderr = os.pipe2(os.O_CLOEXEC)
@@ -83,13 +81,13 @@ class NamespaceFork(Fork):
         os.set_blocking(self.stderr, False)
         stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._crash = os.memfd_create("isolation-stacks")
+        fcntl.fcntl(self._crash, fcntl.F_SETFL, os.O_APPEND)  # the keeper truncates it between two writes
         self._scratch = [os.memfd_create("isolation-scratch") for _ in range(scratch)]
-        given = [theirs_control.fileno(), theirs_wire.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
+        given = [theirs.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
         try:
             self._keeper.request({"op": "fork", "id": number, "payload": True, "fds": len(given)}, given)
         finally:
-            theirs_control.close()
-            theirs_wire.close()
+            theirs.close()
             for fd in (stdin, stdout, stderr):
                 os.close(fd)
 
@@ -116,21 +114,14 @@ class NamespaceFork(Fork):
         return (self._wire.fileno(),)
 
     def wait(self, timeout: float | None = None) -> Verdict | None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self._verdict is None:
+        if self._verdict is None:
             try:
-                message = self._control.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                self._exit = self._keeper.last_word(self._number, timeout)
             except TimeoutError:
                 return None
-            except WireError:
-                message = None
-            if message is None:
-                last = self._keeper.ended(self._number, 5.0)
-                if last is not None and last["event"] == "unforked":
-                    self._failure = last
-                self._verdict = machine.verdict_of_end(last, oom=self._oom)
-            else:
-                self._note(message)
+            if self._exit is not None and self._exit["event"] == "unforked":
+                self._failure, self._exit = self._exit, None
+            self._verdict = machine.verdict_of_exit(self._exit) if self._exit else Verdict(Ended.LOST)
         return self._verdict
 
     def end(self, verdict: Verdict) -> None:
@@ -140,6 +131,7 @@ class NamespaceFork(Fork):
             self._ask_for_stacks()
         self._verdict = self._verdict or verdict
         self._kill()
+        wait_readable(self._wire.fileno(), 1.0)
 
     def usage(self) -> Usage:
         self.wait()
@@ -163,40 +155,27 @@ class NamespaceFork(Fork):
             return
         self._closed = True
         self._done.append(self._number)
-        self._control.close()  # PID 1 ends, and everything inside with it
+        if self._exit is None:
+            self._kill()
         self._wire.close()
         for fd in (self.stdout, self.stderr, self._crash, *self._scratch):
             os.close(fd)
-
-    def _note(self, message: Message) -> None:
-        if message["event"] == "ready":
-            for fd in self._control.take_fds(1):
-                os.close(fd)
-        elif message["event"] == "failed":
-            self._failure = message
-            self._verdict = Verdict(Ended.LOST, detail=machine.failure(message))
-        elif message["event"] == "oom":
-            self._oom = True
-        elif message["event"] == "exit" and message["id"] == 0:
-            self._exit = message
-            self._verdict = machine.verdict_of_exit(message)
 
     def _why(self) -> str:
         self.wait(5.0)
         return machine.failure(self._failure)
 
     def _ask_for_stacks(self) -> None:
-        before = os.fstat(self._crash).st_size
         try:
-            self._control.send({"op": "dump"})
-        except WireError:
+            self._keeper.request({"op": "dump", "id": self._number})
+        except LaunchError:
             return
         deadline = time.monotonic() + _STACKS_WAIT
-        size = before
+        size = 0
         while time.monotonic() < deadline:
             time.sleep(0.01)
             now = os.fstat(self._crash).st_size
-            if now > before and now == size:
+            if now and now == size:
                 return
             size = now
 
@@ -204,5 +183,4 @@ class NamespaceFork(Fork):
         try:
             self._keeper.request({"op": "kill", "id": self._number})
         except LaunchError:
-            pass
-        wait_readable(self._wire.fileno(), 1.0)
+            pass  # gone, and its sandboxes with it

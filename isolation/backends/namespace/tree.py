@@ -1,10 +1,11 @@
-"""From the host's file tree to the sandbox's: two pivots with the plan's operations between them.
+"""From the host's file tree to the sandbox's.
 
-1. A tmpfs, the *store*, becomes the root, with the host's tree at /old. The sources of all operations were resolved
-   on the host, so no symlink is followed here.
-2. The operations build /new.
-3. /new, sealed read-only, becomes the root; the store and the host's tree are detached. The store lives on beneath the
-   overlays, and in one directory descriptor that only PID 1 and the host hold.
+The base: a tmpfs becomes the root, with the host's tree at /old; the base operations build /new; then /new, sealed
+read-only, becomes the root, and the host's tree is detached. The sources of all operations were resolved on the host, so
+no symlink is followed here.
+
+The fresh part: the store is mounted, the fresh operations run, and what only they needed is covered. The store lives on
+beneath what was made of it, and in one directory descriptor that only PID 1 and the host hold.
 """
 
 from __future__ import annotations
@@ -13,31 +14,43 @@ import os
 from collections.abc import Sequence
 
 from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.operations import EMPTY, LAYERS, NEW, OLD, PRIVATE, Operation
+from isolation.backends.namespace.operations import (
+    BASE,
+    EMPTY,
+    HIDDEN,
+    LAYERS,
+    LOWER,
+    NEW,
+    OLD,
+    PRIVATE,
+    PROC,
+    STORE,
+    Operation,
+)
+
+_FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 
 
-def build(operations: Sequence[Operation], store_size: int | None, mount_point: str) -> int:
-    """Change into the new root. Returns a descriptor of the store. Raises OSError, naming the operation."""
+def build_base(operations: Sequence[Operation], mount_point: str) -> None:
+    """In a new mount namespace that is a copy of the host's: change into the new root. Raises OSError."""
     # Mount events must not travel to the host; a new user namespace has made everything slave already, and private
     # keeps the detaching below from travelling anywhere either (bubblewrap).
     syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
-    size = f",size={store_size},nr_inodes={max(4096, store_size // 2048)}" if store_size else ""
-    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
-    syscalls.mount("isolation", mount_point, "tmpfs", flags, f"mode=0755{size}")
+    syscalls.mount("isolation", mount_point, "tmpfs", _FLAGS, "mode=0755")
     os.chdir(mount_point)
     os.mkdir("." + OLD)
     syscalls.pivot_root(".", "." + OLD)
     os.chdir("/")
-    for directory in (NEW, LAYERS, PRIVATE, EMPTY):
-        os.mkdir(directory, 0o755)
-    store = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.mkdir(NEW, 0o755)
     syscalls.mount(NEW, NEW, "", syscalls.MS_BIND)
-    for operation in operations:
-        try:
-            operation.execute()
-        except OSError as error:
-            raise OSError(error.errno, f"{operation.describe()}: {error.strerror}") from error
-    syscalls.mount("", NEW, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | flags)
+    for directory in (HIDDEN, EMPTY, BASE, LOWER, STORE):
+        os.mkdir(NEW + directory, 0o755)
+    _execute(operations)
+    # A /proc of a new PID namespace may be mounted only where another is wholly visible in the same mount namespace
+    # (kernel: mount_too_revealing), so the host's stays until then, and is covered with the rest of HIDDEN.
+    os.mkdir(NEW + PROC, 0o755)
+    syscalls.mount(OLD + "/proc", NEW + PROC, "", syscalls.MS_BIND | syscalls.MS_REC)
+    syscalls.mount("", NEW, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | _FLAGS)
     syscalls.umount2(OLD, syscalls.MNT_DETACH)
     os.chdir(NEW)
     syscalls.pivot_root(".", ".")
@@ -46,4 +59,25 @@ def build(operations: Sequence[Operation], store_size: int | None, mount_point: 
     # CVE-2024-21626: a working directory outside of the root is the whole host.
     if not os.getcwd().startswith("/"):
         raise OSError("the working directory is outside of the sandbox's root")
+
+
+def build_fresh(operations: Sequence[Operation], store_size: int | None) -> int:
+    """In a mount namespace with the base as its root: what this sandbox writes to. Returns a descriptor of the store."""
+    size = f",size={store_size},nr_inodes={max(4096, store_size // 2048)}" if store_size else ""
+    syscalls.mount("isolation", STORE, "tmpfs", _FLAGS, f"mode=0755{size}")
+    os.mkdir(STORE + LAYERS)
+    os.mkdir(STORE + PRIVATE)
+    store = os.open(STORE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _execute(operations)
+    # Covered, not detached: the guest's own user namespace can do neither, and detaching waits for the whole machine
+    # (synchronize_rcu).
+    syscalls.mount(EMPTY, HIDDEN, "", syscalls.MS_BIND)
     return store
+
+
+def _execute(operations: Sequence[Operation]) -> None:
+    for operation in operations:
+        try:
+            operation.execute()
+        except OSError as error:
+            raise OSError(error.errno, f"{operation.describe()}: {error.strerror}") from error

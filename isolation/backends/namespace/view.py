@@ -8,19 +8,26 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import count
 
 from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.operations import (
+    BASE,
+    FRESH,
     OLD,
     Bind,
     CopiedFile,
     Directory,
+    FreshSymlink,
+    Lower,
     Operation,
     Overlay,
     Private,
+    Rebind,
     Symlink,
 )
+from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.errors import SpecError
 
 SYSTEM = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "sbin", "usr")
@@ -41,11 +48,49 @@ class View:
         self._stage = stage
         self._operations: dict[str, Operation] = {}
         self._numbers = count()
+        self._lowers: dict[int, str] = {}
         self.staged: list[tuple[str, bool]] = []
 
-    def operations(self) -> list[Operation]:
-        """In an order in which every directory exists before what lies in it."""
-        return [self._operations[target] for target in sorted(self._operations, key=_by_depth)]
+    def operations(self) -> tuple[list[Operation], list[Operation]]:
+        """(base, fresh), each in an order in which every directory exists before what lies in it."""
+        base: list[Operation] = []
+        fresh: list[Operation] = []
+        for target in sorted(self._operations, key=_by_depth):
+            operation = self._operations[target]
+            parent = self._fresh_parent(target)
+            if isinstance(operation, FRESH):
+                if isinstance(operation, Overlay):
+                    base.append(Lower(operation.lower, self._lowers[operation.number]))
+                elif isinstance(operation, CopiedFile):
+                    number = next(self._numbers)
+                    base.append(Bind(f"{BASE}/{number}", "", operation.base, directory=False))
+                    operation = CopiedFile(target, f"{BASE}/{number}")
+                if parent is None:
+                    base.append(Directory(target))
+                fresh.append(operation)
+            elif parent is None:
+                base.append(operation)
+            elif isinstance(operation, (ReadOnly, Bind)):
+                place = f"{BASE}/{next(self._numbers)}"
+                base.append(replace(operation, target=place))
+                directory = operation.directory if isinstance(operation, Bind) else True
+                fresh.append(Rebind(target, place, directory, operation))
+            elif isinstance(operation, Symlink):
+                fresh.append(FreshSymlink(target, operation.to))
+            elif isinstance(operation, Directory):
+                fresh.append(Private(target, next(self._numbers), operation.mode))
+        return base, fresh
+
+    def _fresh_parent(self, target: str) -> Operation | None:
+        for parent in _parents(os.path.dirname(target)):
+            operation = self._operations.get(parent)
+            if operation is not None and isinstance(operation, FRESH):
+                return operation
+        return None
+
+    def has(self, target: str) -> bool:
+        """Whether something is made at exactly this place."""
+        return target in self._operations
 
     def add(self, operation: Operation) -> None:
         """Put `operation` at its target, instead of what was there."""
@@ -63,10 +108,10 @@ class View:
             if os.path.islink(path):
                 self.add(Symlink(path, os.readlink(path)))
             elif os.path.isdir(path):
-                self._overlay(path, path, owned=False)
+                self._overlay(path, path, owned=False, writable=False)
 
-    def show(self, path: str, target: str | None = None, *, writable: bool = True) -> None:
-        """A directory (copy-on-write) or file (read-only) of the user's; symlinks on the way to it are shown too."""
+    def show(self, path: str, target: str | None = None, *, writable: bool) -> None:
+        """A directory (copy-on-write if `writable`) or file (read-only) of the user's; symlinks on the way to it, too."""
         real = self._follow(path) if target is None else os.path.realpath(path)
         self._overlay(real, target or real, owned=True, writable=writable, explicit=target is not None)
 
@@ -101,14 +146,14 @@ class View:
         return done
 
     def _overlay(
-        self, real: str, target: str, *, owned: bool, writable: bool = True, explicit: bool = False
+        self, real: str, target: str, *, owned: bool, writable: bool, explicit: bool = False
     ) -> None:
         if not os.path.isdir(real):
             if os.path.exists(real) and not self.shows(target):
                 self.bind(real, target)
             return
         covering = self._covering(target)
-        if not explicit and covering is not None and (self._stage is None or not owned or self._owned(covering)):
+        if not explicit and covering is not None and self._is_as_good(covering, owned=owned, writable=writable):
             return
         beneath = [path for path in self._table.beneath(real) if not self._is_virtual(path)]
         locked = self._table.beneath(real)
@@ -116,7 +161,12 @@ class View:
             self._split(real, target, owned=owned, writable=writable)
             return
         lower = self._lower(real, owned=owned)
-        self.add(Overlay(target, real, lower, next(self._numbers), writable))
+        if writable:
+            number = next(self._numbers)
+            self._lowers[number] = lower
+            self.add(Overlay(target, real, number))
+        else:
+            self.add(ReadOnly(target, real, lower))
         for path in beneath:
             self._overlay(path, target + path[len(real) :], owned=owned, writable=writable, explicit=True)
 
@@ -153,12 +203,16 @@ class View:
         for parent in _parents(target):
             operation = self._operations.get(parent)
             if operation is not None:
-                same = isinstance(operation, Overlay) and operation.source == operation.target
+                same = isinstance(operation, (Overlay, ReadOnly)) and operation.source == operation.target
                 return operation if same else None
         return None
 
-    def _owned(self, operation: Operation) -> bool:
-        return isinstance(operation, Overlay) and (operation.source, True) in self.staged
+    def _is_as_good(self, covering: Operation, *, owned: bool, writable: bool) -> bool:
+        """Whether what covers a path already shows it as it should be."""
+        assert isinstance(covering, (Overlay, ReadOnly))
+        if writable and not isinstance(covering, Overlay):
+            return False
+        return self._stage is None or not owned or (covering.source, True) in self.staged
 
     def _lower(self, real: str, *, owned: bool) -> str:
         if self._stage is None:

@@ -1,0 +1,82 @@
+"""A fork's payload: a clone of the keeper that builds its own sandbox, locks itself in, and becomes the guest."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from isolation.backends.namespace import build, environment, fds, syscalls
+from isolation.backends.namespace.fds import Inherited
+from isolation.backends.namespace.plan import Plan
+from isolation.guest import Guest
+from isolation.wire import Wire
+
+DUMP_SIGNAL = signal.SIGRTMAX - 1  # makes a payload write the stacks of its threads
+
+
+@dataclass
+class Birth:
+    """What a payload needs besides the plan. Descriptors are numbers in the keeper's table, which it inherits."""
+
+    leash: socket.socket  # to the keeper, which answers what it is asked
+    base: int  # the mount namespace that holds the base
+    wire: int  # to the host
+    stdio: Sequence[int]
+    crash: int  # where it writes the stacks of its threads
+    scratch: Sequence[int]  # private copies of unlinked files
+    inherited: Sequence[Inherited]
+    signal_mask: frozenset[int]  # of the host
+    umask: int
+
+
+def become(plan: Plan, birth: Birth) -> Guest:
+    """In the clone. Returns with everything sealed, and nothing of the host's left in reach."""
+    try:
+        return _become(plan, birth)
+    except BaseException as error:
+        _give_up(birth, error)
+
+
+def _give_up(birth: Birth, error: BaseException) -> NoReturn:
+    number = error.errno if isinstance(error, OSError) else 0
+    text = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+    try:
+        birth.leash.send(f"x{number or 0} {text}".encode("utf-8", "replace")[:4000])
+    except OSError:
+        pass  # the keeper is gone, or the leash is closed already
+    os._exit(1)
+
+
+def _become(plan: Plan, birth: Birth) -> Guest:
+    build.die_with_keeper()
+    os.setsid()
+    if plan.cgroup is not None:
+        build.ask_keeper(birth.leash, b"c")
+    build.enter_base(plan, birth.base)
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # after the cgroup was joined, so that it is the root that is seen
+    store = build.build_fresh(plan, birth.umask)
+    if plan.watch_memory:
+        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        socket.send_fds(birth.leash, [b"w"], [proc, store])  # for the keeper's watch
+    os.close(store)
+    build.seal(plan, birth.leash)
+    os.chdir(plan.workdir)
+    if "fds" in plan.defences:
+        # The leash goes with the rest.
+        fds.adopt(birth.inherited, birth.stdio, birth.scratch, keep=[birth.wire, birth.crash])
+    if not plan.inherit_env:
+        if "environment" in plan.defences:
+            environment.scrub()
+        os.environ.update(plan.env)
+    syscalls.set_name("isolation")
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    syscalls.fork_after_child()
+    signal.pthread_sigmask(signal.SIG_SETMASK, birth.signal_mask)
+    faulthandler.enable(file=birth.crash, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, file=birth.crash, all_threads=True)
+    return Guest(Wire(socket.socket(fileno=birth.wire), accept_fds=True))
