@@ -54,7 +54,7 @@ class Guest:
         for guest in self._fork(self):
             self.wire, self._fork = guest.wire, guest._fork
             yield self.job()
-            self.finish()
+            self.finish()  # whatever the loop's body left: the next job is another fork's
 
     def finish(self, status: int = 0) -> NoReturn:
         """End this fork: what Python buffered is written, exit handlers of the template do not run."""

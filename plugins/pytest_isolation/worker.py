@@ -24,14 +24,16 @@ class Worker:
         self._tell_capture = False
 
     def __call__(self, guest: Guest) -> None:
-        job = guest.job()
-        self._guest = guest
-        self._tell_capture = job["tell_capture"]
-        item = self._session.items[job["index"]]
         manager = self._config.pluginmanager
         manager.unregister(name="isolation-controller")
         quiet_terminal(manager)
-        manager.register(self, "isolation-worker")
+        manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
+        for job in guest.forks():
+            self._guest = guest
+            self._run(guest, self._session.items[job["index"]], tell_capture=job["tell_capture"])
+
+    def _run(self, guest: Guest, item: pytest.Item, *, tell_capture: bool) -> None:
+        self._tell_capture = tell_capture
         end: dict[str, Any] = {}
         try:
             # No next item: this fork is all that this test sees of the session, and everything is torn down in it.
@@ -79,7 +81,8 @@ class Worker:
     def pytest_warning_recorded(
         self, warning_message: warnings.WarningMessage, when: str, nodeid: str, location: Any
     ) -> None:
-        self._send({"warning": reports.encode_warning(warning_message, when, nodeid, location)})
+        if self._guest is not None:
+            self._send({"warning": reports.encode_warning(warning_message, when, nodeid, location)})
 
     @pytest.fixture
     def record_testsuite_property(self, record_testsuite_property: Any) -> Any:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from isolation.backends.namespace import build, fds, identity, init, memory, payload, stage, syscalls
@@ -149,9 +149,7 @@ def _become_keeper(
         if function is None:
             Keeper(plan, wire, host, mask).serve()
         else:
-            guest = _serve_warm(plan, wire, host, mask)
-            if guest is not None:
-                _run(guest, function)
+            _serve_warm(plan, wire, host, mask, function)
         status = 0
     except BaseException as error:
         if os.environ.get("ISOLATION_DEBUG"):
@@ -160,9 +158,11 @@ def _become_keeper(
         os._exit(status)
 
 
-def _serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> Guest | None:
+def _serve_warm(
+    plan: Plan, wire: Wire, host: int, mask: frozenset[int], function: Callable[[Guest], object]
+) -> None:
     """The keeper of a template is itself PID 1 of a PID namespace, beneath which it makes its forks: so the kernel ends
-    them all with it. Returns None in its parent, which only waits, once it is gone."""
+    them all with it. Its parent only waits, and clears up."""
     inherited = fds.inventory(exclude=[wire.fileno(), host])
     cgroups = None
     try:
@@ -178,7 +178,8 @@ def _serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> Gues
             build.die_with_keeper()
             build.become_root_of_namespace(plan, theirs)
             theirs.close()
-            return WarmKeeper(plan, wire, host, mask, cgroups, inherited).serve()
+            keeper = WarmKeeper(plan, wire, host, mask, cgroups, inherited)
+            _run(Guest(wire, fork=lambda _guest: keeper.forks()), function)
     except OSError as error:
         wire.send({"event": "failed", "errno": error.errno, "what": error.strerror or str(error)})
     else:
@@ -190,13 +191,11 @@ def _serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> Gues
         os.waitpid(pid, 0)
     if cgroups is not None:
         cgroups.remove()
-    return None
 
 
-def _run(guest: Guest, function: Callable[[Guest], object] | None) -> NoReturn:
-    """In a fork: its status is 0 only when the function returned."""
+def _run(guest: Guest, function: Callable[[Guest], object]) -> NoReturn:
+    """In a template, and in its forks, which come to life inside of the function: status 0 only when it returned."""
     try:
-        assert function is not None
         function(guest)
     except SystemExit as error:
         guest.finish(error.code if isinstance(error.code, int) else 0 if error.code is None else 1)
@@ -564,6 +563,12 @@ class WarmKeeper(Keeper):
         if memory_files is not None:
             child.watch = memory.Watch(self._plan.limits.memory or 0, memory_files, -1, -1, kills=False)
         return child
+
+    def forks(self) -> Iterator[Guest]:
+        """Serve; and in each fork, yield its guest."""
+        guest = self.serve()
+        if guest is not None:
+            yield guest
 
     def _remove_cgroups(self) -> None:
         """Its parent does."""
