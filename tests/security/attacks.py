@@ -1,0 +1,264 @@
+"""What an enemy tries, as Python source that runs inside. Each prints BREACH and what it got, or nothing.
+
+`{…}` is filled in with str.format_map, from what the host side of the test has set up.
+"""
+
+from __future__ import annotations
+
+HOST_FILE = """
+try:
+    print("BREACH read", open({path!r}).read())
+except OSError:
+    pass
+"""
+
+HOST_DIRECTORY_BY_FD = """
+import os
+for fd in range(64):
+    try:
+        os.fchdir(fd)
+        if os.path.isdir("../../../../../../../../sys/kernel"):
+            print("BREACH a directory descriptor leads out:", fd)
+    except OSError:
+        pass
+"""
+
+TCP = """
+import socket
+try:
+    socket.create_connection(("127.0.0.1", {port}), 2)
+    print("BREACH connected to the host's TCP port")
+except OSError:
+    pass
+"""
+
+UDP = """
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+try:
+    s.sendto(b"leak", ("127.0.0.1", {udp}))
+except OSError:
+    pass
+"""
+
+ABSTRACT = """
+import socket
+s = socket.socket(socket.AF_UNIX)
+try:
+    s.connect("\\0" + {abstract!r})
+    print("BREACH connected to an abstract socket")
+except OSError:
+    pass
+"""
+
+PATHNAME = """
+import socket
+s = socket.socket(socket.AF_UNIX)
+try:
+    s.connect({socket!r})
+    print("BREACH connected to a unix socket of the host's")
+except OSError:
+    pass
+"""
+
+INHERITED_SOCKET = """
+import os, socket
+for fd in range(3, 256):
+    try:
+        s = socket.socket(fileno=os.dup(fd))
+        if s.family == socket.AF_INET:
+            s.connect(("127.0.0.1", {port}))
+            print("BREACH an inherited socket reaches the host's network:", fd)
+    except OSError:
+        pass
+"""
+
+INHERITED_FILE = """
+import os
+for fd in range(3, 256):
+    try:
+        os.pwrite(fd, b"owned", 0)
+    except OSError:
+        pass
+"""
+
+HOST_PROCESSES = """
+import os
+seen = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+if {pid} in seen and {pid} > 50 or len(seen) > 20:
+    print("BREACH host processes are visible", seen)
+try:
+    os.kill({pid}, 0)
+    if {pid} > 50:
+        print("BREACH a host process can be signalled")
+except (ProcessLookupError, PermissionError):
+    pass
+"""
+
+ENVIRONMENT = """
+import glob
+for path in glob.glob("/proc/[0-9]*/environ"):
+    try:
+        if {secret!r}.encode() in open(path, "rb").read():
+            print("BREACH secret in", path)
+    except OSError:
+        pass
+"""
+
+MEMORY = """
+import glob, os, re
+for maps in glob.glob("/proc/[0-9]*/maps"):
+    pid = maps.split("/")[2]
+    if pid == str(os.getpid()):
+        continue  # it has it in this source
+    try:
+        memory = open("/proc/" + pid + "/mem", "rb", 0)
+        for line in open(maps):
+            match = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw", line)
+            if match:
+                start, end = int(match[1], 16), int(match[2], 16)
+                memory.seek(start)
+                if {secret!r}.encode() in memory.read(end - start):
+                    print("BREACH secret in the memory of", pid)
+    except OSError:
+        pass
+"""
+
+INIT_IS_OPEN = """
+import os
+for name in ("exe", "root", "cwd"):
+    try:
+        print("BREACH /proc/1/" + name, os.readlink("/proc/1/" + name))
+    except OSError:
+        pass
+try:
+    print("BREACH fds of PID 1", os.listdir("/proc/1/fd"))
+except OSError:
+    pass
+"""
+
+KILL_INIT = """
+import os, signal
+for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP, signal.SIGUSR1, signal.SIGSEGV):
+    try:
+        os.kill(1, number)
+    except OSError:
+        pass
+"""
+
+REOPEN_STDIN = """
+import os
+try:
+    fd = os.open("/proc/self/fd/0", os.O_WRONLY)
+    os.write(fd, b"owned")
+    print("BREACH a host file was opened for writing")
+except OSError:
+    pass
+"""
+
+CAPABILITIES = """
+for line in open("/proc/self/status"):
+    if line.startswith("Cap") and int(line.split()[1], 16):
+        print("BREACH", line.strip())
+"""
+
+NO_NEW_PRIVILEGES = """
+for line in open("/proc/self/status"):
+    if line.startswith("NoNewPrivs") and line.split()[1] != "1":
+        print("BREACH", line.strip())
+"""
+
+SYSTEM_CALLS = """
+import ctypes, errno, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    ctypes.set_errno(0)
+    if libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]) >= 0:
+        print("BREACH system call", name)
+if os.uname().machine == "x86_64":
+    call("unshare user", 272, 0x10000000)
+    call("unshare mount", 272, 0x20000)
+    call("keyctl join", 250, 1, 0, 0, 0, 0)
+    call("bpf", 321, 0, 0, 0)
+    call("io_uring_setup", 425, 1, ctypes.create_string_buffer(120))
+    call("perf_event_open", 298, 0, 0, -1, -1, 0)
+    call("userfaultfd", 323, 1)
+    call("clone3", 435, 0, 0)
+for family in (38, 40, 17, 29):
+    try:
+        socket.socket(family, socket.SOCK_SEQPACKET if family == 38 else socket.SOCK_DGRAM)
+        print("BREACH socket family", family)
+    except OSError:
+        pass
+"""
+
+NAMESPACES = """
+import os
+host = {namespaces!r}
+for name, inode in host.items():
+    if os.readlink("/proc/self/ns/" + name) == inode:
+        print("BREACH shares namespace", name)
+"""
+
+HOST_ID = """
+uid_map = open("/proc/self/uid_map").read().split()
+if uid_map[1] == "0" and {host_uid} == 0 and int(uid_map[2]) > 1000000:
+    print("BREACH host ids", uid_map)
+"""
+
+SHADOW = """
+for path in ("/etc/shadow", "/etc/gshadow", "/etc/ssh/ssh_host_ed25519_key", "/root/.ssh/id_rsa", "/root/.bashrc"):
+    try:
+        print("BREACH", path, len(open(path).read()))
+    except OSError:
+        pass
+"""
+
+KEYS = """
+try:
+    if {key!r} in open("/proc/keys").read():
+        print("BREACH a key of the host's is listed")
+except OSError:
+    pass
+"""
+
+DEVICES = """
+import os, stat
+allowed = {{"null", "zero", "full", "random", "urandom", "tty", "ptmx"}}
+for directory, names, files in os.walk("/dev"):
+    for name in files:
+        path = os.path.join(directory, name)
+        mode = os.lstat(path).st_mode
+        if (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)) and name not in allowed and not path.startswith("/dev/pts/"):
+            print("BREACH device", path)
+try:
+    os.mknod("/tmp/disk", 0o600 | stat.S_IFBLK, os.makedev(254, 0))
+    open("/tmp/disk", "rb").read(1)
+    print("BREACH made a device")
+except OSError:
+    pass
+"""
+
+HIDDEN_TREE = """
+import os
+for path in ("/.isolation/lower", "/.isolation/proc", "/.isolation/store", "/.isolation/base"):
+    if os.path.exists(path):
+        print("BREACH", path)
+for pid in os.listdir("/proc"):
+    if pid.isdigit():
+        try:
+            if os.listdir("/proc/" + pid + "/root/old"):
+                print("BREACH old root")
+        except OSError:
+            pass
+"""
+
+WRITE_HOST = """
+import os
+for path in ({path!r}, "/etc/passwd", "/usr/bin/true", {executable!r}):
+    try:
+        with open(path, "ab") as file:
+            file.write(b"owned")
+    except OSError:
+        pass
+"""

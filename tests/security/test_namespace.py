@@ -1,0 +1,163 @@
+"""Nothing of the host's can be reached from inside; and each attack succeeds where its defence is switched off."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from isolation.backends.namespace.machine import NamespaceMachine
+from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
+from isolation.backends.namespace.view import python_environment
+from isolation.sandbox import Sandbox
+from isolation.spec import SandboxSpec
+from security import attacks
+from security.driver import RUNNERS, SECRET, Host, run_command, run_fork
+
+@pytest.fixture
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    made = Host(tmp_path_factory.mktemp("h"))
+    yield made
+    made.close()
+
+
+CONTAINED = [name for name, value in vars(attacks).items() if name.isupper() and isinstance(value, str)]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("attack", CONTAINED)
+def test_contained(host: Host, attack: str, runner: str) -> None:
+    if attack == "MEMORY" and runner == "fork":
+        pytest.xfail("a fork has the memory of the process that it is a fork of: SECURITY.md says so")
+    before = Path(sys.executable).resolve().read_bytes()
+    output = RUNNERS[runner](host, getattr(attacks, attack))
+    assert "BREACH" not in output
+    assert host.secret_file.read_text() == SECRET
+    assert Path(sys.executable).resolve().read_bytes() == before
+    with contextlib.suppress(TimeoutError):
+        assert host.udp.recv(100) is None
+
+
+@pytest.mark.parametrize(
+    ("attack", "without"),
+    [
+        ("HOST_FILE", "view"),
+        ("TCP", "network"),
+        ("ABSTRACT", "network landlock"),
+        ("CAPABILITIES", "capabilities"),
+        ("SYSTEM_CALLS", "seccomp"),
+        ("INIT_IS_OPEN", "dumpable"),
+        ("MEMORY", "dumpable"),
+    ],
+)
+def test_command_breaks_out_without(host: Host, attack: str, without: str) -> None:
+    assert "BREACH" in run_command(host, getattr(attacks, attack), without)
+
+
+@pytest.mark.parametrize(
+    ("attack", "without"),
+    [
+        ("HOST_FILE", "view"),
+        ("HOST_DIRECTORY_BY_FD", "fds"),
+        ("TCP", "network"),
+        ("CAPABILITIES", "capabilities"),
+        ("SYSTEM_CALLS", "seccomp"),
+        ("INHERITED_SOCKET", "fds"),
+    ],
+)
+def test_fork_breaks_out_without(host: Host, attack: str, without: str) -> None:
+    directory = os.open("/", os.O_RDONLY)
+    spare = socket.socket()
+    try:
+        assert "BREACH" in run_fork(host, getattr(attacks, attack), without)
+    finally:
+        os.close(directory)
+        spare.close()
+
+
+@pytest.mark.parametrize("attack", ["HOST_FILE", "TCP", "UDP", "ABSTRACT", "PATHNAME", "HOST_PROCESSES", "NAMESPACES"])
+def test_attacks_work_on_the_host(host: Host, attack: str) -> None:
+    source = getattr(attacks, attack).format_map(host.facts())
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    if attack == "UDP":
+        assert host.udp.recv(100) == b"leak"
+    else:
+        assert "BREACH" in done.stdout
+
+
+def _stdin_attack(host: Host, without: str) -> str:
+    """A file given as stdin, open for reading only, must not become writable by /proc/self/fd/0."""
+    spec = SandboxSpec()
+    plan = make_plan(spec, python=python_environment(), defences=ALL_DEFENCES - set(without.split()))
+    host.secret_file.chmod(0o666)
+    with Sandbox.borrowed(NamespaceMachine(plan)) as box, host.secret_file.open() as given:
+        process = box.popen([sys.executable, "-c", attacks.REOPEN_STDIN], stdin=given.fileno(), stdout=-1)
+        return process.communicate(timeout=20).stdout.decode()
+
+
+def test_a_file_given_to_read_stays_read_only(host: Host) -> None:
+    assert "BREACH" not in _stdin_attack(host, "")
+    assert host.secret_file.read_text() == SECRET
+    assert "BREACH" in _stdin_attack(host, "landlock")
+
+
+def test_writes_through_inherited_files_stay_inside(host: Host) -> None:
+    with host.secret_file.open("r+") as held:
+        assert held.fileno() > 2
+        run_fork(host, attacks.INHERITED_FILE)
+        assert host.secret_file.read_text() == SECRET
+        run_fork(host, attacks.INHERITED_FILE, "fds")
+        assert host.secret_file.read_text() != SECRET
+
+
+def test_session_keyring_is_left(host: Host) -> None:
+    read = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+found = libc.syscall(ctypes.c_long(250), 10, -3, b"user", b"isolation-test-key", 0)
+if found > 0:
+    print("BREACH a key of the host's session")
+"""
+    if os.uname().machine != "x86_64":
+        pytest.xfail("keyctl's number is x86_64's")
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def in_thread() -> None:  # a session keyring of this thread's own, so that the test leaves nothing in the user's
+        libc.syscall(ctypes.c_long(250), 1, None, 0, 0, 0)
+        assert libc.syscall(ctypes.c_long(248), b"user", b"isolation-test-key", b"x", ctypes.c_size_t(1), -3) > 0
+        results.append(run_command(host, read, "seccomp"))
+        results.append(run_command(host, read, "seccomp keyring"))
+
+    results: list[str] = []
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert "BREACH" not in results[0]
+    assert "BREACH" in results[1]
+
+
+@pytest.mark.parametrize(
+    ("runner", "without", "inherit", "breach"),
+    [
+        ("command", "", "", False),
+        ("command", "dumpable environment", "", True),
+        ("fork", "", "", False),
+        ("fork", "environment", "", True),
+        ("fork", "", "inherit", True),  # what `pytest --isolation` does, and says
+    ],
+)
+def test_environment(runner: str, without: str, inherit: str, breach: bool) -> None:
+    """The block behind /proc/PID/environ, of a host that was started with a secret in it."""
+    command = [sys.executable, "-m", "security.driver", runner, "ENVIRONMENT", without, *([inherit] if inherit else [])]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "ISOLATION_TEST_SECRET": SECRET}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert ("BREACH" in done.stdout) is breach, done
