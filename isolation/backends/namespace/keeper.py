@@ -27,6 +27,11 @@ from isolation.guest import Guest
 from isolation.wire import Message, Wire, wait_readable
 
 
+STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
+_DUMPS_AT_MOST = 100
+_DUMP_INTERVAL = 0.25  # s, near the memory limit
+
+
 class KeeperProcess:
     """The host's handle of a keeper."""
 
@@ -229,6 +234,8 @@ class _Child:
         self.watch: memory.Watch | None = None
         self.deadline: float | None = None
         self.timed_out = False
+        self.dumps = 0
+        self.next_dump = 0.0
         self.out_of_memory = False
 
     def kill(self) -> None:
@@ -340,7 +347,7 @@ class Keeper:
             if child.watch is not None:
                 patience.append(child.watch.interval)
                 state = child.watch.look()
-                if state == "near":
+                if state == "near" and now >= child.next_dump:
                     self._dump(child)
                 elif state == "over" and not child.out_of_memory:
                     child.out_of_memory = True
@@ -350,9 +357,11 @@ class Keeper:
         return min(patience, default=None)
 
     def _dump(self, child: _Child) -> None:
-        """Have a payload write the stacks of its threads; those of an earlier time are dropped."""
-        if child.init is not None:
-            os.ftruncate(child.crash, 0)
+        """Have a payload write the stacks of its threads, behind those of earlier times."""
+        if child.init is not None and child.dumps < _DUMPS_AT_MOST:
+            child.dumps += 1
+            child.next_dump = time.monotonic() + _DUMP_INTERVAL
+            os.write(child.crash, STACKS_MARK)
             signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
 
     def _fork(self, message: Message) -> Guest | None:
@@ -554,8 +563,12 @@ class WarmKeeper(Keeper):
             birth = payload.Birth(
                 theirs, self._base, wire, (stdin, stdout, stderr), crash, scratch, self._inherited, self._mask, self._umask
             )
+            # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
+            for other in self._children.values():
+                other.leash.close()
+            self._wire.sock.close()
+            self._children, self._ending, self._cgroups = {}, {}, None
             guest = payload.become(self._plan, birth)
-            self._children, self._ending, self._cgroups = {}, {}, None  # the keeper's, not this fork's
             return guest
         child = _Child(number, pid, pidfd, ours, cgroup)
         child.init = first

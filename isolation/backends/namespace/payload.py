@@ -67,8 +67,9 @@ def _become(plan: Plan, birth: Birth) -> Guest:
     build.seal(plan, birth.leash)
     os.chdir(plan.workdir)
     if "fds" in plan.defences:
-        # The leash goes with the rest.
-        fds.adopt(birth.inherited, birth.stdio, birth.scratch, keep=[birth.wire, birth.crash])
+        keep = [birth.wire, birth.crash, birth.leash.fileno()]
+        fds.adopt(birth.inherited, birth.stdio, birth.scratch, keep)
+    birth.leash.close()
     if not plan.inherit_env:
         if "environment" in plan.defences:
             environment.scrub()

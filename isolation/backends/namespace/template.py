@@ -81,7 +81,7 @@ class NamespaceFork(Fork):
         os.set_blocking(self.stderr, False)
         stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._crash = os.memfd_create("isolation-stacks")
-        fcntl.fcntl(self._crash, fcntl.F_SETFL, os.O_APPEND)  # the keeper truncates it between two writes
+        fcntl.fcntl(self._crash, fcntl.F_SETFL, os.O_APPEND)  # two write to it
         self._scratch = [os.memfd_create("isolation-scratch") for _ in range(scratch)]
         given = [theirs.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
         try:
@@ -138,8 +138,10 @@ class NamespaceFork(Fork):
         return machine.usage_of(time.monotonic() - self._begun, self._exit)
 
     def stacks(self) -> str:
-        text = os.pread(self._crash, _STACKS_AT_MOST, 0)
-        return text.decode("utf-8", "replace")
+        size = os.fstat(self._crash).st_size
+        text = os.pread(self._crash, _STACKS_AT_MOST, max(0, size - _STACKS_AT_MOST))
+        dumps = [dump for dump in text.split(keeper.STACKS_MARK) if dump.strip()]
+        return dumps[-1].decode("utf-8", "replace") if dumps else ""
 
     def scratch_index(self, inode: int) -> int | None:
         for index, fd in enumerate(self._scratch):
@@ -166,18 +168,19 @@ class NamespaceFork(Fork):
         return machine.failure(self._failure)
 
     def _ask_for_stacks(self) -> None:
+        before = len(self.stacks())
         try:
             self._keeper.request({"op": "dump", "id": self._number})
         except LaunchError:
             return
         deadline = time.monotonic() + _STACKS_WAIT
-        size = 0
+        last = before
         while time.monotonic() < deadline:
             time.sleep(0.01)
-            now = os.fstat(self._crash).st_size
-            if now and now == size:
-                return
-            size = now
+            now = len(self.stacks())
+            if now != before and now == last:
+                return  # written, and no longer growing
+            last = now
 
     def _kill(self) -> None:
         try:

@@ -1,0 +1,3 @@
+"""A module with state, as real projects have."""
+
+debug = False

@@ -1,0 +1,80 @@
+"""`isolation doctor`: what each backend's probe found, as text for people or as JSON for programs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from isolation.hookspecs import Probe
+
+_GREEN, _RED, _BOLD = "32", "31", "1"
+_PASS, _FAIL = "PASS", "FAIL"
+
+
+def as_text(probes: Mapping[str, Probe], *, color: bool = False, width: int = 100) -> str:
+    """One paragraph per backend: does it work, why (not), its checks with their remedies, its features."""
+    if not probes:
+        return "No backend is installed: reinstall isolation-kit, which brings one."
+    return "\n\n".join(_paragraph(name, probe, color, width) for name, probe in probes.items())
+
+
+def as_data(probes: Mapping[str, Probe]) -> dict[str, Any]:
+    """For `--json`."""
+    return {
+        "works": any(probe.works for probe in probes.values()),
+        "backends": {
+            name: {
+                "works": probe.works,
+                "reason": probe.reason,
+                "checks": [
+                    {"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy}
+                    for check in probe.checks
+                ],
+                "features": sorted(probe.features),
+            }
+            for name, probe in probes.items()
+        },
+    }
+
+
+def line(name: str, probe: Probe, *, color: bool = False) -> str:
+    """For `isolation backends`."""
+    state = _paint("works", _GREEN, color) if probe.works else _paint("does not work here", _RED, color)
+    return f"{name}: {state} ({', '.join(sorted(probe.features)) or 'no features'})"
+
+
+def _paragraph(name: str, probe: Probe, color: bool, width: int) -> str:
+    state = _paint("works", _GREEN, color) if probe.works else _paint("does not work here", _RED, color)
+    lines = [f"{_paint(name, _BOLD, color)}: {state}", *_wrap(probe.reason, "  ", width)]
+    longest = max((len(check.name) for check in probe.checks), default=0)
+    # A long name gets its line to itself, rather than pushing every other one to the right.
+    column = min(longest, 24)
+    for check in probe.checks:
+        mark = _paint(_PASS, _GREEN, color) if check.ok else _paint(_FAIL, _RED, color)
+        if len(check.name) > column:
+            lines += [f"  {mark}  {check.name}", *_wrap(check.found, " " * (column + 10), width)]
+        else:
+            head = f"  {mark}  {check.name:<{column}}  "
+            found = _wrap(check.found, " " * (column + 10), width) or [""]
+            lines += [head + found[0].lstrip(), *found[1:]]
+        if not check.ok and check.remedy:
+            lines += _wrap(f"→ {check.remedy}", " " * (column + 10), width)
+    lines += _wrap(f"features: {', '.join(sorted(probe.features)) or 'none'}", "  ", width)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _wrap(text: str, indent: str, width: int) -> list[str]:
+    """Commands and names are there to be copied: never broken in the middle."""
+    return textwrap.wrap(
+        text,
+        max(width, len(indent) + 40),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _paint(text: str, code: str, color: bool) -> str:
+    return f"\033[{code}m{text}\033[0m" if color else text
