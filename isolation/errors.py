@@ -28,7 +28,9 @@ class LaunchError(IsolationError):
 
 
 class CommandNotFound(LaunchError):
-    """The command to run does not exist inside the sandbox, or is not executable there."""
+    """The command to run does not exist inside the sandbox, or (`missing` is False) cannot be executed there."""
+
+    missing = True
 
 
 class SandboxClosed(IsolationError):

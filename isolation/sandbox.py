@@ -73,6 +73,26 @@ class Process:
         """SIGKILL, to its process group."""
         self.send_signal(9, group=True)
 
+    def close(self) -> None:
+        """Close this end of its streams and of its terminal. It may go on running."""
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        if self.tty is not None:
+            os.close(self.tty)
+            self.tty = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Like `subprocess.Popen`: close the streams, and wait for the end."""
+        self.close()
+        self.wait()
+
     def communicate(
         self, input: bytes | None = None, timeout: float | None = None, output_limit: int | None = None
     ) -> Completed:
@@ -81,12 +101,10 @@ class Process:
         Output is what the command and its children wrote until the command ended; at most `output_limit`
         bytes of each stream are kept.
         """
-        collected = _Communication(self, input, timeout, output_limit).run()
-        for stream in (self.stdin, self.stdout, self.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        return collected
+        try:
+            return _Communication(self, input, timeout, output_limit).run()
+        finally:
+            self.close()
 
 
 class _Communication:
@@ -230,7 +248,7 @@ class Sandbox:
                     read, write = os.pipe2(os.O_CLOEXEC)
                     fd, kept = (read, write) if number == 0 else (write, read)
                     opened.append(fd)
-                    end = os.fdopen(kept, "wb" if number == 0 else "rb", buffering=0)  # type: ignore[assignment]
+                    end = os.fdopen(kept, "wb" if number == 0 else "rb", buffering=0)
                 elif wanted is None and not tty:
                     fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
                     opened.append(fd)

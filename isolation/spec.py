@@ -67,7 +67,7 @@ class Mount:
             mode = parts.pop()  # type: ignore[assignment]
         if not parts[0] or len(parts) > 2 or (len(parts) == 2 and not parts[1]):
             raise SpecError(f"mount {text!r} is not SRC:DST[:ro|rw|overlay] (write a colon in a path as '\\:')")
-        return cls(*parts, mode=mode)
+        return cls(parts[0], parts[1] if len(parts) == 2 else "", mode)
 
     def __str__(self) -> str:
         return f"{self.source}:{self.target}:{self.mode}"

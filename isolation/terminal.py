@@ -20,7 +20,6 @@ import stat
 import struct
 import termios
 import time
-import tty
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -93,7 +92,13 @@ class _Pump:
     file, which the caller shares with its shell."""
 
     def __init__(
-        self, name: str, source: int, sink: int | Capture, *, at_end: Callable[[], None] | None = None
+        self,
+        name: str,
+        source: int,
+        sink: int | Capture,
+        *,
+        at_end: Callable[[], None] | None = None,
+        at_loss: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.source = source
@@ -102,7 +107,8 @@ class _Pump:
         self._reading = True
         self._waiting = b""
         self._budget: int | None = None  # of what is still to be read, when draining
-        self._at_end = at_end
+        self._at_end = at_end  # all was read, and written
+        self._at_loss = at_loss  # nobody takes it any more
         self._most = _SURE
         self._socket: socket.socket | None = None
         if isinstance(sink, int):
@@ -177,6 +183,8 @@ class _Pump:
                 self.error = error
             self._waiting = b""
             self._end()
+            if self._at_loss is not None:
+                self._at_loss()
             return
         self._waiting = self._waiting[count:]
         if not self._waiting and not self._reading:
@@ -233,7 +241,7 @@ class _HostTerminal:
             mode = termios.tcgetattr(self.fd)
         except termios.error:
             return
-        tty.cfmakeraw(mode) if hasattr(tty, "cfmakeraw") else _make_raw(mode)
+        _make_raw(mode)
         if not self._all_output:
             mode[1] |= before[1] & termios.OPOST  # what reads our pipe may write here, too: it expects newlines to work
         self._before = before
@@ -271,7 +279,7 @@ class _HostTerminal:
 
 
 def _make_raw(mode: list[Any]) -> None:
-    """cfmakeraw(3), which `tty` has since Python 3.12."""
+    """cfmakeraw(3). `tty.cfmakeraw` came with Python 3.12."""
     mode[0] &= ~(
         termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR
         | termios.ICRNL | termios.IXON
@@ -321,7 +329,7 @@ class Relay:
 
         with Relay() as relay:
             process = box.popen(argv, tty=relay.tty, stdin=relay.given[0], …)
-            verdict = relay.run(process)
+            verdict = relay.run(process, box.machine.fileno())
 
     Raises SpecError for streams that cannot be passed on, Interrupted when the user asks twice for the end.
     """
@@ -399,8 +407,8 @@ class Relay:
         """From now on signals are for the command."""
         self._signals = _Signals()
 
-    def run(self, process: Process) -> Verdict:
-        """Pass everything on until the command has ended, and then what it has left in its pipes."""
+    def run(self, process: Process, news: int) -> Verdict:
+        """Pass everything on until the command has ended (`news` is readable then), and what it has left in its pipes."""
         while self._theirs:
             os.close(self._theirs.pop())  # or we would never see the end of what it writes
         if self._signals is None:
@@ -409,7 +417,7 @@ class Relay:
         if self._host is not None and process.tty is not None:
             self._connect(self._host, process.tty)
         while (verdict := process.poll()) is None:
-            ready = self._poll([*self._pumps, *self._active_feeds()], process._machine.fileno())
+            ready = self._poll([*self._pumps, *self._active_feeds()], news)
             if self._signals.fileno() in ready:
                 for signum in self._signals.take():
                     self._pass_on(process, signum)
@@ -422,7 +430,7 @@ class Relay:
         os.set_blocking(master, False)
         self._master = master
         host.give_size_to(master)
-        self._pumps.append(_Pump("the terminal", master, host.sink))
+        self._pumps.append(_Pump("the terminal", master, host.sink, at_loss=self._hang_up))
         if host._reads:
             self._feeds.append(_Pump("the terminal", host.source, master, at_end=self._hang_up))
             host.raw()

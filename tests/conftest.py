@@ -11,28 +11,32 @@ import pytest
 pytest_plugins = ["pytester"]
 
 
-def leftovers() -> set[str]:
-    """Processes of ours, and cgroups: what must be gone when nothing runs."""
+def leftovers(mark: bytes) -> set[str]:
+    """Processes whose command line holds `mark`, and cgroups whose keeper is gone."""
     found = set()
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                text = Path(f"/proc/{name}/comm").read_text().strip()
+                command = Path(f"/proc/{name}/comm").read_text().strip()
+                line = Path(f"/proc/{name}/cmdline").read_bytes()
             except OSError:
                 continue
-            if text.startswith("isolation"):
-                found.add(f"process {name} {text}")
+            if command.startswith("isolation") and mark in line:
+                found.add(f"process {name} {command}")
     for directory, names, _files in os.walk("/sys/fs/cgroup"):
-        found |= {f"cgroup {directory}/{name}" for name in names if name.startswith("isolation-")}
+        for name in names:
+            if name.startswith("isolation-") and not os.path.exists(f"/proc/{name.split('-')[1]}"):
+                found.add(f"cgroup {directory}/{name}")
     return found
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """Fails a test that leaves a process or a cgroup behind."""
-    before = leftovers()
+    """Fails a test that leaves a process of this one, or a cgroup, behind."""
+    mine = Path("/proc/self/cmdline").read_bytes()
+    before = leftovers(mine)
     yield
-    assert leftovers() - before == set()
+    assert leftovers(mine) - before == set()
 
 
 @pytest.fixture

@@ -51,7 +51,8 @@ class Controller:
     def pytest_report_header(self) -> str:
         spec = self._reader.default.spec
         network = "own loopback only" if spec.network.mode == "none" else f"{spec.network} (NOT isolated)"
-        return f"isolation: {self._backend.name}, a fresh sandbox for every test; network: {network}; {spec.limits.describe()}"
+        limits = spec.limits.describe()
+        return f"isolation: {self._backend.name}, a fresh sandbox for every test; network: {network}; {limits}"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:

@@ -83,7 +83,7 @@ def run_fork(host: Host, attack: str, without: str = "", **changes: Any) -> str:
     def payload(guest: Guest) -> None:
         for _job in guest.forks():
             lines: list[str] = []
-            exec(source, {"print": lambda *words: lines.append(" ".join(map(str, words)))})
+            exec(source, {"print": lambda *words, lines=lines: lines.append(" ".join(map(str, words)))})
             guest.send({"lines": lines})
 
     spec = SandboxSpec(mounts=[Mount.overlay(host.project)], workdir=str(host.project), **changes)

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from security import attacks
+from security.driver import RUNNERS, SECRET, Host, run_command, run_fork
 
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
 from isolation.backends.namespace.view import python_environment
 from isolation.sandbox import Sandbox
 from isolation.spec import SandboxSpec
-from security import attacks
-from security.driver import RUNNERS, SECRET, Host, run_command, run_fork
+
 
 @pytest.fixture
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:

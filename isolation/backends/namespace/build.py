@@ -75,7 +75,7 @@ def seal(plan: Plan, leash: socket.socket) -> None:
     else:
         identity.map_own_ids(who.uid, who.gid, 0, 0)
     if "capabilities" in plan.defences:
-        lockdown.drop_capabilities()
+        lockdown.drop_capabilities(keep_setfcap=plan.nesting and who.uid == 0)
     lockdown.no_new_privileges()
     if plan.landlock:
         lockdown.restrict_to_root(plan.landlock)

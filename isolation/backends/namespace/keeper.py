@@ -7,6 +7,7 @@ the host, so that neither `kill -9` nor a forgotten duplicate of its socket keep
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import select
@@ -26,8 +27,8 @@ from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest
 from isolation.wire import Message, Wire, wait_readable
 
-
 STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
+_NS_GET_PARENT = 0xB702  # ioctl_ns(2)
 _DUMPS_AT_MOST = 100
 _DUMP_INTERVAL = 0.25  # s, near the memory limit
 
@@ -327,11 +328,14 @@ class Keeper:
             if self._host in ready:
                 return None
             for fd in ready:
-                # What one event did may have ended what another was about.
-                if fd in waiting and (fd in self._ending or any(fd in (c.pidfd, c.leash.fileno()) for c in self._children.values())):
+                if fd in waiting and self._is_current(fd):
                     waiting[fd]()
             if self._wire.fileno() in ready and not self._wire.fill():
                 return None
+
+    def _is_current(self, fd: int) -> bool:
+        """What one event did may have ended what another was about."""
+        return fd in self._ending or any(fd in (child.pidfd, child.leash.fileno()) for child in self._children.values())
 
     def _patience(self) -> float | None:
         """Milliseconds until something must be looked at. Ends what is over its wall-clock or memory limit."""
@@ -416,9 +420,8 @@ class Keeper:
                 child.cgroup.add(child.pid)
             elif request == b"m":
                 identity.map_range(child.pid)
-                _enter_user_namespace(child.pid)  # the next map is one below it, and written from there only
             elif request == b"i":
-                identity.map_range(_host_pid(child.pidfd), 0)
+                self._map_inner(child)
             elif request == b"w" and len(given) == 2:
                 child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
                 return
@@ -431,6 +434,22 @@ class Keeper:
         except OSError as error:
             self._unforked(child.number, error)
             child.kill()
+
+    def _map_inner(self, child: _Child) -> None:
+        """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
+        host root's rights to its cgroups, does not enter: a child does."""
+        users = os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        parent = fcntl.ioctl(users, _NS_GET_PARENT)
+        pid, pidfd = syscalls.clone(0)
+        if pid == 0:
+            try:
+                syscalls.setns(parent, syscalls.CLONE_NEWUSER)
+                identity.map_range(child.pid, 0)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        for fd in (users, parent, pidfd):
+            os.close(fd)
 
     def _unforked(self, number: int, error: OSError) -> None:
         what = error.strerror or str(error)
@@ -568,14 +587,17 @@ class WarmKeeper(Keeper):
                 other.leash.close()
             self._wire.sock.close()
             self._children, self._ending, self._cgroups = {}, {}, None
-            guest = payload.become(self._plan, birth)
-            return guest
+            return payload.become(self._plan, birth)
         child = _Child(number, pid, pidfd, ours, cgroup)
         child.init = first
         child.crash = os.dup(crash)
         if memory_files is not None:
             child.watch = memory.Watch(self._plan.limits.memory or 0, memory_files, -1, -1, kills=False)
         return child
+
+    def _map_inner(self, child: _Child) -> None:
+        """This keeper is in the user namespace above, and has nothing to lose."""
+        identity.map_range(_host_pid(child.pidfd), 0)
 
     def forks(self) -> Iterator[Guest]:
         """Serve; and in each fork, yield its guest."""
@@ -589,14 +611,6 @@ class WarmKeeper(Keeper):
 
 # What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.
 _INHERITED = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
-
-
-def _enter_user_namespace(pid: int) -> None:
-    users = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        syscalls.setns(users, syscalls.CLONE_NEWUSER)
-    finally:
-        os.close(users)
 
 
 def _host_pid(pidfd: int) -> int:

@@ -19,23 +19,33 @@ _SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0  # ABI 6
 _SCOPE_SIGNAL = 1 << 1
 LANDLOCK_LEAST_ABI = 2  # ABI 1 has no way to allow a rename between directories
 
+_CAP_SETFCAP = 31
 # SECBIT_NOROOT and SECBIT_NO_SETUID_FIXUP, each with its lock, and KEEP_CAPS locked at "no": uid 0 means nothing.
 _SECUREBITS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5
 
 
 
-def drop_capabilities() -> None:
-    """Every set empty, the bounding set first; root inside is then an ordinary user (capabilities(7))."""
+def drop_capabilities(*, keep_setfcap: bool) -> None:
+    """Every set empty, the bounding set first; root inside is then an ordinary user (capabilities(7)).
+
+    One may stay, and survive execve(2): whoever has uid 0 and wants to nest must hold CAP_SETFCAP to map that uid into a
+    namespace below (user_namespaces(7), since Linux 5.12). Over files of its own tree, which are all nosuid, it is of no
+    other use.
+    """
     syscalls.prctl(syscalls.PR_SET_SECUREBITS, _SECUREBITS)
     capability = 0
     while True:
         try:
-            syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
+            if not (keep_setfcap and capability == _CAP_SETFCAP):
+                syscalls.prctl(syscalls.PR_CAPBSET_DROP, capability)
         except OSError:
             break  # EINVAL: one past the last that this kernel knows
         capability += 1
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
-    syscalls.capset(0, 0, 0)
+    kept = 1 << _CAP_SETFCAP if keep_setfcap else 0
+    syscalls.capset(kept, kept, kept)
+    if keep_setfcap:
+        syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_RAISE, _CAP_SETFCAP)
 
 
 def no_new_privileges() -> None:

@@ -89,7 +89,9 @@ class NamespaceMachine(Machine):
             hint = ""
             if command.startswith("/") and os.path.exists(command):
                 hint = f"; it exists on the host: show it with Mount({command!r}) or --mount"
-            return CommandNotFound(f"{command!r} {what} in the sandbox ({message['what']}){hint}")
+            error = CommandNotFound(f"{command!r} {what} in the sandbox ({message['what']}){hint}")
+            error.missing = message["errno"] == errno.ENOENT
+            return error
         return LaunchError(f"{command!r} could not be started: {failure(message)}")
 
     def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:

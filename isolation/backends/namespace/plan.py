@@ -14,7 +14,7 @@ from isolation.backends.namespace import environment, lockdown, seccomp, syscall
 from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.backends.namespace.identity import Identity
 from isolation.backends.namespace.mountinfo import MountTable
-from isolation.backends.namespace.operations import HIDDEN, Directory, DevPts, Operation, Proc, Symlink, TextFile
+from isolation.backends.namespace.operations import HIDDEN, DevPts, Directory, Operation, Proc, Symlink, TextFile
 from isolation.errors import FeatureMissing, SpecError
 from isolation.spec import Limits, SandboxSpec
 

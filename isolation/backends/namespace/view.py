@@ -189,7 +189,7 @@ class View:
                 if os.access(entry.path, os.R_OK | os.X_OK) and not self._is_virtual(entry.path):
                     self._overlay(entry.path, inside, owned=owned, writable=writable, explicit=True)
             elif entry.is_file() and os.access(entry.path, os.R_OK):
-                if entry.stat().st_size <= _COPY_AT_MOST:
+                if owned and writable and entry.stat().st_size <= _COPY_AT_MOST:
                     self.add(CopiedFile(inside, self._lower(entry.path, owned=owned)))
                 else:
                     self.bind(entry.path, inside)
@@ -251,7 +251,7 @@ def python_environment() -> list[str]:
         absolute = os.path.abspath(path)
         if os.path.exists(absolute) and os.path.realpath(absolute) not in too_wide:
             paths[absolute] = None
-    return list(paths)
+    return sorted(paths, key=len)  # a directory before what lies in it, which then needs no mount of its own
 
 
 def _module_roots(known: Iterable[str]) -> list[str]:

@@ -1,0 +1,314 @@
+"""Sandboxes as users hold them: real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from isolation import (
+    PIPE,
+    Change,
+    CommandNotFound,
+    Ended,
+    FeatureMissing,
+    GuestError,
+    LaunchError,
+    Limits,
+    Mount,
+    Sandbox,
+    SandboxClosed,
+    SandboxSpec,
+    SpecError,
+    UnknownBackend,
+)
+from conftest import leftovers
+from isolation.backends.namespace.cgroup import Hierarchy
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def of(project: Path, **fields: object) -> SandboxSpec:
+    return SandboxSpec(mounts=[Mount.overlay(project)], workdir=str(project), **fields)  # type: ignore[arg-type]
+
+
+def test_run(project: Path) -> None:
+    with Sandbox(of(project, env={"GREETING": "hello"})) as box:
+        done = box.run(["sh", "-c", "cat; echo $GREETING; pwd; echo err >&2; exit 3"], input="in\n", env={"X": "1"})
+        assert done.stdout.decode().split() == ["in", "hello", str(project)]
+        assert (done.stderr, done.returncode, done.verdict.ended) == (b"err\n", 3, Ended.EXITED)
+        assert done.usage.wall > 0
+        assert box.run(["sh", "-c", "kill -SEGV $$"]).returncode == -signal.SIGSEGV
+
+
+def test_python_is_the_callers(project: Path) -> None:
+    with Sandbox(of(project)) as box:
+        done = box.run(["python", "-c", "import sys, pluggy; print(sys.prefix)"])
+        assert done.stdout.decode().strip() == sys.prefix, done
+
+
+def test_writes_are_discarded_and_told(project: Path) -> None:
+    (project / "old").mkdir()
+    (project / "old" / "gone.txt").write_text("x")
+    with Sandbox(of(project)) as box:
+        assert box.changes() == []
+        script = "echo more >> data.txt; mkdir d; echo new > d/new.txt; rm old/gone.txt; ln -s x link; echo t > /tmp/t"
+        assert box.run(["sh", "-c", script]).returncode == 0
+        assert box.run(["cat", "data.txt"]).stdout == b"originalmore\n"
+        assert box.changes() == sorted([
+            Change("/tmp/t", "added", "file", 2),
+            Change(f"{project}/d", "added", "directory"),
+            Change(f"{project}/d/new.txt", "added", "file", 4),
+            Change(f"{project}/data.txt", "changed", "file", 13),
+            Change(f"{project}/link", "added", "symlink"),
+            Change(f"{project}/old/gone.txt", "deleted", "other"),
+        ])  # fmt: skip
+    assert (project / "data.txt").read_text() == "original"
+    assert sorted(os.listdir(project)) == ["data.txt", "old"]
+
+
+def test_copies(project: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.bin").write_bytes(b"\0\1" * 100_000)
+    with Sandbox(of(project)) as box:
+        box.copy_in(tmp_path / "in.bin", "/tmp/x")
+        assert box.run(["wc", "-c", "/tmp/x"]).stdout.split()[0] == b"200000"
+        assert box.copy_out("/tmp/x", tmp_path / "out.bin") == 200_000
+        assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "in.bin").read_bytes()
+        box.run(["sh", "-c", "mkfifo /tmp/fifo; ln -s /etc/passwd /tmp/link; ln -s /root /tmp/away"])
+        for path in ("/tmp/fifo", "/tmp", "/nonexistent", "/dev/zero"):
+            with pytest.raises(GuestError):
+                box.copy_out(path, tmp_path / "bad")
+        with pytest.raises(GuestError, match="limit"):
+            box.copy_out("/tmp/x", tmp_path / "bad", limit="1K")
+        with pytest.raises(SpecError):
+            box.copy_out("relative", tmp_path / "bad")
+        assert not (tmp_path / "bad").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"project", "in.bin", "out.bin"}
+
+
+def test_copy_out_replaces_a_symlink_of_the_hosts(project: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("safe")
+    (tmp_path / "out").symlink_to(victim)
+    with Sandbox(of(project)) as box:
+        box.copy_out(f"{project}/data.txt", tmp_path / "out")
+    assert victim.read_text() == "safe"
+    assert (tmp_path / "out").read_text() == "original"
+
+
+def test_mounts(project: Path, tmp_path: Path) -> None:
+    for name in ("ro", "rw"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text(name)
+    spec = SandboxSpec(mounts=[Mount(tmp_path / "ro", "/data"), Mount(tmp_path / "rw", "/out", writable=True)])
+    with Sandbox(spec) as box:
+        assert box.run(["cat", "/data/f", "/out/f"]).stdout == b"rorw"
+        assert box.run(["sh", "-c", "echo x > /data/f"]).returncode != 0
+        assert box.run(["sh", "-c", "echo x > /out/g"]).returncode == 0
+    assert (tmp_path / "rw" / "g").read_text() == "x\n"
+    assert (tmp_path / "rw" / "g").stat().st_uid == os.getuid()
+
+
+@pytest.mark.parametrize("name", ["with space", "co:lon", "com,ma", "back\\slash", "ünï çödé ☃", "-dash", "nl\nnl", "'quote\""])
+def test_any_directory_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.mkdir()
+    (path / "f").write_text("here")
+    with Sandbox(of(path)) as box:
+        assert box.run(["cat", "f"]).stdout == b"here"
+        assert box.run(["sh", "-c", "echo x > g; rm f"]).returncode == 0
+        assert {Path(change.path).name for change in box.changes()} == {"f", "g"}
+
+
+def test_a_command_that_is_not_there(project: Path) -> None:
+    with Sandbox(of(project)) as box:
+        with pytest.raises(CommandNotFound):
+            box.run(["no-such-command"])
+        with pytest.raises(CommandNotFound):
+            box.run(["/etc/passwd"])
+        with pytest.raises(LaunchError, match="working directory"):
+            box.run(["true"], cwd="/nowhere")
+        for bad in ([], "true", ["a\0b"], [1]):
+            with pytest.raises(SpecError):
+                box.run(bad)  # type: ignore[arg-type]
+        assert box.run(["true"]).returncode == 0
+
+
+def test_bad_specs_leave_nothing(project: Path) -> None:
+    with pytest.raises(SpecError, match="does not exist"):
+        Sandbox(SandboxSpec(mounts=[Mount("/no/such/dir")])).run(["true"])
+    with pytest.raises(SpecError, match="workdir"):
+        Sandbox(SandboxSpec(workdir="/no/such/dir")).run(["true"])
+    with pytest.raises(UnknownBackend, match="namespace"):
+        Sandbox(SandboxSpec(backend="nonsense"))
+    with pytest.raises(FeatureMissing):
+        Sandbox(SandboxSpec(network="nat")).run(["true"])
+    with pytest.raises(FeatureMissing):
+        Sandbox(SandboxSpec(image="debian")).run(["true"])
+
+
+def test_timeout(project: Path) -> None:
+    with Sandbox(of(project)) as box:
+        done = box.run(["sh", "-c", "echo started; trap '' TERM INT; sleep 60 & wait; sleep 60"], timeout="300ms")
+        assert done.verdict.ended is Ended.TIMED_OUT
+        assert done.stdout == b"started\n"
+        assert box.run(["true"]).verdict.ok
+
+
+def test_wall_limit_ends_the_sandbox(project: Path) -> None:
+    with Sandbox(of(project, limits=Limits(wall="400ms"))) as box:
+        done = box.run(["sleep", "60"])
+        assert done.verdict.ended is Ended.TIMED_OUT
+        assert done.verdict.shell_code == 124
+        with pytest.raises(SandboxClosed, match="timed out"):
+            box.run(["true"])
+
+
+def test_memory_limit(project: Path) -> None:
+    with Sandbox(of(project, limits=Limits(memory="96M"))) as box:
+        done = box.run([sys.executable, "-c", "x = []\nwhile True: x.append(bytearray(1 << 20))"], timeout=30)
+        assert done.verdict.ended is Ended.OUT_OF_MEMORY
+        assert done.verdict.shell_code == 137
+    with Sandbox(of(project, limits=Limits(memory="96M"))) as box:
+        assert box.run([sys.executable, "-c", "bytearray(20 << 20)"]).verdict.ok
+
+
+def test_pids_limit(project: Path) -> None:
+    program = "import os\nn = 0\ntry:\n  while n < 100:\n    if os.fork() == 0: os.read(0, 1); os._exit(0)\n    n += 1\n"
+    program += "except BlockingIOError: pass\nprint(n)"
+    with Sandbox(of(project, limits=Limits(pids=16))) as box:
+        with box.popen([sys.executable, "-c", program], stdin=PIPE, stdout=PIPE) as process:
+            assert process.stdout is not None
+            made = int(process.stdout.readline())
+            assert 10 <= made <= 16
+
+
+def test_disk_limit(project: Path) -> None:
+    with Sandbox(of(project, limits=Limits(disk="2M"))) as box:
+        done = box.run(["sh", "-c", "head -c 1000000 /dev/zero > /tmp/ok && head -c 9000000 /dev/zero > big"])
+        assert b"No space left" in done.stderr
+
+
+def test_cpu_limit_is_kept_or_refused(project: Path) -> None:
+    spec = of(project, limits=Limits(cpus=0.2))
+    if not Hierarchy.find().can("cpu"):
+        with pytest.raises(FeatureMissing, match="cgroup"):
+            Sandbox(spec).run(["true"])
+        return
+    with Sandbox(spec) as box:
+        done = box.run([sys.executable, "-c", "import time\nend = time.time() + 1\nwhile time.time() < end: pass"])
+        assert done.usage.cpu_user + done.usage.cpu_system < 0.7
+
+
+def test_output_is_bounded(project: Path) -> None:
+    with Sandbox(of(project)) as box:
+        done = box.run(["sh", "-c", "head -c 3000000 /dev/zero; echo e >&2"], output_limit="1M")
+        assert len(done.stdout) == 1 << 20
+        assert done.truncated
+        assert done.stderr == b"e\n"
+
+
+def test_background_processes_do_not_keep_run_waiting(project: Path) -> None:
+    with Sandbox(of(project)) as box:
+        started = time.monotonic()
+        assert box.run(["sh", "-c", "sleep 60 & echo done"]).stdout == b"done\n"
+        assert time.monotonic() - started < 30
+
+
+def test_popen_signals_and_streams(project: Path) -> None:
+    with Sandbox(of(project)) as box:
+        with box.popen(["cat"], stdin=PIPE, stdout=PIPE) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"ping\n")
+            assert process.stdout.readline() == b"ping\n"
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            verdict = process.wait(10)
+        assert verdict is not None
+        assert (verdict.ended, verdict.status) == (Ended.SIGNALLED, signal.SIGTERM)
+
+
+def test_two_threads_use_one_sandbox(project: Path) -> None:
+    results: list[bytes] = []
+    with Sandbox(of(project)) as box:
+        threads = [
+            threading.Thread(target=lambda n=n: results.append(box.run(["sh", "-c", f"sleep 0.1; echo {n}"]).stdout))
+            for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(results) == [b"0\n", b"1\n", b"2\n", b"3\n"]
+
+
+def test_sandbox_made_in_a_thread_outlives_it(project: Path) -> None:
+    boxes: list[Sandbox] = []
+
+    def make() -> None:
+        box = Sandbox(of(project))
+        box.run(["true"])
+        boxes.append(box)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    with boxes[0] as box:
+        assert box.run(["echo", "alive"]).stdout == b"alive\n"
+
+
+def test_closed(project: Path) -> None:
+    box = Sandbox(of(project))
+    with box:
+        box.run(["true"])
+    box.close()
+    with pytest.raises(SandboxClosed):
+        box.run(["true"])
+
+
+def test_nesting(project: Path) -> None:
+    program = (
+        "from isolation import *\n"
+        "with Sandbox(SandboxSpec()) as box: print(box.run(['echo', 'inner']).stdout)"
+    )
+    with Sandbox(of(project, nesting=True)) as box:
+        done = box.run([sys.executable, "-c", program], timeout=30)
+        assert done.stdout == b"b'inner\\n'\n", done.stderr.decode()
+    with Sandbox(of(project)) as box:
+        assert b"refused" in box.run([sys.executable, "-c", program], timeout=30).stderr
+
+
+def test_nothing_of_the_environment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_TOKEN", "hunter2")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    with Sandbox(of(project, env={"GIVEN": "yes"})) as box:
+        seen = box.run(["env"]).stdout.decode()
+    assert "hunter2" not in seen
+    assert "LC_ALL=C.UTF-8" in seen
+    assert "GIVEN=yes" in seen
+
+
+def test_kill_minus_nine_of_the_host(project: Path) -> None:
+    """Killed at any moment, it leaves nothing: `nothing_left` looks."""
+    program = (
+        "from isolation import *\n"
+        "import sys\n"
+        "box = Sandbox(SandboxSpec(limits=Limits(memory='64M')))\n"
+        "while True: box = Sandbox(SandboxSpec(limits=Limits(memory='64M'))); box.run(['sleep', '0.01']); box.close()"
+    )
+    for delay in (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5):
+        process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while leftovers(program.encode()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert leftovers(program.encode()) == set()
