@@ -19,7 +19,7 @@ from isolation.errors import CommandNotFound, IsolationError, SpecError
 if TYPE_CHECKING:
     from isolation.result import Usage, Verdict
     from isolation.sandbox import Process, Sandbox
-    from isolation.spec import Mount, SandboxSpec
+    from isolation.spec import SandboxSpec
     from isolation.terminal import Relay
 
 _FAILED: Final = 125
@@ -32,8 +32,8 @@ _CAPTURED_AT_MOST: Final = 64 << 20  # bytes of each stream, for --json
 class _Parser(argparse.ArgumentParser):
     """Usage errors end with 125, since 2 could be the command's own; an option is never guessed from its beginning."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**(kwargs | {"allow_abbrev": False}))
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -86,7 +86,7 @@ def _say(message: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="isolation", description="Run commands in a fresh, sealed sandbox.")
-    parser.add_argument("--version", action="version", version=_Version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     doctor = commands.add_parser("doctor", help="tell what works on this machine, and what mends the rest")
@@ -98,13 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Version(str):
-    """Looked up when printed: importlib.metadata takes longer than everything else here."""
+class _Version(argparse.Action):
+    """Looked up when asked for: importlib.metadata takes longer than everything else here."""
 
-    def __mod__(self, _values: object) -> str:
+    def __call__(self, parser: argparse.ArgumentParser, *_rest: object) -> None:
         import importlib.metadata
 
-        return f"isolation-kit {importlib.metadata.version('isolation-kit')}"
+        print(f"isolation-kit {importlib.metadata.version('isolation-kit')}")
+        parser.exit()
 
 
 def _add_run(commands: Any) -> None:
@@ -156,7 +157,9 @@ def _run(options: argparse.Namespace) -> int:
 
     from isolation.terminal import Interrupted, Relay
 
-    with Relay(_CAPTURED_AT_MOST if options.json else None) as relay, box:
+    # The sandbox first: what makes it is a fork of this process, and a copy there of the relay's pipes would keep the
+    # command from ever seeing the end of its input.
+    with box, Relay(_CAPTURED_AT_MOST if options.json else None) as relay:
         relay.watch_signals()
         stdin, stdout, stderr = relay.given
         process = box.popen(command, stdin=stdin, stdout=stdout, stderr=stderr, tty=relay.tty)
@@ -252,8 +255,9 @@ def _report(box: Sandbox, process: Process, verdict: Verdict, usage: Usage, rela
         "stdout": stdout.data.decode("utf-8", "replace"),
         "stderr": stderr.data.decode("utf-8", "replace"),
         "truncated": stdout.truncated or stderr.truncated,
-        "changes": changes
-        and [{"path": c.path, "kind": c.kind, "type": c.type, "size": c.size} for c in changes],
+        "changes": None
+        if changes is None
+        else [{"path": c.path, "kind": c.kind, "type": c.type, "size": c.size} for c in changes],
         "backend": box.backend.name,
     }
 

@@ -22,6 +22,7 @@ from isolation.units import parse_seconds, parse_size
 
 PIPE: Final = subprocess.PIPE
 _CHUNK = 1 << 16
+_LOOK_AGAIN = 0.1  # s; another thread may have read the news of this process from the machine
 _FORCE_AFTER = 5.0  # s, between ending a command and giving its sandbox up
 
 
@@ -148,9 +149,9 @@ class _Communication:
         return Completed(process.args, verdict, process.usage, streams[0], streams[1], self._truncated)
 
     def _step(self, machine_fd: int) -> None:
-        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        ready = self._poller.poll(None if left is None else left * 1000 + 1)
-        if not ready and left is not None and time.monotonic() >= (self._deadline or 0):
+        left = _LOOK_AGAIN if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        ready = self._poller.poll(min(left, _LOOK_AGAIN) * 1000 + 1)
+        if not ready and self._deadline is not None and time.monotonic() >= self._deadline:
             self._expire()
         for fd, _events in ready:
             if fd in self._output:

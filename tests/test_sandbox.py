@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import leftovers
 
 from isolation import (
     PIPE,
@@ -28,7 +29,6 @@ from isolation import (
     SpecError,
     UnknownBackend,
 )
-from conftest import leftovers
 from isolation.backends.namespace.cgroup import Hierarchy
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,6 +63,22 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_isolation.controller import Controller
 
         config.pluginmanager.register(Controller(config, wanted), "isolation-controller")
+
+
+@pytest.fixture(scope="session")
+def record_testsuite_property(
+    record_testsuite_property: Callable[[str, object], None], request: pytest.FixtureRequest
+) -> Callable[[str, object], None]:
+    """pytest's own, which inside of a sandbox would write into a junit file that nobody reads."""
+    worker = request.config.pluginmanager.getplugin("isolation-worker")
+    if worker is None:
+        return record_testsuite_property
+
+    def record(name: str, value: object) -> None:
+        record_testsuite_property(name, value)
+        worker.record_suite_property(name, value)
+
+    return record
 
 
 @pytest.fixture

@@ -43,6 +43,9 @@ def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
             report.longrepr = None
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
     data["isolation_after"] = after
+    context = data.get("_subtest.context")
+    if isinstance(context, dict):
+        context["kwargs"] = {name: _as_shown(report, name, value) for name, value in context["kwargs"].items()}
     try:
         return json.dumps(data, default=_repr).encode()
     except (TypeError, ValueError, RecursionError):
@@ -50,6 +53,19 @@ def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
         data["user_properties"] = [(str(name), _repr(value)) for name, value in report.user_properties]
         data["keywords"] = {str(name): 1 for name in data.get("keywords", ())}
         return json.dumps(data, default=_repr, skipkeys=True).encode()
+
+
+def _as_shown(report: pytest.TestReport, name: str, value: object) -> str:
+    """A subtest's parameter as text. pytest 9.2 has made its values text already; before, they are what the test gave."""
+    made = isinstance(value, str) and value != "" and f"{name}={value}" in report.head_line
+    return str(value) if made else _repr(value)
+
+
+class _Shown(str):
+    """Text that is its own repr(): pytest takes the repr() of parameters, and these are one."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _repr(value: object) -> str:
@@ -109,7 +125,10 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
         checked["_report_type"] = "SubTestReport"
         checked["_subtest.context"] = {
             "msg": None if message is None else clean(str(message)),
-            "kwargs": {clean_name(name): clean(str(value)) for name, value in _expect(context["kwargs"], dict).items()},
+            "kwargs": {
+                clean_name(name): _Shown(clean(_expect(value, str)))
+                for name, value in _expect(context["kwargs"], dict).items()
+            },
         }
     return checked
 

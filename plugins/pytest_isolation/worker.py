@@ -84,15 +84,9 @@ class Worker:
         if self._guest is not None:
             self._send({"warning": reports.encode_warning(warning_message, when, nodeid, location)})
 
-    @pytest.fixture
-    def record_testsuite_property(self, record_testsuite_property: Any) -> Any:
-        """pytest's own writes into the junit file of a process that ends before it is written."""
-
-        def record(name: str, value: object) -> None:
-            record_testsuite_property(name, value)
-            self._send({"suite_property": [name, str(value)]})
-
-        return record
+    def record_suite_property(self, name: str, value: object) -> None:
+        """For the fixture of that name, whose junit file is the host's to write."""
+        self._send({"suite_property": [name, str(value)]})
 
 
 class _QuietTerminal:

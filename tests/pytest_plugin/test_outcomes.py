@@ -1,0 +1,379 @@
+"""What a user sees is what plain pytest shows; and what plain pytest cannot show, a test that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from conftest import leftovers
+
+SUITE = """
+    import logging, os, sys, unittest, warnings
+    import pytest
+
+    def test_pass(): print("to stdout"); print("to stderr", file=sys.stderr)
+    def test_fail():
+        print("shown \\x1b[31mred\\x1b[0m"); logging.getLogger("app").warning("logged")
+        value = {"a": [1, 2]}
+        assert value == {"a": [1, 3]}
+    def test_skip(): pytest.skip("not today")
+    @pytest.mark.skip(reason="never")
+    def test_marked_skip(): pass
+    @pytest.mark.xfail(reason="known")
+    def test_xfail(): assert 0
+    @pytest.mark.xfail(strict=True)
+    def test_xpass_strict(): pass
+    @pytest.mark.xfail
+    def test_xpass(): pass
+    def test_warns(): warnings.warn("old", DeprecationWarning); warnings.warn(UserWarning("mine"))
+    class Odd(UserWarning): pass
+    def test_odd_warning(): warnings.warn("odd", Odd)
+    @pytest.fixture
+    def broken(): raise ValueError("in setup")
+    def test_setup_error(broken): pass
+    @pytest.fixture
+    def leaves():
+        yield
+        raise ValueError("in teardown")
+    def test_teardown_error(leaves): pass
+    @pytest.mark.parametrize("n", [1, 2, 3])
+    def test_parametrized(n): assert n != 2
+    class TestCase(unittest.TestCase):
+        @classmethod
+        def setUpClass(cls): cls.shared = 1
+        def test_unit(self): self.assertEqual(self.shared, 1)
+        def test_unit_fails(self): self.assertEqual(self.shared, 2)
+        @unittest.skip("unit skip")
+        def test_unit_skip(self): pass
+        @unittest.expectedFailure
+        def test_unit_xfail(self): self.fail()
+    class TestClass:
+        @pytest.fixture(scope="class", autouse=True)
+        def state(self, request): request.cls.value = 5
+        def test_method(self): assert self.value == 5
+    def test_property(record_property): record_property("key", "value")
+    def test_capfd(capfd): os.system("echo hi"); assert capfd.readouterr().out == "hi\\n"
+    def test_caplog(caplog): logging.warning("x"); assert "x" in caplog.text
+    def test_tmp_path(tmp_path): (tmp_path / "f").write_text("x")
+    def test_monkeypatch(monkeypatch): monkeypatch.setenv("A", "b"); monkeypatch.chdir("/")
+    def test_sysexit(): sys.exit(3)
+    def test_chained():
+        try: 1 / 0
+        except ZeroDivisionError as error: raise KeyError("k") from error
+"""
+
+
+def outcome_lines(result: pytest.RunResult) -> list[str]:
+    words = ("PASSED", "FAILED", "SKIPPED", "XFAIL", "XPASS", "ERROR")
+    return sorted(line for line in result.outlines if line.startswith(words))
+
+
+def without_noise(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith(("isolation:", "platform", "plugins", "rootdir")) and " in " not in line]
+
+
+@pytest.mark.parametrize("arguments", [["-rA"], ["-rA", "-s"], ["-rA", "--capture=sys"], ["-rA", "--tb=native"], ["-v"]])
+def test_output_is_that_of_plain_pytest(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    pytester.makepyfile(SUITE)
+    arguments = [*arguments, "-p", "no:cacheprovider"]
+    plain = pytester.runpytest_subprocess(*arguments)
+    isolated = pytester.runpytest_subprocess("--isolation", *arguments)
+    assert isolated.ret == plain.ret == 1
+    assert outcome_lines(isolated) == outcome_lines(plain)
+    if "-s" not in arguments:
+        assert without_noise(isolated.outlines) == without_noise(plain.outlines)
+    else:
+        assert sorted(without_noise(isolated.outlines)) == sorted(without_noise(plain.outlines))
+
+
+def test_junit_is_that_of_plain_pytest(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(SUITE + "\n    def test_suite(record_testsuite_property): record_testsuite_property('p', 'q')\n")
+
+    def shape(path: Path) -> list[tuple[str, str | None, list[str]]]:
+        tree = ElementTree.parse(path)
+        found = [(e.tag, e.get("name"), [f"{c.tag} {c.get('message')}" for c in e]) for e in tree.iter()]
+        return [(tag, name, [c for c in children if c]) for tag, name, children in found]
+
+    pytester.runpytest_subprocess("--junitxml=plain.xml")
+    pytester.runpytest_subprocess("--isolation", "--junitxml=isolated.xml")
+    assert shape(pytester.path / "isolated.xml") == shape(pytester.path / "plain.xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ret"),
+    [
+        (["-x"], 1),
+        (["--maxfail=2"], 1),
+        (["-k", "test_pass"], 0),
+        (["-k", "nothing_has_this_name"], 5),
+        (["--co", "-q"], 0),
+        (["test_no_such_file.py"], 4),
+        (["--durations=3"], 1),
+        (["-m", "xfail"], 1),
+        (["--setup-show", "-k", "tmp_path"], 0),
+    ],
+)
+def test_selection_and_exit_status(pytester: pytest.Pytester, arguments: list[str], ret: int) -> None:
+    pytester.makepyfile(SUITE)
+    plain = pytester.runpytest_subprocess(*arguments, "-p", "no:cacheprovider")
+    isolated = pytester.runpytest_subprocess("--isolation", *arguments, "-p", "no:cacheprovider")
+    assert isolated.ret == plain.ret == ret
+    assert isolated.parseoutcomes() == plain.parseoutcomes() if ret in (0, 1) and "--co" not in arguments else True
+
+
+def test_last_failed_and_stepwise(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pass\ndef test_d(): assert 0\n")
+    pytester.runpytest_subprocess("--isolation")
+    pytester.runpytest_subprocess("--isolation", "--lf").assert_outcomes(failed=2)
+    pytester.runpytest_subprocess("--isolation", "--sw").assert_outcomes(passed=1, failed=1)
+    pytester.runpytest_subprocess("--isolation", "--sw").assert_outcomes(failed=1, deselected=1)
+
+
+def test_the_value_of_the_option_is_not_a_path(pytester: pytest.Pytester) -> None:
+    pytester.mkpydir("sub").joinpath("conftest.py").write_text(
+        "def pytest_addoption(parser): parser.addoption('--mine')\n"
+    )
+    pytester.path.joinpath("sub", "test_x.py").write_text("def test_x(pytestconfig): assert pytestconfig.getoption('mine') == '1'\n")
+    pytester.runpytest_subprocess("--isolation", "sub", "--mine=1").assert_outcomes(passed=1)
+    pytester.runpytest_subprocess("--isolation=namespace", "sub", "--mine=1").assert_outcomes(passed=1)
+    result = pytester.runpytest_subprocess("--isolation=nonsense", "sub")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*no backend 'nonsense'*namespace*"])
+
+
+def test_deaths(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import ctypes, os, signal, threading, time
+        import pytest
+
+        def test_exit(): print("so far", flush=True); os._exit(0)
+        def test_signal(): os.kill(os.getpid(), signal.SIGKILL)
+        def test_segv(): print("before"); ctypes.string_at(0)
+        def test_kill_all():
+            try: os.kill(-1, signal.SIGKILL)
+            except ProcessLookupError: pass
+        @pytest.mark.isolation(timeout="400ms")
+        def test_hang():
+            threading.Thread(target=time.sleep, args=(60,), name="helper", daemon=True).start()
+            print("waiting")
+            time.sleep(60)
+        @pytest.mark.isolation(memory="64M")
+        def test_memory():
+            hoard = []
+            while True: hoard.append(bytearray(1 << 20))
+        @pytest.fixture
+        def dies(): os._exit(7)
+        def test_dies_in_setup(dies): pass
+        @pytest.fixture
+        def dies_late():
+            yield
+            os._exit(7)
+        def test_dies_in_teardown(dies_late): pass
+        @pytest.mark.xfail
+        def test_xfail_dies(): os._exit(1)
+        def test_orphans(): os.fork() or time.sleep(60)
+        def test_after(): pass
+        """
+    )
+    result = pytester.runpytest_subprocess("--isolation", "-rA", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=4, failed=6, errors=1, xfailed=1)
+    output = result.stdout.str()
+    for expected in (
+        "ended with status 0 before the test was over",
+        "so far",
+        "killed by signal 9 (SIGKILL)",
+        "killed by signal 11 (SIGSEGV)",
+        "in test_segv",
+        "timed out after 0.4s",
+        "in test_hang",
+        "waiting",
+        "ran out of memory (isolation memory limit: 64M)",
+        "in test_memory",
+        "ended with status 7",
+    ):
+        assert expected in output, expected
+    assert output.count("Thread 0x") >= 1
+
+
+def test_isolated_from_one_another_and_from_the_host(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        helper="state = 0",
+        test_it="""
+        import os, socket, helper
+        from pathlib import Path
+
+        def leave(): helper.state = 1; Path("left.txt").touch(); Path("/tmp/left").touch(); os.environ["LEFT"] = "1"
+        def check():
+            assert helper.state == 0
+            assert not Path("left.txt").exists() and not Path("/tmp/left").exists() and "LEFT" not in os.environ
+            assert os.getpid() == 2 and len([p for p in os.listdir("/proc") if p.isdigit()]) == 2
+        def test_1(): check(); leave(); socket.create_server(("127.0.0.1", 80))
+        def test_2(): check(); leave(); socket.create_server(("127.0.0.1", 80))
+        """,
+    )
+    pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider").assert_outcomes(passed=2)
+    assert not (pytester.path / "left.txt").exists()
+    assert not Path("/tmp/left").exists()
+
+
+def test_markers_and_ini(pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nisolation = namespace\nisolation_timeout = 30s\n")
+    pytester.makepyfile(
+        """
+        import os, socket, pytest
+        host = os.readlink("/proc/self/ns/net")
+        @pytest.mark.isolation(enabled=False)
+        def test_plain(): assert os.getpid() != 2
+        @pytest.mark.isolation(network="host")
+        def test_network(): assert os.readlink("/proc/self/ns/net") == host and os.getpid() == 2
+        def test_no_network(): assert os.readlink("/proc/self/ns/net") != host
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["isolation: namespace, a fresh sandbox for every test; *wall 30s"])
+    assert "isolation:" not in pytester.runpytest_subprocess("--isolation=no").stdout.str()
+
+
+@pytest.mark.parametrize("marker", ["memory='lots'", "networks='none'", "'host'", "network='moon'", "timeout=-1"])
+def test_bad_markers(pytester: pytest.Pytester, marker: str) -> None:
+    pytester.makepyfile(f"import pytest\n@pytest.mark.isolation({marker})\ndef test_x(): pass\n")
+    result = pytester.runpytest_subprocess("--isolation")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*test_bad_markers.py::test_x*"])
+
+
+def test_mount_option(pytester: pytest.Pytester, tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "seen" / "f").write_text("hello")
+    pytester.makepyfile(
+        """
+        from pathlib import Path
+        def test_x(): assert Path("/seen/f").read_text() == "hello"; Path("/out/g").write_text("result")
+        """
+    )
+    arguments = [f"--isolation-mount={tmp_path}/seen:/seen", f"--isolation-mount={tmp_path}/seen:/out:rw"]
+    pytester.runpytest_subprocess("--isolation", *arguments).assert_outcomes(passed=1)
+    assert (tmp_path / "seen" / "g").read_text() == "result"
+
+
+def test_sandbox_fixture(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import os
+        from pathlib import Path
+        def test_it(sandbox, tmp_path):
+            if os.getpid() == 2:
+                Path("mine.txt").write_text("x")
+            done = sandbox.run(["sh", "-c", "ls; echo out > /tmp/f; exit 3"], timeout=20)
+            assert done.returncode == 3 and b"test_sandbox_fixture.py" in done.stdout and b"mine" not in done.stdout
+            (tmp_path / "in").write_text("in")
+            sandbox.copy_in(tmp_path / "in", "/tmp/in")
+            assert sandbox.run(["cat", "/tmp/in"]).stdout == b"in"
+            sandbox.copy_out("/tmp/f", tmp_path / "f")
+            assert (tmp_path / "f").read_text() == "out\\n"
+        """
+    )
+    for arguments in (["--isolation"], []):
+        pytester.runpytest_subprocess(*arguments).assert_outcomes(passed=1)
+
+
+def test_a_test_may_end_the_session(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import pytest\ndef test_a(): pytest.exit('enough', returncode=9)\ndef test_b(): pass\n")
+    result = pytester.runpytest_subprocess("--isolation")
+    assert result.ret == 9
+    pytester.makepyfile("def test_a(request): request.session.shouldstop = 'told to'\ndef test_b(): pass\n")
+    result = pytester.runpytest_subprocess("--isolation")
+    assert result.ret == 2
+    result.assert_outcomes(passed=1)
+
+
+def test_without_the_option_nothing_of_ours_is_imported(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "import sys\ndef test_x(): assert not [m for m in sys.modules if m == 'isolation' or m.startswith('isolation.')]\n"
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=1)
+
+
+def test_pyc_and_caches_stay_inside(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        lazily="value = 1",
+        test_it="""
+        import sys
+        def test_x(request):
+            import lazily
+            request.config.cache.set("mine/key", 1)
+        """,
+    )
+    pytester.runpytest_subprocess("--isolation").assert_outcomes(passed=1)
+    assert not list(pytester.path.glob("__pycache__/lazily*"))
+    assert not (pytester.path / ".pytest_cache" / "v" / "mine").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_at_any_moment(pytester: pytest.Pytester, number: int) -> None:
+    path = pytester.makepyfile("import pytest, time\n@pytest.mark.parametrize('n', range(500))\ndef test_x(n): time.sleep(0.01)\n")
+    mark = os.fsencode(path.name)
+    for delay in (0.2, 0.35, 0.45, 0.5, 0.6, 0.7, 0.9, 1.1):
+        command = [sys.executable, "-m", "pytest", "--isolation", "--isolation-memory=200M", path.name]
+        process = subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(number)
+        assert process.wait(20) == (2 if number == signal.SIGINT else -number) or delay < 0.5
+    deadline = time.monotonic() + 10
+    while leftovers(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert leftovers(mark) == set()
+
+
+def test_forged_messages(pytester: pytest.Pytester) -> None:
+    """A test that finds the wire can spoil its own result, and no other's."""
+    pytester.makepyfile(
+        """
+        import json, os, pytest, struct
+
+        def wires():
+            for fd in range(3, 200):
+                try:
+                    if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"): yield fd
+                except OSError: pass
+
+        def send(message, data=b""):
+            text = json.dumps(message).encode()
+            for fd in wires(): os.write(fd, struct.pack(">II", len(text), len(data)) + text + data)
+
+        def report(**fields):
+            base = {"nodeid": "test_forged_messages.py::test_victim", "outcome": "passed", "when": "call", "location": ["a", 1, "b"],
+                    "keywords": {}, "longrepr": None, "sections": [], "user_properties": [], "duration": 0, "start": 0, "stop": 0}
+            return json.dumps(base | fields).encode()
+
+        def test_garbage():
+            for fd in wires(): os.write(fd, b"garbage" * 100)
+        def test_huge():
+            for fd in wires(): os.write(fd, b"\\xff" * 8)
+        def test_other_test(): send({"report": True}, report())
+        def test_bad_outcome(request): send({"report": True}, report(nodeid=request.node.nodeid, outcome="splendid"))
+        def test_bad_longrepr(request):
+            send({"report": True}, report(nodeid=request.node.nodeid, longrepr={"reprcrash": 1, "reprtraceback": {"x": 1}}))
+        def test_bad_number(request): send({"report": True}, report(nodeid=request.node.nodeid, duration="1"))
+        def test_deep(request): send({"report": True}, b"[" * 100000)
+        def test_done(): send({"done": {}}); os._exit(0)
+        def test_flood():
+            for _ in range(1000): send({"nothing": "x" * 1000})
+        def test_warning_class(): send({"warning": {"message": "x", "category": "system", "filename": "/dev/zero", "lineno": 1,
+                                        "line": "l", "when": "runtest", "nodeid": "x", "location": None}})
+        def test_victim(): assert False
+        """
+    )
+    result = pytester.runpytest_subprocess("--isolation", "-rA", timeout=60)
+    result.assert_outcomes(failed=9, passed=2)
+    assert "FAILED test_forged_messages.py::test_victim" in result.stdout.str()
+    assert "INTERNALERROR" not in result.stdout.str()
