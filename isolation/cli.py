@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(argv)
         code: int = options.action(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # the caller had closed it
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return _CTRL_C

@@ -57,7 +57,7 @@ def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
 
 def _as_shown(report: pytest.TestReport, name: str, value: object) -> str:
     """A subtest's parameter as text. pytest 9.2 has made its values text already; before, they are what the test gave."""
-    made = isinstance(value, str) and value != "" and f"{name}={value}" in report.head_line
+    made = isinstance(value, str) and value != "" and f"{name}={value}" in (report.head_line or "")
     return str(value) if made else _repr(value)
 
 
