@@ -44,7 +44,7 @@ def main() -> int:
                     environment = clean_environment(Path(command[0]))
                     log = Path(directory, f"{name}.log")
                     run = timed_run(
-                        [*command, "-q", "-p", "no:cacheprovider"], cwd=Path(directory), log=log, timeout=600, env=environment
+                        [*command, "-q", "-p", "no:cacheprovider"], cwd=Path(directory), log=log, timeout=600, environment=environment
                     )
                     if run.status != 0:
                         print(log.read_text()[-2000:], file=sys.stderr)

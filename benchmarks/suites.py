@@ -40,6 +40,7 @@ from _common import (
 
 DEFAULT_PYTEST = "9.2.0"
 TIME_OF_DAY = r"\d\d:\d\d:\d\d"
+RANDOM_DATA = r"\bdata=\[.*\]"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Suite:
         None  # the newest pytest that these tests work with, where that is not the newest of all
     )
     large: bool = False  # run only when named
-    varying: str = ""  # a pattern of what changes in the tests' names from run to run
+    varying: str = ""  # a pattern of what changes in the names of tests and subtests from run to run
     deselected: Mapping[str, str] = field(default_factory=dict)
     explained: Mapping[str, str] = field(default_factory=dict)
 
@@ -105,7 +106,7 @@ SUITES = (
         pytest="9.0.3",
     ),
     Suite("idna", "3.20", "tests", needs=("hypothesis",), arguments=("--hypothesis-seed=0",)),
-    Suite("more-itertools", "11.2.1", "tests"),
+    Suite("more-itertools", "11.2.1", "tests", varying=RANDOM_DATA),
     Suite(
         "packaging",
         "26.3",
@@ -191,8 +192,9 @@ def read_outcomes(path: Path, varying: str = "") -> tuple[dict[str, Outcome], li
             event = json.loads(line)
         except ValueError:  # the last line of a run that was killed
             continue
-        if varying and "nodeid" in event:
-            event["nodeid"] = re.sub(varying, "…", event["nodeid"])
+        for name in ("nodeid", "subtest"):
+            if varying and name in event:
+                event[name] = re.sub(varying, "…", event[name])
         match event["event"]:
             case "report":
                 reports.setdefault(event["nodeid"], []).append(event)

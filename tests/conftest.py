@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from isolation.backends.namespace import launcher
+
 pytest_plugins = ["pytester"]
 
 
@@ -36,6 +38,7 @@ def nothing_left() -> Iterator[None]:
     mine = Path("/proc/self/cmdline").read_bytes()
     before = leftovers(mine)
     yield
+    launcher.release()
     assert leftovers(mine) - before == set()
 
 

@@ -278,7 +278,7 @@ def test_append_appends(project: Path) -> None:
 def test_sockets_are_relayed_with_half_close() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        child = subprocess.Popen([*CLI, "run", "sh", "-c", "cat; echo end"], stdin=theirs, stdout=theirs)
+        child = subprocess.Popen([*CLI, "run", "sh", "-c", "cat; echo end"], stdin=theirs.fileno(), stdout=theirs.fileno())
         theirs.close()
         data = b"x" * 300_000
         ours.settimeout(PATIENCE)
@@ -301,7 +301,7 @@ def test_reader_that_goes_away_ends_it_quietly() -> None:
     assert (done.stdout, done.stderr) == (b"y\n", b"")
     ours, theirs = socket.socketpair()
     with ours:
-        child = subprocess.Popen([*CLI, "run", "yes"], stdout=theirs, stderr=subprocess.PIPE)
+        child = subprocess.Popen([*CLI, "run", "yes"], stdout=theirs.fileno(), stderr=subprocess.PIPE)
         theirs.close()
         assert ours.recv(2) == b"y\n"
     _, said = child.communicate(timeout=PATIENCE)
@@ -461,21 +461,23 @@ def test_terminal_is_the_sandboxs_own(terminal: Any) -> None:
 def test_job_control_and_resizing(terminal: Any) -> None:
     t = terminal(*SHELL)
     t.expect("ready> ")
-    t.type("sleep 100\r")
-    time.sleep(0.3)
+    # Each key waits for what shows that it is awaited: a ^D before bash reads again would be lost.
+    t.type("sh -c 'trap \"echo back\" CONT; echo now; while :; do sleep 0.1; done'\r")
+    t.expect("now\r\n")
     t.type("\x1a")
     t.expect("Stopped")
+    t.expect("ready> ")
     t.type("fg\r")
-    t.expect("sleep 100")
-    time.sleep(0.3)
+    t.expect("back\r\n")
     t.type("\x03")
     t.expect("ready> ")
     t.type("echo st=$?\r")
-    t.expect("st=130")
+    t.expect("st=130\r\n")
+    t.expect("ready> ")
     termios.tcsetwinsize(t.slave, (20, 60))
-    time.sleep(0.3)
-    t.type("stty size\r")
-    t.expect("20 60")
+    t.type("for i in 1 2 3 4 5 6 7 8 9; do stty size; sleep 0.3; done\r")
+    t.expect("20 60\r\n")
+    t.expect("ready> ")
     t.type("\x04")
     assert t.end() == 0
 

@@ -33,6 +33,7 @@ class Birth:
 
     control: int  # the host's wire
     leash: socket.socket  # to the keeper, which answers what it is asked; at its end: die
+    base: int  # the mount namespace that holds the base; -1: build that, too
     memory_files: tuple[int, int] | None
     signal_mask: frozenset[int]  # of the host, for commands
     umask: int
@@ -63,8 +64,11 @@ def _build(plan: Plan, birth: Birth) -> int:
     os.setsid()
     if plan.cgroup is not None:
         build.ask_keeper(birth.leash, b"c")
-    build.become_root_of_namespace(plan, birth.leash)
-    build.build_base(plan)
+    if birth.base < 0:
+        build.become_root_of_namespace(plan, birth.leash)
+        build.build_base(plan)
+    else:
+        build.enter_base(plan, birth.base)
     # After the cgroup was joined, so that it is the root that is seen; offsets of the new time namespace are for
     # children, and stay zero.
     syscalls.unshare(syscalls.CLONE_NEWCGROUP | syscalls.CLONE_NEWTIME)

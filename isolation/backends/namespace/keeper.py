@@ -7,6 +7,7 @@ the host, so that neither `kill -9` nor a forgotten duplicate of its socket keep
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import os
@@ -14,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
@@ -40,11 +42,69 @@ class KeeperProcess:
         self.pid = pid
         self.pidfd = pidfd
         self.wire = wire
+        self.shared = False  # by several machines, see launcher.py; it stays when one of them is closed
         self._scratch: int | None = None
         self._ended: dict[int, Message] = {}
+        self._numbers = 0
+        self._users = 0
+        self._spares: list[tuple[int, Wire]] = []
+        self._retired = False
+        self._lock = threading.RLock()
+
+    def new_init(self, *, ahead: bool) -> tuple[int, Wire]:
+        """A sandbox for commands that is being made, or (with `ahead`) was made before it was needed: its number, and the
+        wire to its PID 1, which says "ready" first. Raises LaunchError."""
+        with self._lock:
+            self._users += 1
+            made = self._spares.pop() if self._spares else self._request_init()
+            if ahead and self.shared:
+                self._spares.append(self._request_init())
+            return made
+
+    def _request_init(self) -> tuple[int, Wire]:
+        self._numbers += 1
+        ours, theirs = Wire.pair()  # after the keeper's fork: a copy of theirs in it would keep the wire alive
+        try:
+            self.request({"op": "fork", "id": self._numbers, "fds": 1}, [theirs.fileno()])
+        except LaunchError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return self._numbers, Wire(ours, accept_fds=True)
+
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+        return self.pidfd >= 0 and not wait_readable(self.pidfd, 0)
+
+    def retire(self) -> None:
+        """Close it when its last machine is closed."""
+        with self._lock:
+            self._retired = True
+            if self._users == 0:
+                self.close()
+
+    def done_with(self, number: int) -> None:
+        """A machine is closed: wait for its end; and end the keeper, unless others use it."""
+        if not self.shared:
+            self.close()
+            return
+        try:
+            self.request({"op": "kill", "id": number})
+            self.last_word(number, 10.0)
+        except (LaunchError, TimeoutError):
+            self.close()
+        with self._lock:
+            self._users -= 1
+            if self._retired and self._users == 0:
+                self.close()
 
     def scratch(self) -> int:
         """How many private files a fork wants; waits until the keeper is ready. Raises LaunchError."""
+        with self._lock:
+            return self._first_word() if self._scratch is None else self._scratch
+
+    def _first_word(self) -> int:
         if self._scratch is None:
             ready = self.wire.receive()
             if ready is None or ready.get("event") != "ready":
@@ -57,7 +117,8 @@ class KeeperProcess:
     def request(self, message: Message, given: Sequence[int] = ()) -> None:
         """Ask for a clone, or for the end of one. Raises LaunchError when the keeper is gone."""
         try:
-            self.wire.send(message, fds=given)
+            with self._lock:
+                self.wire.send(message, fds=given)
         except WireError as error:
             raise LaunchError("the process that makes sandboxes is gone; was it killed?") from error
 
@@ -69,13 +130,20 @@ class KeeperProcess:
         deadline = None if timeout is None else time.monotonic() + timeout
         while number not in self._ended:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            try:
-                message = self.wire.receive(left)
-            except WireError:
-                return None
-            if message is None:
-                return None
-            self._note(message)
+            with self._lock:
+                if number in self._ended:
+                    break
+                try:
+                    message = self.wire.receive(None if left is None else min(left, 0.1))
+                except TimeoutError:
+                    if left is not None and left <= 0:
+                        raise
+                    continue
+                except WireError:
+                    return None
+                if message is None:
+                    return None
+                self._note(message)
         return self._ended.pop(number)
 
     def forget(self, numbers: Iterable[int]) -> None:
@@ -94,6 +162,8 @@ class KeeperProcess:
         """End the keeper and all its sandboxes; returns when they are gone."""
         if self.pidfd < 0:
             return
+        while self._spares:
+            self._spares.pop()[1].close()
         self.wire.close()
         try:
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
@@ -155,7 +225,7 @@ def _become_keeper(
         if function is None:
             Keeper(plan, wire, host, mask).serve()
         else:
-            _serve_warm(plan, wire, host, mask, function)
+            serve_warm(plan, wire, host, mask, function)
         status = 0
     except BaseException as error:
         if os.environ.get("ISOLATION_DEBUG"):
@@ -164,7 +234,7 @@ def _become_keeper(
         os._exit(status)
 
 
-def _serve_warm(
+def serve_warm(
     plan: Plan, wire: Wire, host: int, mask: frozenset[int], function: Callable[[Guest], object]
 ) -> None:
     """The keeper of a template is itself PID 1 of a PID namespace, beneath which it makes its forks: so the kernel ends
@@ -264,6 +334,7 @@ class Keeper:
         self._mask = mask
         self._umask = os.umask(0)
         os.umask(self._umask)
+        self._base = -1  # a mount namespace to start from
         self._cgroups: Hierarchy | None = None
         self._children: dict[int, _Child] = {}  # by number
         self._ending: dict[int, tuple[int, Cgroup | None]] = {}  # sleeping PID 1s that were killed: pidfd → pid, cgroup
@@ -378,7 +449,8 @@ class Keeper:
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(number, self._plan.limits)
                 memory_files = cgroup.open_memory_files() if self._plan.limits.memory is not None else None
-            made = self._clone(number, given, ours, theirs, cgroup, memory_files)
+            make = self._clone_payload if message.get("payload") else self._clone_init
+            made = make(number, given, ours, theirs, cgroup, memory_files)
             if isinstance(made, Guest):
                 return made
         except OSError as error:
@@ -394,7 +466,7 @@ class Keeper:
             os.close(fd)
         return None
 
-    def _clone(
+    def _clone_init(
         self,
         number: int,
         given: list[int],
@@ -403,14 +475,28 @@ class Keeper:
         cgroup: Cgroup | None,
         memory_files: tuple[int, int] | None,
     ) -> _Child | Guest:
-        pid, pidfd = syscalls.clone(self._plan.clone_flags)
+        pid, pidfd = syscalls.clone(self._init_flags())
         if pid == 0:
             ours.close()
-            init.live(self._plan, init.Birth(given[0], theirs, memory_files, self._mask, self._umask))
+            init.live(self._plan, init.Birth(given[0], theirs, self._base, memory_files, self._mask, self._umask))
         child = _Child(number, pid, pidfd, ours, cgroup)
         wall = self._plan.limits.wall
         child.deadline = None if wall is None else time.monotonic() + wall
         return child
+
+    def _init_flags(self) -> int:
+        return self._plan.clone_flags
+
+    def _clone_payload(
+        self,
+        number: int,
+        given: list[int],
+        ours: socket.socket,
+        theirs: socket.socket,
+        cgroup: Cgroup | None,
+        memory_files: tuple[int, int] | None,
+    ) -> _Child | Guest:
+        raise OSError(errno.ENOTSUP, "this keeper makes sandboxes for commands only")
 
     def _answer(self, child: _Child) -> None:
         """What a process cannot do for itself while it builds its sandbox."""
@@ -513,7 +599,6 @@ class WarmKeeper(Keeper):
         super().__init__(plan, wire, host, mask)
         self._cgroups = cgroups
         self._inherited = inherited
-        self._base = -1
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._sleeper = Sleeper()
 
@@ -551,7 +636,7 @@ class WarmKeeper(Keeper):
         finally:
             os._exit(0)
 
-    def _clone(
+    def _clone_payload(
         self,
         number: int,
         given: list[int],
@@ -594,6 +679,9 @@ class WarmKeeper(Keeper):
         if memory_files is not None:
             child.watch = memory.Watch(self._plan.limits.memory or 0, memory_files, -1, -1, kills=False)
         return child
+
+    def _init_flags(self) -> int:
+        return self._plan.clone_flags & ~(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)  # it has both from the base
 
     def _map_inner(self, child: _Child) -> None:
         """This keeper is in the user namespace above, and has nothing to lose."""

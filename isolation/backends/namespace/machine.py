@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from isolation.backends.namespace import changes, keeper
+from isolation.backends.namespace import changes, launcher
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
@@ -51,12 +51,11 @@ class NamespaceMachine(Machine):
         self._oom = False
         self._started: dict[int, float] = {}
         self._last: Message | None = None  # the keeper's last word
-        self._keeper: KeeperProcess = keeper.start(plan)
-        ours, theirs = Wire.pair()  # after the fork: a copy of theirs in the keeper would keep the wire alive
-        self._control = Wire(ours, accept_fds=True)
+        self._closed = False
+        self._keeper: KeeperProcess = launcher.keeper_for(plan)
+        # The time of a wall-clock limit begins with the clone, so that none is made ahead.
+        self._number, self._control = self._keeper.new_init(ahead=plan.limits.wall is None)
         try:
-            self._keeper.request({"op": "fork", "id": 0, "fds": 1}, [theirs.fileno()])
-            theirs.close()
             self._keeper.scratch()
             message = self._event("ready")
             (self._store,) = self._control.take_fds(1)
@@ -138,8 +137,11 @@ class NamespaceMachine(Machine):
         return changes.of_store(self._store, self.plan.fresh)
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._control.close()
-        self._keeper.close()
+        self._keeper.done_with(self._number)
         if self._store >= 0:
             os.close(self._store)
             self._store = -1
@@ -179,10 +181,10 @@ class NamespaceMachine(Machine):
         elif message["event"] == "oom":
             self._oom = True
 
-    def _last_word(self) -> Message | None:
+    def _last_word(self, timeout: float = 5.0) -> Message | None:
         if self._last is None and self._keeper.pidfd >= 0:
             with contextlib.suppress(TimeoutError):
-                self._last = self._keeper.last_word(0, 5.0)
+                self._last = self._keeper.last_word(self._number, timeout)
         return self._last
 
     def _verdict_of_end(self) -> Verdict:
@@ -216,7 +218,7 @@ class BorrowedMachine(NamespaceMachine):
     def close(self) -> None:
         self._control.close()
 
-    def _last_word(self) -> Message | None:
+    def _last_word(self, timeout: float = 5.0) -> Message | None:
         return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from isolation.backends.namespace.cgroup import Hierarchy
-from isolation.errors import FeatureMissing
+from isolation.errors import FeatureMissing, SpecError
 from isolation.hookspecs import (
     CHANGES,
     CPU_LIMIT,
@@ -45,19 +45,25 @@ class NamespaceBackend(Backend):
         return frozenset(found)
 
     def launch(self, spec: SandboxSpec) -> Machine:
+        from isolation.backends.namespace import launcher
         from isolation.backends.namespace.machine import NamespaceMachine
-        from isolation.backends.namespace.plan import make_plan
-        from isolation.backends.namespace.view import python_environment
 
-        return NamespaceMachine(make_plan(spec, python=python_environment()))
+        return NamespaceMachine(launcher.plan_for(spec))
 
     def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
+        from isolation.backends.namespace.machine import NamespaceMachine
         from isolation.backends.namespace.plan import make_plan
-        from isolation.backends.namespace.template import NamespaceTemplate
+        from isolation.backends.namespace.template import NamespaceTemplate, SealedTemplate
         from isolation.backends.namespace.view import python_environment
 
         if isinstance(payload, str):
-            raise NotImplementedError
+            module, _, function = payload.partition(":")
+            if not all(part.isidentifier() for part in [*module.split("."), function]):
+                raise SpecError(f"a template's payload is 'package.module:function', not {payload!r}")
+            writable = [mount.target for mount in spec.mounts if mount.mode != "ro"]
+            machine = self.launch(spec.replace(nesting=True))
+            assert isinstance(machine, NamespaceMachine)
+            return SealedTemplate(machine, payload, config, [spec.workdir], writable)
         if spec.nesting:
             raise FeatureMissing(
                 "a fork of this very process cannot nest: its interpreter is the host's file, which only Landlock "

@@ -5,14 +5,17 @@ from __future__ import annotations
 import collections
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from isolation.backends.namespace import keeper, machine
+from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest
+from isolation.hookspecs import Machine
 from isolation.result import Ended, Usage, Verdict
 from isolation.template import Fork, Template
 from isolation.wire import Message, Wire, wait_readable
@@ -26,10 +29,13 @@ class NamespaceTemplate(Template):
     """Warm memory of the process that made it, as it was then."""
 
     def __init__(self, plan: Plan, payload: Callable[[Guest], object], *, ahead: int = 1) -> None:
+        self._begin(plan, keeper.start(plan, payload), ahead)
+
+    def _begin(self, plan: Plan, process: keeper.KeeperProcess, ahead: int) -> None:
         self._plan = plan
         self._ahead = ahead
         self._numbers = 0
-        self._keeper = keeper.start(plan, payload)
+        self._keeper = process
         self._spares: collections.deque[NamespaceFork] = collections.deque()
         self._done: list[int] = []
         try:
@@ -57,6 +63,40 @@ class NamespaceTemplate(Template):
     def _prepare(self) -> NamespaceFork:
         self._numbers += 1
         return NamespaceFork(self._plan, self._keeper, self._numbers, self._scratch, self._done)
+
+
+class SealedKeeper(keeper.KeeperProcess):
+    """The keeper inside of a sandbox: ends with it."""
+
+    def __init__(self, machine: Machine, wire: Wire) -> None:
+        super().__init__(-1, -1, wire)
+        self._machine = machine
+
+    def close(self) -> None:
+        self.wire.close()
+        self._machine.close()
+
+
+class SealedTemplate(NamespaceTemplate):
+    """A template whose warm-up code is not trusted: it runs in a sandbox, and its forks are sandboxes within (inside.py)."""
+
+    def __init__(self, machine: NamespaceMachine, payload: str, config: Any, path: list[str], writable: list[str]) -> None:
+        ours, theirs = Wire.pair()
+        wire = Wire(ours)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            command = [sys.executable, "-I", "-m", "isolation.backends.namespace.inside"]
+            machine.start(command, env={}, cwd=machine.workdir, stdio=[theirs.fileno(), null, 2])
+        except BaseException:
+            wire.close()
+            machine.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(null)
+        order = {"payload": payload, "config": config, "path": path, "writable": writable, "workdir": machine.workdir}
+        wire.send(order)
+        self._begin(machine.plan, SealedKeeper(machine, wire), 1)
 
 
 class NamespaceFork(Fork):

@@ -1,0 +1,90 @@
+"""Who makes the next sandbox: a keeper of its own, or one that has made its like before.
+
+The first sandbox of a plan gets a keeper of its own, which ends with it. A process that asks for an equal plan again gets a
+keeper that stays, with the base of the tree built: from then on a new sandbox is a fork of it. It ends with this process,
+or by `release`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from isolation.backends.namespace import keeper
+from isolation.backends.namespace.keeper import KeeperProcess
+from isolation.backends.namespace.plan import Plan, make_plan
+from isolation.backends.namespace.view import python_environment
+from isolation.guest import Guest
+from isolation.spec import SandboxSpec
+
+_KEEPERS_AT_MOST = 4
+_PLANS_AT_MOST = 64
+
+_lock = threading.Lock()
+_owner = os.getpid()
+_plans: OrderedDict[Any, Plan] = OrderedDict()
+_seen: list[Plan] = []
+_keepers: list[tuple[Plan, KeeperProcess]] = []
+
+
+def plan_for(spec: SandboxSpec) -> Plan:
+    """`make_plan`, remembered for as long as nothing has changed that it looks at."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = file.read()
+    there = tuple(os.path.exists(mount.source) for mount in spec.mounts)
+    key = (spec, mounts, there, os.geteuid(), tuple(sys.path), len(sys.modules), tuple(os.environ.items()))
+    with _lock:
+        if key in _plans:
+            _plans.move_to_end(key)
+            return _plans[key]
+    plan = make_plan(spec, python=python_environment())
+    with _lock:
+        _plans[key] = plan
+        if len(_plans) > _PLANS_AT_MOST:
+            _plans.popitem(last=False)
+    return plan
+
+
+def keeper_for(plan: Plan) -> KeeperProcess:
+    """A keeper to make a sandbox of `plan` with. Raises LaunchError."""
+    with _lock:
+        _forget_those_of_a_parent()
+        for known, process in _keepers:
+            if known == plan and process.alive():
+                return process
+        if plan not in _seen:
+            _seen.append(plan)
+            del _seen[:-_PLANS_AT_MOST]
+            return keeper.start(plan)
+        process = keeper.start(plan, _only_commands)
+        process.shared = True
+        _keepers.append((plan, process))
+        while len(_keepers) > _KEEPERS_AT_MOST:
+            _keepers.pop(0)[1].retire()
+        return process
+
+
+def release() -> None:
+    """End the keepers that stay. Sandboxes that are open end with theirs."""
+    with _lock:
+        _forget_those_of_a_parent()
+        while _keepers:
+            _keepers.pop()[1].close()
+        _seen.clear()
+
+
+def _only_commands(guest: Guest) -> None:
+    for _job in guest.forks():
+        pass
+
+
+def _forget_those_of_a_parent() -> None:
+    """After a fork, the keepers are the parent's: they live by its pidfd, and speak to it."""
+    global _owner
+    if _owner != os.getpid():
+        _owner = os.getpid()
+        _keepers.clear()
+        _seen.clear()
