@@ -8,8 +8,8 @@ from typing import Any
 
 from isolation.hookspecs import Probe
 
-_GREEN, _RED, _BOLD = "32", "31", "1"
-_PASS, _FAIL = "PASS", "FAIL"
+_GREEN, _YELLOW, _RED, _BOLD = "32", "33", "31", "1"
+_PASS, _CAUTION, _FAIL = "PASS", "NOTE", "FAIL"
 
 
 def as_text(probes: Mapping[str, Probe], *, color: bool = False, width: int = 100) -> str:
@@ -28,7 +28,7 @@ def as_data(probes: Mapping[str, Probe]) -> dict[str, Any]:
                 "works": probe.works,
                 "reason": probe.reason,
                 "checks": [
-                    {"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy}
+                    {"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy, "optional": check.optional}
                     for check in probe.checks
                 ],
                 "features": sorted(probe.features),
@@ -51,7 +51,8 @@ def _paragraph(name: str, probe: Probe, color: bool, width: int) -> str:
     # A long name gets its line to itself, rather than pushing every other one to the right.
     column = min(longest, 24)
     for check in probe.checks:
-        mark = _paint(_PASS, _GREEN, color) if check.ok else _paint(_FAIL, _RED, color)
+        bad = _paint(_CAUTION, _YELLOW, color) if check.optional else _paint(_FAIL, _RED, color)
+        mark = _paint(_PASS, _GREEN, color) if check.ok else bad
         if len(check.name) > column:
             lines += [f"  {mark}  {check.name}", *_wrap(check.found, " " * (column + 10), width)]
         else:

@@ -41,12 +41,13 @@ TTY = "tty"
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a backend needs: does it hold, what was found, and what mends it."""
+    """One thing that a backend needs (or, if `optional`, is better with): does it hold, what was found, what mends it."""
 
     name: str
     ok: bool
     found: str
     remedy: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,11 @@ class Machine(abc.ABC):
         env: Mapping[str, str],
         cwd: str,
         stdio: Sequence[int | None],
+        window: tuple[int, int] | None = None,
     ) -> tuple[int, int | None]:
         """Start a command with the given descriptors as its stdin, stdout and stderr; None stands for a terminal
-        of the sandbox's own, whose master is the second value returned. The first is the command's number.
+        of the sandbox's own, whose master is the second value returned. The first is the command's number. `window` is the
+        terminal's size in rows and columns.
 
         Raises CommandNotFound, or LaunchError.
         """

@@ -227,10 +227,10 @@ class Sandbox:
         stderr: int | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
-        tty: bool = False,
+        tty: bool | tuple[int, int] = False,
     ) -> Process:
-        """Start a command. Streams are PIPE, a file descriptor, or None for /dev/null; with `tty`, the streams that are
-        None are a terminal of the sandbox's own, whose master is `Process.tty`.
+        """Start a command. Streams are PIPE, a file descriptor, or None for /dev/null; with `tty` (True, or its size in
+        rows and columns), the streams that are None are a terminal of the sandbox's own, whose master is `Process.tty`.
 
         Raises CommandNotFound when there is no such command inside, LaunchError, SandboxClosed.
         """
@@ -255,7 +255,10 @@ class Sandbox:
                     opened.append(fd)
                 ours.append(end)
                 given.append(fd)
-            number, master = self.machine.start(args, env=env or {}, cwd=cwd or self.spec.workdir, stdio=given)
+            window = tty if isinstance(tty, tuple) else None
+            number, master = self.machine.start(
+                args, env=env or {}, cwd=cwd or self.spec.workdir, stdio=given, window=window
+            )
         except BaseException:
             for stream in ours:
                 if stream is not None:

@@ -336,7 +336,7 @@ class Relay:
 
     def __init__(self, capture: int | None = None) -> None:
         self.given: list[int | None] = [None, None, None]
-        self.tty = False
+        self.tty: bool | tuple[int, int] = False
         self.captured: list[Capture] = []
         self._pumps: list[_Pump] = []  # from the command
         self._feeds: list[_Pump] = []  # to the command
@@ -360,8 +360,8 @@ class Relay:
             terminals = []
             kinds[1:] = [Kind.RELAYED, Kind.RELAYED]
             self.captured = [Capture(capture), Capture(capture)]
-        self.tty = bool(terminals)
         if terminals:
+            self.tty = termios.tcgetwinsize(terminals[0])
             self._host = _HostTerminal(terminals, reads=0 in terminals, all_output={1, 2} <= set(terminals))
         for fd, kind in enumerate(kinds):
             if fd in terminals:

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import termios
 from collections.abc import Sequence
@@ -157,6 +158,8 @@ class _Server:
         try:
             if tty:
                 master, slave = os.openpty()
+                if message.get("window"):
+                    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *message["window"], 0, 0))
                 given = [slave if fd is None else fd for fd in _spread(tty, given)]
                 reply = [master]
             signal.pthread_sigmask(signal.SIG_SETMASK, self._signal_mask)  # a child inherits it through execve(2)

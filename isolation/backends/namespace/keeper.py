@@ -173,8 +173,14 @@ class KeeperProcess:
         self.pidfd = -1
 
 
+def commands_only(guest: Guest) -> None:
+    """The function of a keeper that stays, but whose memory nobody wants."""
+    for _job in guest.forks():
+        pass
+
+
 def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> KeeperProcess:
-    """Fork a keeper off this process. `function` is what its forks run; None for commands only.
+    """Fork a keeper off this process. `function` is what its forks run; None for one sandbox for commands.
 
     Raises LaunchError, naming what could not be prepared.
     """
@@ -217,6 +223,8 @@ def _become_keeper(
                 os.waitpid(child, 0)
                 os._exit(0)
         ours.close()
+        if function is None or function is commands_only:
+            _close_all_but(theirs.fileno(), host)  # a pipe of the host's, say, whose reader waits for its end
         _open_stdio()
         syscalls.set_name("isolation-keep")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -265,6 +273,7 @@ def serve_warm(
             identity.map_range(pid)
             ours.send(b"m")
         os.waitpid(pid, 0)
+        ours.close()
     if cgroups is not None:
         cgroups.remove()
 
@@ -279,6 +288,13 @@ def _run(guest: Guest, function: Callable[[Guest], object]) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         guest.finish(1)
     guest.finish(0)
+
+
+def _close_all_but(*keep: int) -> None:
+    kept = sorted({2, *keep})
+    for below, above in zip(kept, [*kept[1:], 1 << 31], strict=True):
+        if above - below > 1:
+            syscalls.close_range(below + 1, above - 1)
 
 
 def _open_stdio() -> None:

@@ -17,7 +17,6 @@ from isolation.backends.namespace import keeper
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan, make_plan
 from isolation.backends.namespace.view import python_environment
-from isolation.guest import Guest
 from isolation.spec import SandboxSpec
 
 _KEEPERS_AT_MOST = 4
@@ -59,7 +58,7 @@ def keeper_for(plan: Plan) -> KeeperProcess:
             _seen.append(plan)
             del _seen[:-_PLANS_AT_MOST]
             return keeper.start(plan)
-        process = keeper.start(plan, _only_commands)
+        process = keeper.start(plan, keeper.commands_only)
         process.shared = True
         _keepers.append((plan, process))
         while len(_keepers) > _KEEPERS_AT_MOST:
@@ -74,11 +73,6 @@ def release() -> None:
         while _keepers:
             _keepers.pop()[1].close()
         _seen.clear()
-
-
-def _only_commands(guest: Guest) -> None:
-    for _job in guest.forks():
-        pass
 
 
 def _forget_those_of_a_parent() -> None:

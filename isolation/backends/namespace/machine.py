@@ -65,7 +65,13 @@ class NamespaceMachine(Machine):
         assert message is not None
 
     def start(
-        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: str, stdio: Sequence[int | None]
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        stdio: Sequence[int | None],
+        window: tuple[int, int] | None = None,
     ) -> tuple[int, int | None]:
         with self._lock:
             self._numbers += 1
@@ -73,7 +79,7 @@ class NamespaceMachine(Machine):
             given = [fd for fd in stdio if fd is not None]
             tty = [fd is None for fd in stdio] if len(given) < 3 else None
             request = {"op": "spawn", "id": number, "argv": list(argv), "env": dict(env), "cwd": cwd}
-            self._send(request | {"tty": tty, "fds": len(given)}, given)
+            self._send(request | {"tty": tty, "window": window, "fds": len(given)}, given)
             message = self._event("spawned", "unspawned")
             if message["event"] == "unspawned":
                 raise self._not_started(argv[0], cwd, message)

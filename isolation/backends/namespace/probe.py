@@ -27,12 +27,9 @@ def probe(features: frozenset[str]) -> Probe:
     except (IsolationError, OSError) as error:
         works, reason = False, str(error)
     if not works:
-        cures = [check.remedy for check in checks if not check.ok and check.remedy and check.name not in _OPTIONAL]
+        cures = [check.remedy for check in checks if not check.ok and check.remedy and not check.optional]
         reason = "; ".join([reason, *cures])
     return Probe(works, reason, tuple(checks), features)
-
-
-_OPTIONAL = ("landlock", "cgroup")
 
 
 def _make_one() -> tuple[bool, str]:
@@ -112,7 +109,7 @@ def _landlock() -> Check:
     abi = syscalls.landlock_abi()
     ok = abi >= LANDLOCK_LEAST_ABI
     found = f"ABI {abi}" if abi else "not in this kernel, or not in its lsm= list"
-    return Check("landlock", ok, found, "" if ok else "boot with 'landlock' in the kernel's lsm= list, for a second wall")
+    return Check("landlock", ok, found, "" if ok else "boot with 'landlock' in the kernel's lsm= list, for a second wall", True)
 
 
 def _cgroup() -> Check:
@@ -123,7 +120,7 @@ def _cgroup() -> Check:
         "a limit on memory is held by PID 1 instead, cpus cannot be limited; "
         "'systemd-run --user --scope -p Delegate=yes COMMAND' gives a cgroup"
     )
-    return Check("cgroup", ok, f"v{hierarchy.version}: {found}" if hierarchy.parents else found, "" if ok else remedy)
+    return Check("cgroup", ok, f"v{hierarchy.version}: {found}" if hierarchy.parents else found, "" if ok else remedy, True)
 
 
 def _sysctl(name: str) -> str | None:
