@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,7 @@ def as_data(probes: Mapping[str, Probe]) -> dict[str, Any]:
                 "works": probe.works,
                 "reason": probe.reason,
                 "checks": [
-                    {"name": check.name, "ok": check.ok, "found": check.found, "remedy": check.remedy, "optional": check.optional}
+                    dataclasses.asdict(check)
                     for check in probe.checks
                 ],
                 "features": sorted(probe.features),

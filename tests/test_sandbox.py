@@ -47,7 +47,8 @@ def test_run(project: Path) -> None:
         assert box.run(["sh", "-c", "kill -SEGV $$"]).returncode == -signal.SIGSEGV
 
 
-def test_python_is_the_callers(project: Path) -> None:
+def test_python_is_the_callers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{sys.prefix}/bin:/usr/bin:/bin")
     with Sandbox(of(project)) as box:
         done = box.run(["python", "-c", "import sys, pluggy; print(sys.prefix)"])
         assert done.stdout.decode().strip() == sys.prefix, done

@@ -109,7 +109,8 @@ def _landlock() -> Check:
     abi = syscalls.landlock_abi()
     ok = abi >= LANDLOCK_LEAST_ABI
     found = f"ABI {abi}" if abi else "not in this kernel, or not in its lsm= list"
-    return Check("landlock", ok, found, "" if ok else "boot with 'landlock' in the kernel's lsm= list, for a second wall", True)
+    remedy = "boot with 'landlock' in the kernel's lsm= list, for a second wall"
+    return Check("landlock", ok, found, "" if ok else remedy, optional=True)
 
 
 def _cgroup() -> Check:
