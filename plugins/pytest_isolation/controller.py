@@ -24,7 +24,7 @@ from pytest_isolation.text import clean
 from pytest_isolation.worker import Worker
 
 _OUTPUT_AT_MOST = 256 << 10
-_GRACE = 0.05
+_CHUNKS_AT_MOST = 64  # of output in one turn: a flood must not keep the rest waiting
 
 
 class Controller:
@@ -199,29 +199,31 @@ class _Run:
                     self._die(Verdict(Ended.TIMED_OUT))
                     break
                 ready = [fd for fd, _event in poller.poll(left)]
-                for fd in ready:
-                    if fd in streams and not self._relay(fd, streams[fd]):
+                # Output first, also what poll(2) had not seen yet: it was written before the message that is about to be
+                # handled, and plain pytest would have shown it before.
+                for fd, number in streams.items():
+                    if not self._relay_all(fd, number) and fd in ready:
                         poller.unregister(fd)
                 if any(fd not in streams for fd in ready):
                     self._take_messages()
             for fd, number in streams.items():
-                while self._relay(fd, number):
-                    pass
+                self._relay_all(fd, number)
         finally:
             for machine in self._lent:
                 machine.close()
         return self._end or {}
 
-    def _relay(self, fd: int, number: int) -> bool:
-        try:
-            data = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return False
-        if data:
+    def _relay_all(self, fd: int, number: int) -> bool:
+        """What there is now, within reason; False at the end of the stream."""
+        for _ in range(_CHUNKS_AT_MOST):
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not data:
+                return False
             self._controller.print_raw(number, data)
-        return bool(data)
+        return True
 
     def _take_messages(self) -> None:
         while self._end is None:
