@@ -75,6 +75,7 @@ class Worker:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._flush()  # what it printed past the capture belongs before its report
         self._send({"report": True}, reports.encode(self._config, report))
 
     @pytest.hookimpl
