@@ -199,21 +199,22 @@ class _Run:
                     self._die(Verdict(Ended.TIMED_OUT))
                     break
                 ready = [fd for fd, _event in poller.poll(left)]
-                # Output first, also what poll(2) had not seen yet: it was written before the message that is about to be
-                # handled, and plain pytest would have shown it before.
                 for fd, number in streams.items():
-                    if not self._relay_all(fd, number) and fd in ready:
+                    if fd in ready and not self._relay(fd, number):
                         poller.unregister(fd)
                 if any(fd not in streams for fd in ready):
                     self._take_messages()
-            for fd, number in streams.items():
-                self._relay_all(fd, number)
+            self._relay_all()
         finally:
             for machine in self._lent:
                 machine.close()
         return self._end or {}
 
-    def _relay_all(self, fd: int, number: int) -> bool:
+    def _relay_all(self) -> None:
+        self._relay(self._fork.stdout, 1)
+        self._relay(self._fork.stderr, 2)
+
+    def _relay(self, fd: int, number: int) -> bool:
         """What there is now, within reason; False at the end of the stream."""
         for _ in range(_CHUNKS_AT_MOST):
             try:
@@ -234,6 +235,8 @@ class _Run:
             except WireError as error:
                 self._spoilt(f"the test's process sent something that is not a message: {error}")
                 return
+            # What was written before this message: plain pytest would have shown it before what the message causes.
+            self._relay_all()
             if message is None:
                 verdict = self._fork.wait(5.0) or Verdict(Ended.LOST)
                 self._die(verdict)
