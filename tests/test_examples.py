@@ -27,6 +27,7 @@ def test_leaky(tmp_path: Path) -> None:
 
 
 def test_hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     home = tmp_path / "home"
     home.mkdir()
     (home / "precious").write_text("still here")

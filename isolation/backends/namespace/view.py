@@ -57,6 +57,8 @@ class View:
         fresh: list[Operation] = []
         for target in sorted(self._operations, key=_by_depth):
             operation = self._operations[target]
+            if isinstance(operation, Symlink) and self._covering(os.path.dirname(target)) is not None:
+                continue  # met before the directory was shown that has it
             parent = self._fresh_parent(target)
             if isinstance(operation, FRESH):
                 if isinstance(operation, Overlay):
