@@ -462,7 +462,12 @@ def test_job_control_and_resizing(terminal: Any) -> None:
     t = terminal(*SHELL)
     t.expect("ready> ")
     # Each key waits for what shows that it is awaited: a ^D before bash reads again would be lost.
-    t.type("sh -c 'trap \"echo back\" CONT; echo now; while :; do sleep 0.1; done'\r")
+    # One process that forks nothing: a shell that is stopped in vfork(2) waits for its child, and bash for it.
+    program = (
+        "import signal; signal.signal(signal.SIGCONT, lambda *_: print('back', flush=True)); print('now', flush=True); "
+        "[signal.pause() for _ in iter(int, 1)]"
+    )
+    t.type(f'python3 -c "{program}"\r')
     t.expect("now\r\n")
     t.type("\x1a")
     t.expect("Stopped")
