@@ -34,11 +34,14 @@ _CHUNK = 1 << 16
 class Wire:
     """One end of a stream socket that carries messages. Not for use by two threads at once."""
 
-    def __init__(self, sock: socket.socket, *, accept_fds: bool = False, max_json: int = MAX_JSON) -> None:
+    def __init__(
+        self, sock: socket.socket, *, accept_fds: bool = False, max_json: int = MAX_JSON, max_data: int = MAX_DATA
+    ) -> None:
         self.sock = sock
         self.fds: collections.deque[int] = collections.deque()
         self._accept_fds = accept_fds
         self._max_json = max_json
+        self._max_data = max_data
         self._buffer = bytearray()
         self._eof = False
 
@@ -56,7 +59,7 @@ class Wire:
         Raises WireError when the other end is gone, or the message is larger than the other end takes.
         """
         text = json.dumps(message, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-        if len(text) > self._max_json or len(data) > MAX_DATA:
+        if len(text) > MAX_JSON or len(data) > MAX_DATA:
             raise WireError(f"a message of {len(text)} + {len(data)} bytes is too large for the wire")
         frame = memoryview(_HEADER.pack(len(text), len(data)) + text + data)
         try:
@@ -113,7 +116,7 @@ class Wire:
         if len(self._buffer) < _HEADER.size:
             return None
         json_size, data_size = _HEADER.unpack_from(self._buffer)
-        if json_size > self._max_json or data_size > MAX_DATA:
+        if json_size > self._max_json or data_size > self._max_data:
             raise WireError(f"the other end announced a message of {json_size} + {data_size} bytes: too large")
         end = _HEADER.size + json_size + data_size
         if len(self._buffer) < end:

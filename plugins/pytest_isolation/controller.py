@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import select
 import sys
@@ -24,6 +25,10 @@ from pytest_isolation.text import clean
 from pytest_isolation.worker import Worker
 
 _OUTPUT_AT_MOST = 256 << 10
+_MESSAGES_AT_ONCE = 256
+_SANDBOXES_AT_MOST = 16
+_MESSAGES_AT_MOST = 200_000
+_BYTES_AT_MOST = 128 << 20
 _CHUNKS_AT_MOST = 64  # of output in one turn: a flood must not keep the rest waiting
 
 
@@ -47,6 +52,7 @@ class Controller:
         self._settings: dict[pytest.Item, Settings] = {}
         self._index: dict[pytest.Item, int] = {}
         self._capture: tuple[int, int] | None = None
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
 
     def pytest_report_header(self) -> str:
         spec = self._reader.default.spec
@@ -120,11 +126,11 @@ class Controller:
                 setattr(session, name, clean(end[name], 2000))
         if "exit" in end:
             code = end.get("returncode")
-            pytest.exit(clean(str(end["exit"]), 2000), returncode=code if isinstance(code, int) else None)
+            # Never a status of success: tests that were not run have not passed.
+            honest = code if isinstance(code, int) and 1 <= code <= 255 else None
+            pytest.exit(clean(str(end["exit"]), 2000), returncode=honest)
         if "interrupt" in end:
             raise KeyboardInterrupt
-        if "internal_error" in end:
-            raise RuntimeError(f"pytest failed inside the sandbox:\n{clean(str(end['internal_error']))}")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> None:
@@ -144,6 +150,9 @@ class Controller:
     def print_raw(self, fd: int, data: bytes) -> None:
         """What a test wrote past pytest's capture (-s, capsys.disabled()) goes where it would have gone."""
         self._flush()
+        if os.isatty(fd):
+            decoder = self._decoders.setdefault(fd, codecs.getincrementaldecoder("utf-8")("replace"))
+            data = clean(decoder.decode(data)).encode()
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
@@ -182,6 +191,8 @@ class _Run:
         self._started = time.time()
         self._end: Mapping[str, Any] | None = None
         self._lent: list[Any] = []
+        self._more = False  # messages have arrived that no poll(2) will tell of
+        self._messages = self._bytes = 0
 
     def to_end(self) -> Mapping[str, Any]:
         """Relay until the test is done, or dead. A KeyboardInterrupt here is the user's: the fork ends with it."""
@@ -194,6 +205,8 @@ class _Run:
         try:
             while self._end is None:
                 left = None if deadline is None else (deadline - time.monotonic()) * 1000
+                if self._more and (left is None or left > 0):
+                    left = 0.001
                 if left is not None and left <= 0:
                     self._fork.end(Verdict(Ended.TIMED_OUT))
                     self._die(Verdict(Ended.TIMED_OUT))
@@ -202,7 +215,7 @@ class _Run:
                 for fd, number in streams.items():
                     if fd in ready and not self._relay(fd, number):
                         poller.unregister(fd)
-                if any(fd not in streams for fd in ready):
+                if self._more or any(fd not in streams for fd in ready):
                     self._take_messages()
             self._relay_all()
         finally:
@@ -227,7 +240,10 @@ class _Run:
         return True
 
     def _take_messages(self) -> None:
-        while self._end is None:
+        self._more = False
+        for _ in range(_MESSAGES_AT_ONCE):
+            if self._end is not None:
+                return
             try:
                 message = self._fork.receive(0)
             except TimeoutError:
@@ -242,10 +258,22 @@ class _Run:
                 self._die(verdict)
                 return
             try:
+                self._charge(message)
                 self._handle(message)
             except reports.BadReport as error:
                 self._spoilt(f"the test's process sent a report that pytest cannot use ({error})")
                 return
+            except WireError as error:
+                self._spoilt(f"the test's process does not read what it asked for: {error}")
+                return
+        self._more = True
+
+    def _charge(self, message: Message) -> None:
+        """A test may say much, but not without end: what it says is kept until the end of the run."""
+        self._messages += 1
+        self._bytes += len(message.get("data", b"")) + len(str(message.get("warning", "")))
+        if self._messages > _MESSAGES_AT_MOST or self._bytes > _BYTES_AT_MOST:
+            raise reports.BadReport(f"more than {_MESSAGES_AT_MOST} messages or {_BYTES_AT_MOST >> 20}M of them")
 
     def _handle(self, message: Message) -> None:
         item = self._item
@@ -255,7 +283,12 @@ class _Run:
                 if report.when in self._phases.seen and not hasattr(report, "rerun"):
                     raise reports.BadReport(f"a second report of its {report.when}")
                 self._phases.seen.append(str(report.when))
-            item.ihook.pytest_runtest_logreport(report=report)
+            try:
+                item.ihook.pytest_runtest_logreport(report=report)
+            except pytest.exit.Exception:
+                raise
+            except Exception as error:
+                raise reports.BadReport(f"{type(error).__name__} while it was reported: {error}") from error
         elif "warning" in message:
             arguments = reports.decode_warning(item, message["warning"])
             item.config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
@@ -265,7 +298,12 @@ class _Run:
             self._suite_property(message["suite_property"])
         elif "sandbox" in message:
             self._lend_sandbox()
-        elif "done" in message:
+        elif "done" not in message:
+            raise reports.BadReport("a message of no known kind")
+        else:
+            if isinstance(message["done"], dict) and "internal_error" in message["done"]:
+                self._spoilt(f"pytest failed inside the sandbox:\n{clean(str(message['done']['internal_error']), 20_000)}")
+                return
             if "teardown" not in self._phases.seen and not message["done"]:
                 self._spoilt("the test's process said that it was done, without a report of its teardown")
                 return
@@ -280,9 +318,8 @@ class _Run:
 
     def _lend_sandbox(self) -> None:
         """A sandbox beside the test's own, for its commands; the test gets the wire to it, and no more."""
-        if len(self._lent) >= 16:
-            self._fork.send({"error": "a test may have 16 sandboxes at once"})
-            return
+        if len(self._lent) >= _SANDBOXES_AT_MOST:
+            raise reports.BadReport(f"a request for more than {_SANDBOXES_AT_MOST} sandboxes")
         spec = self._settings.spec.replace(inherit_env=False)
         try:
             machine = self._controller._backend.launch(spec)

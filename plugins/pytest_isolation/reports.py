@@ -105,10 +105,10 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
     checked: dict[str, Any] = {
         "$report_type": "TestReport",
         "nodeid": item.nodeid,
-        "location": _location(data.get("location")),
+        "location": item.location,
         "keywords": {clean_name(name): 1 for name in _expect(data.get("keywords"), dict)},
         "outcome": data["outcome"],
-        "longrepr": _longrepr(data.get("longrepr")),
+        "longrepr": _longrepr(data.get("longrepr"), data["outcome"], expected="wasxfail" in data),
         "when": data["when"],
         "sections": [_pair(section) for section in _expect(data.get("sections"), list)[:_SECTIONS_AT_MOST]],
         "user_properties": [
@@ -134,22 +134,15 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
 
 
 def _check_after(after: dict[str, Any]) -> tuple[str, str]:
-    if after.get("outcome") not in _OUTCOMES:
-        raise BadReport("no such outcome")
-    return after["outcome"], clean(_expect(after.get("longrepr"), str))
+    if after.get("outcome") != "failed":
+        raise BadReport("a change of outcome that is not to a failure")
+    return "failed", clean(_expect(after.get("longrepr"), str))
 
 
 def _expect(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise BadReport(f"{type(value).__name__} where {kind.__name__} belongs")
     return value
-
-
-def _location(value: Any) -> tuple[str, int | None, str]:
-    path, line, domain = _expect(value, list)
-    if line is not None:
-        _expect(line, int)
-    return clean_name(_expect(path, str)), line, clean_name(_expect(domain, str))
 
 
 def _pair(value: Any) -> tuple[str, str]:
@@ -163,8 +156,15 @@ def _number(value: Any) -> float:
     return value
 
 
-def _longrepr(value: Any) -> Any:
-    """None, text, a skip's (path, line, reason), or a dictionary that pytest itself rebuilds; tuples again."""
+def _longrepr(value: Any, outcome: str, *, expected: bool) -> Any:
+    """None, text, a skip's (path, line, reason), or a dictionary that pytest itself rebuilds; tuples again.
+
+    It must fit the outcome, on which pytest's reporters rely.
+    """
+    if outcome == "skipped" and not expected and not isinstance(value, list):
+        raise BadReport("a skip without its reason")
+    if outcome == "failed" and value is None:
+        raise BadReport("a failure without a reason")
     if value is None or isinstance(value, str):
         return None if value is None else clean(value)
     if isinstance(value, list):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_COLOUR = r"\x1b\[[0-9;:]*m"
+_COLOUR = r"\x1b\[(?!(?:[0-9;:]*;)?0*8[;:m])[0-9;:]*m"  # any but "conceal"
+_NO_TEXT = "\ud800-\udfff\ufffe\uffff"  # cannot be encoded, or stand in XML
 # Control characters but tab, newline and return, and the C1 range. Colours (SGR sequences) are kept: they can do nothing
 # but colour, and pytest shows captured colours.
-_CONTROL = re.compile(rf"({_COLOUR})|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_ANY_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(rf"({_COLOUR})|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_NO_TEXT}]")
+_ANY_CONTROL = re.compile(rf"[\x00-\x1f\x7f-\x9f{_NO_TEXT}]")
 _TEXT_AT_MOST = 8 << 20
 
 
@@ -28,7 +29,7 @@ def clean_name(text: str, limit: int = 4096) -> str:
 
 
 def _visible(character: str) -> str:
-    return f"\\x{ord(character):02x}"
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
 
 
 def clean_all(value: Any, depth: int = 24) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -295,6 +296,36 @@ def test_a_test_may_end_the_session(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(passed=1)
 
 
+def test_a_test_cannot_end_the_session_well(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("import pytest\ndef test_a(): assert 0\ndef test_b(): pytest.exit('bye', returncode=0)\ndef test_c(): pass\n")
+    assert pytester.runpytest_subprocess("--isolation").ret == 2
+
+
+def test_no_escape_reaches_a_terminal(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        r"""
+        import os
+        def test_a():
+            for fd in range(1, 40):
+                try: os.write(fd, b"\x1b]0;OWNED\x07\x1b[2J \x1b[31mred\x1b[0m")
+                except OSError: pass
+        """
+    )
+    output = b""
+
+    def read(fd: int) -> bytes:
+        nonlocal output
+        data = os.read(fd, 4096)
+        output += data
+        return b"."  # nothing of it on this test's own terminal
+
+    os.chdir(pytester.path)
+    pty.spawn([sys.executable, "-m", "pytest", "--isolation", "-p", "no:cacheprovider", "-s"], read)
+    assert b"red" in output
+    assert b"\x1b]0;" not in output
+    assert b"\x1b[2J" not in output
+
+
 def test_without_the_option_nothing_of_ours_is_imported(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         "import sys\ndef test_x(): assert not [m for m in sys.modules if m == 'isolation' or m.startswith('isolation.')]\n"
@@ -369,10 +400,27 @@ def test_forged_messages(pytester: pytest.Pytester) -> None:
             for _ in range(1000): send({"nothing": "x" * 1000})
         def test_warning_class(): send({"warning": {"message": "x", "category": "system", "filename": "/dev/zero", "lineno": 1,
                                         "line": "l", "when": "runtest", "nodeid": "x", "location": None}})
+        def test_skip_without_reason(request): send({"report": True}, report(nodeid=request.node.nodeid, outcome="skipped", longrepr="str"))
+        def test_failure_without_reason(request): send({"report": True}, report(nodeid=request.node.nodeid, outcome="failed"))
+        def test_never_reads(pytestconfig):
+            guest = pytestconfig.pluginmanager.getplugin("isolation-worker").guest
+            for _ in range(5000): guest.send({"sandbox": True})
+        def test_empty_messages():
+            while True: send({})
+        def test_grows_the_stacks_file():
+            for fd in range(3, 200):
+                try:
+                    if "isolation-stacks" in os.readlink(f"/proc/self/fd/{fd}"): os.ftruncate(fd, 2**63 - 1)
+                except OSError: pass
+            import time; time.sleep(60)
+        def test_inner_error(): send({"done": {"internal_error": "boo"}})
+        def test_surrogates(record_property): record_property("\\ud800", "v\\ud800"); print("\\ud800")
         def test_victim(): assert False
         """
     )
-    result = pytester.runpytest_subprocess("--isolation", "-rA", timeout=60)
-    result.assert_outcomes(failed=9, passed=2)
+    result = pytester.runpytest_subprocess(
+        "--isolation", "-rA", "-vv", "--junitxml=out.xml", "--isolation-timeout=3s", timeout=90
+    )
+    result.assert_outcomes(failed=17, passed=1)
     assert "FAILED test_forged_messages.py::test_victim" in result.stdout.str()
     assert "INTERNALERROR" not in result.stdout.str()

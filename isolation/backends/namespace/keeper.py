@@ -452,8 +452,11 @@ class Keeper:
         if child.init is not None and child.dumps < _DUMPS_AT_MOST:
             child.dumps += 1
             child.next_dump = time.monotonic() + _DUMP_INTERVAL
-            os.write(child.crash, STACKS_MARK)
-            signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
+            try:
+                os.write(child.crash, STACKS_MARK)
+                signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
+            except OSError:
+                pass  # the file is the guest's, too, who may have grown it beyond all bounds; or it is gone
 
     def _fork(self, message: Message) -> Guest | None:
         number = message["id"]

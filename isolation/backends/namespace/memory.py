@@ -78,9 +78,19 @@ class Watch:
 
     def _resident(self, pid: str) -> int:
         try:
-            return int(self._read(f"{pid}/statm").split()[1]) * _PAGE
-        except (OSError, IndexError):
+            pages = int(self._read(f"{pid}/statm").split()[1])
+            if not pages:  # its first thread has ended, and the memory is the others'
+                pages = max(int(self._read(f"{pid}/task/{task}/statm").split()[1]) for task in self._tasks(pid))
+        except (OSError, IndexError, ValueError):
             return 0
+        return pages * _PAGE
+
+    def _tasks(self, pid: str) -> list[str]:
+        fd = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)
+        try:
+            return os.listdir(fd)
+        finally:
+            os.close(fd)
 
     def _share(self, pid: str) -> int:
         """Proportional anonymous and shared memory; for a process that made itself undumpable, all it has."""

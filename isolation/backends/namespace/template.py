@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import fcntl
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +24,9 @@ from isolation.wire import Message, Wire, wait_readable
 
 _STACKS_AT_MOST = 256 << 10
 _SCRATCH_AT_MOST = 16 << 20
+_JSON_AT_MOST = 4 << 20
+_DATA_AT_MOST = 32 << 20
+_PATIENCE = 2  # s, with a guest that does not read
 _STACKS_WAIT = 0.25  # s, for the stacks of a process that is about to be ended
 
 
@@ -114,7 +119,9 @@ class NamespaceFork(Fork):
         self._failure: Message | None = None
         self._closed = False
         wire, theirs = Wire.pair()
-        self._wire = Wire(wire)
+        # A guest that does not read must not keep the host waiting.
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _PATIENCE, 0))
+        self._wire = Wire(wire, max_json=_JSON_AT_MOST, max_data=_DATA_AT_MOST)
         self.stdout, stdout = os.pipe2(os.O_CLOEXEC)
         self.stderr, stderr = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.stdout, False)
@@ -180,7 +187,7 @@ class NamespaceFork(Fork):
     def stacks(self) -> str:
         size = os.fstat(self._crash).st_size
         text = os.pread(self._crash, _STACKS_AT_MOST, max(0, size - _STACKS_AT_MOST))
-        dumps = [dump for dump in text.split(keeper.STACKS_MARK) if dump.strip()]
+        dumps = [dump for dump in text.split(keeper.STACKS_MARK) if dump.strip(b"\0 \n")]
         return dumps[-1].decode("utf-8", "replace") if dumps else ""
 
     def scratch_index(self, inode: int) -> int | None:
