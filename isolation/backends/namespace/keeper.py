@@ -45,6 +45,7 @@ class KeeperProcess:
         self.shared = False  # by several machines, see launcher.py; it stays when one of them is closed
         self._scratch: int | None = None
         self._ended: dict[int, Message] = {}
+        self._unwanted: set[int] = set()
         self._numbers = 0
         self._users = 0
         self._spares: list[tuple[int, Wire]] = []
@@ -152,10 +153,13 @@ class KeeperProcess:
             while (message := self.wire.next_message()) is not None:
                 self._note(message)
         for number in numbers:
-            self._ended.pop(number, None)
+            if self._ended.pop(number, None) is None:
+                self._unwanted.add(number)  # its last word is still to come
 
     def _note(self, message: Message) -> None:
-        if message.get("event") in ("exit", "ended", "unforked"):
+        if message.get("id") in self._unwanted:
+            self._unwanted.discard(message["id"])
+        elif message.get("event") in ("exit", "ended", "unforked"):
             self._ended.setdefault(message["id"], message)
 
     def close(self) -> None:

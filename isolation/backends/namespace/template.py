@@ -203,9 +203,9 @@ class NamespaceFork(Fork):
         if self._closed:
             return
         self._closed = True
-        self._done.append(self._number)
         if self._exit is None:
             self._kill()
+            self._done.append(self._number)
         self._wire.close()
         for fd in (self.stdout, self.stderr, self._crash, *self._scratch):
             os.close(fd)
