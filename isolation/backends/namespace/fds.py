@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from isolation.backends.namespace import syscalls
@@ -81,8 +81,13 @@ def adopt(inherited: Sequence[Inherited], stdio: Sequence[int], scratch: Sequenc
     for item in inherited:
         if item.fd not in keep:
             _replace(item, dead, spare)
-    taken = sorted({0, 1, 2, *keep, *(item.fd for item in inherited)})
-    for below, above in zip(taken, [*taken[1:], 1 << 31], strict=True):
+    close_all_but({0, 1, 2, *keep, *(item.fd for item in inherited)})
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """Close every other descriptor of this process."""
+    kept = sorted({-1, *keep})
+    for below, above in zip(kept, [*kept[1:], 1 << 31], strict=True):
         if above - below > 1:
             syscalls.close_range(below + 1, above - 1)
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from isolation.backends.namespace import build, environment, memory, syscalls
+from isolation.backends.namespace import build, environment, fds, memory, syscalls
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.wire import Message, Wire
@@ -87,10 +87,7 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
     for fd in (0, 1, 2):
         os.dup2(null, fd, inheritable=False)
     leash = birth.leash.fileno()
-    keep = sorted({0, 1, 2, birth.control, leash, signals, store, *(birth.memory_files or ())})
-    for below, above in zip(keep, [*keep[1:], 1 << 31], strict=True):
-        if above - below > 1:
-            syscalls.close_range(below + 1, above - 1)
+    fds.close_all_but({0, 1, 2, birth.control, leash, signals, store, *(birth.memory_files or ())})
     if "environment" in plan.defences:
         environment.scrub()
     syscalls.set_name("isolation-init")

@@ -228,7 +228,7 @@ def _become_keeper(
                 os._exit(0)
         ours.close()
         if function is None or function is commands_only:
-            _close_all_but(theirs.fileno(), host)  # a pipe of the host's, say, whose reader waits for its end
+            fds.close_all_but({0, 1, 2, theirs.fileno(), host})  # a pipe of the host's, say, whose reader waits for its end
         _open_stdio()
         syscalls.set_name("isolation-keep")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -292,13 +292,6 @@ def _run(guest: Guest, function: Callable[[Guest], object]) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         guest.finish(1)
     guest.finish(0)
-
-
-def _close_all_but(*keep: int) -> None:
-    kept = sorted({2, *keep})
-    for below, above in zip(kept, [*kept[1:], 1 << 31], strict=True):
-        if above - below > 1:
-            syscalls.close_range(below + 1, above - 1)
 
 
 def _open_stdio() -> None:
