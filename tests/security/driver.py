@@ -14,7 +14,7 @@ from typing import Any
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
 from isolation.backends.namespace.template import NamespaceTemplate
-from isolation.backends.namespace.view import python_environment
+from isolation.backends.showing import python_environment
 from isolation.guest import Guest
 from isolation.sandbox import Sandbox
 from isolation.spec import Mount, SandboxSpec

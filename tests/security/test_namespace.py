@@ -17,7 +17,7 @@ from security.driver import RUNNERS, SECRET, Host, run_command, run_fork
 
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
-from isolation.backends.namespace.view import python_environment
+from isolation.backends.showing import python_environment
 from isolation.sandbox import Sandbox
 from isolation.spec import SandboxSpec
 

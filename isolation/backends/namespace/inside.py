@@ -16,7 +16,7 @@ from typing import Any
 
 from isolation.backends.namespace import keeper
 from isolation.backends.namespace.plan import make_plan
-from isolation.backends.namespace.view import python_environment
+from isolation.backends.showing import python_environment
 from isolation.errors import IsolationError
 from isolation.guest import Guest
 from isolation.spec import Mount, SandboxSpec

@@ -16,7 +16,7 @@ from typing import Any
 from isolation.backends.namespace import keeper
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan, make_plan
-from isolation.backends.namespace.view import python_environment
+from isolation.backends.showing import python_environment
 from isolation.spec import SandboxSpec
 
 _KEEPERS_AT_MOST = 4

@@ -10,11 +10,12 @@ import resource
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from isolation.backends.namespace import environment, lockdown, seccomp, syscalls, view
+from isolation.backends.namespace import lockdown, seccomp, syscalls, view
 from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.backends.namespace.identity import Identity
 from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.operations import HIDDEN, DevPts, Directory, Operation, Proc, Symlink, TextFile
+from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.spec import Limits, SandboxSpec
 
@@ -108,7 +109,7 @@ def make_plan(
         _fill(shown, spec, python)
     else:
         _fill_everything(shown)
-    env = environment.environment_for(spec, shown.shows)
+    env = environment_for(spec, shown.shows)
     _writable_places(shown, env)
     _kernel_places(shown, spec, defences)
     if spec.network.mode == "host":

@@ -54,7 +54,7 @@ class NamespaceBackend(Backend):
         from isolation.backends.namespace.machine import NamespaceMachine
         from isolation.backends.namespace.plan import make_plan
         from isolation.backends.namespace.template import NamespaceTemplate, SealedTemplate
-        from isolation.backends.namespace.view import python_environment
+        from isolation.backends.showing import python_environment
 
         if isinstance(payload, str):
             module, _, function = payload.partition(":")
@@ -78,7 +78,7 @@ class NamespaceBackend(Backend):
 
     def explain(self, spec: SandboxSpec) -> str:
         from isolation.backends.namespace.plan import make_plan
-        from isolation.backends.namespace.view import python_environment
+        from isolation.backends.showing import python_environment
 
         return make_plan(spec, python=python_environment()).describe()
 

@@ -6,8 +6,7 @@ Everything else (home directories, /run, /tmp, /var, sockets, other users' files
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 
@@ -28,9 +27,9 @@ from isolation.backends.namespace.operations import (
     Symlink,
 )
 from isolation.backends.namespace.operations import View as ReadOnly
+from isolation.backends.showing import SYSTEM
 from isolation.errors import SpecError
 
-SYSTEM = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "sbin", "usr")
 # File systems that are windows into the kernel or mount on access; never part of a view.
 _VIRTUAL = frozenset(
     "autofs binfmt_misc bpf cgroup cgroup2 configfs debugfs devpts devtmpfs efivarfs fusectl hugetlbfs mqueue nsfs "
@@ -233,51 +232,3 @@ def _parents(path: str) -> Iterator[str]:
     while path != "/":
         yield path
         path = os.path.dirname(path)
-
-
-def python_environment() -> list[str]:
-    """Every directory and file that this interpreter imports from, wherever it lies.
-
-    Prefixes, `sys.path`, and the roots of modules that were found in some other way (editable installs with an
-    import hook). A home directory, or `/`, that happens to stand on `sys.path` is not an environment, and left out.
-    """
-    found = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, sys.executable]
-    found += [entry for entry in sys.path if entry]
-    found += _module_roots(found)
-    virtual_env = os.environ.get("VIRTUAL_ENV")
-    if virtual_env:
-        found += [virtual_env, *_venv_home(virtual_env)]
-    too_wide = {"/", "/tmp", "/var/tmp", "/home", "/root", os.path.realpath(os.path.expanduser("~"))}
-    paths: dict[str, None] = {}
-    for path in found:
-        absolute = os.path.abspath(path)
-        if os.path.exists(absolute) and os.path.realpath(absolute) not in too_wide:
-            paths[absolute] = None
-    return sorted(paths, key=len)  # a directory before what lies in it, which then needs no mount of its own
-
-
-def _module_roots(known: Iterable[str]) -> list[str]:
-    prefixes = tuple(os.path.join(os.path.abspath(path), "") for path in known if path)
-    roots = []
-    for name, module in list(sys.modules.items()):
-        if "." in name:
-            continue
-        locations = list(getattr(module, "__path__", None) or ())
-        file = getattr(module, "__file__", None)
-        for location in locations or ([file] if isinstance(file, str) else []):
-            if isinstance(location, str) and os.path.isabs(location) and not location.startswith(prefixes):
-                roots.append(location)
-    return roots
-
-
-def _venv_home(virtual_env: str) -> list[str]:
-    """The installation that a virtual environment was made from (PEP 405)."""
-    try:
-        with open(os.path.join(virtual_env, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
-            for line in file:
-                key, _, value = line.partition("=")
-                if key.strip().lower() == "home":
-                    return [os.path.dirname(value.strip())]
-    except OSError:
-        pass
-    return []

@@ -10,12 +10,12 @@ import pytest
 
 from isolation.backends.namespace import fds, operations, syscalls
 from isolation.backends.namespace.cgroup import Hierarchy, oom_kills
-from isolation.backends.namespace.environment import environment_for
 from isolation.backends.namespace.mountinfo import MountPoint, MountTable
 from isolation.backends.namespace.operations import Bind, Lower, Overlay, Private, Proc, Rebind, Symlink
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.namespace.plan import make_plan
 from isolation.backends.namespace.view import View
+from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.spec import Limits, Mount, SandboxSpec
 

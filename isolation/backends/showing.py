@@ -1,0 +1,96 @@
+"""What of the host every backend shows in a sandbox: system directories, the Python environment, harmless variables."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+
+from isolation.spec import SandboxSpec
+
+SYSTEM = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "sbin", "usr")
+# Names that tell how to behave, not who someone is. Everything else of the caller's (tokens, sockets, proxies with
+# passwords, PYTHON* that change what runs) stays outside unless the spec names it.
+ALLOWED = frozenset(
+    "COLORTERM COLUMNS CONDA_PREFIX FORCE_COLOR HOME LANG LANGUAGE LINES LOGNAME NO_COLOR PATH SHELL TERM TZ USER "
+    "VIRTUAL_ENV".split()
+)
+_ALLOWED_PREFIX = "LC_"
+
+
+def environment_for(spec: SandboxSpec, shows: Callable[[str], bool]) -> dict[str, str]:
+    """The guest's variables; `shows` tells whether a path of the host is seen inside."""
+    host: Mapping[str, str] = os.environ
+    env = {
+        name: value
+        for name, value in host.items()
+        if spec.inherit_env or name in ALLOWED or name.startswith(_ALLOWED_PREFIX)
+    }
+    if not spec.inherit_env:
+        env["PATH"] = _visible_path(env.get("PATH", os.defpath), shows)
+    env.update(spec.env)
+    return env
+
+
+def _visible_path(path: str, shows: Callable[[str], bool]) -> str:
+    """PATH without directories that are not there. One that held a `python` (a version manager's shims, say) is
+    replaced by this interpreter's own, so that `python` means the same inside."""
+    kept: list[str] = []
+    for entry in path.split(os.pathsep):
+        if not entry:
+            continue
+        if shows(os.path.realpath(entry)):
+            kept.append(entry)
+        elif shutil.which("python3", path=entry) or shutil.which("python", path=entry):
+            kept.append(os.path.join(sys.prefix, "bin"))
+    kept = list(dict.fromkeys(kept))
+    return os.pathsep.join(kept) or os.defpath
+
+
+def python_environment() -> list[str]:
+    """Every directory and file that this interpreter imports from, wherever it lies.
+
+    Prefixes, `sys.path`, and the roots of modules that were found in some other way (editable installs with an
+    import hook). A home directory, or `/`, that happens to stand on `sys.path` is not an environment, and left out.
+    """
+    found = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, sys.executable]
+    found += [entry for entry in sys.path if entry]
+    found += _module_roots(found)
+    virtual_env = os.environ.get("VIRTUAL_ENV")
+    if virtual_env:
+        found += [virtual_env, *_venv_home(virtual_env)]
+    too_wide = {"/", "/tmp", "/var/tmp", "/home", "/root", os.path.realpath(os.path.expanduser("~"))}
+    paths: dict[str, None] = {}
+    for path in found:
+        absolute = os.path.abspath(path)
+        if os.path.exists(absolute) and os.path.realpath(absolute) not in too_wide:
+            paths[absolute] = None
+    return sorted(paths, key=len)  # a directory before what lies in it, which then needs no mount of its own
+
+
+def _module_roots(known: Iterable[str]) -> list[str]:
+    prefixes = tuple(os.path.join(os.path.abspath(path), "") for path in known if path)
+    roots = []
+    for name, module in list(sys.modules.items()):
+        if "." in name:
+            continue
+        locations = list(getattr(module, "__path__", None) or ())
+        file = getattr(module, "__file__", None)
+        for location in locations or ([file] if isinstance(file, str) else []):
+            if isinstance(location, str) and os.path.isabs(location) and not location.startswith(prefixes):
+                roots.append(location)
+    return roots
+
+
+def _venv_home(virtual_env: str) -> list[str]:
+    """The installation that a virtual environment was made from (PEP 405)."""
+    try:
+        with open(os.path.join(virtual_env, "pyvenv.cfg"), encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition("=")
+                if key.strip().lower() == "home":
+                    return [os.path.dirname(value.strip())]
+    except OSError:
+        pass
+    return []
