@@ -25,6 +25,7 @@ from isolation.backends.microvm.progress import SILENT, Progress
 from isolation.errors import LaunchError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*")
+OWN = "apt"  # a directory of apt's, which holds no entries
 _LOCK, _BUILDING, _OLD = ".lock", ".tmp", ".old"
 
 
@@ -141,32 +142,50 @@ class Cache:
         for entry in sorted(entries, key=lambda entry: entry.used, reverse=True)[keep:]:
             self.remove(kind, entry.key)
 
-    def sweep(self, kind: str) -> None:
-        """Remove what killed builds left behind."""
-        for name in _names(self.root / kind):
-            for suffix in (_BUILDING, _OLD):
-                if name.startswith(".") and name.endswith(suffix):
+    def sweep(self, kind: str | None = None) -> None:
+        """Remove what killed builds left behind (of one kind)."""
+        for each in _names(self.root) if kind is None else [kind]:
+            for name in _names(self.root / each):
+                for suffix in (_BUILDING, _OLD):
                     key = name[1 : -len(suffix)]
-                    lock = self._try_lock(kind, key) if _NAME.fullmatch(key) else None
-                    if lock is not None:
-                        _remove(self.root / kind / name)
-                        os.close(lock)
+                    if name.startswith(".") and name.endswith(suffix) and _NAME.fullmatch(key):
+                        lock = self._try_lock(each, key)
+                        if lock is not None:
+                            _remove(self.root / each / name)
+                            os.close(lock)
 
     def clean(self) -> list[Entry]:
         """Remove every entry that is not in use; returns those that are."""
-        kept = []
-        for entry in self.entries(sizes=False):
-            if not self.remove(entry.kind, entry.key):
-                kept.append(entry)
-        for kind in _names(self.root):
-            if os.path.isdir(self.root / kind):
-                self.sweep(kind)
+        kept = [entry for entry in self.entries(sizes=False) if not self.remove(entry.kind, entry.key)]
+        self.sweep()
         return kept
+
+    def remove_empty(self) -> None:
+        """Remove the cache's directories, as far as nothing is in them."""
+        for kind in _names(self.root):
+            for name in _names(self.root / kind):
+                if name.endswith(_LOCK) and (lock := self._try_lock(kind, name[1 : -len(_LOCK)])) is not None:
+                    _remove(self.root / kind / name)
+                    os.close(lock)
+            with contextlib.suppress(OSError):
+                os.rmdir(self.root / kind)
+        for name in _names(self.root):
+            if name.endswith(_LOCK) and (lock := self._try_lock("", name[1 : -len(_LOCK)])) is not None:
+                _remove(self.root / name)
+                os.close(lock)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.root)
+
+    def discard(self, name: str) -> None:
+        """Remove one of the cache's own files."""
+        with self._errors():
+            _remove(self.root / name)
 
     def entries(self, kind: str | None = None, *, sizes: bool = True) -> list[Entry]:
         """All finished entries (of one kind), by kind and key. Without `sizes` they are 0, and this is quick."""
         found = []
-        for each in sorted(_names(self.root)) if kind is None else [kind]:
+        kinds = sorted(name for name in _names(self.root) if name != OWN) if kind is None else [kind]
+        for each in kinds:
             for key in sorted(_names(self.root / each)):
                 path = self.root / each / key
                 if not _NAME.fullmatch(key):

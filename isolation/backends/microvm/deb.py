@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import shutil
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -23,14 +27,13 @@ def unpack(package: Path, target: Path) -> None:
     try:
         with open(package, "rb") as file:
             name, member = _data(file, package)
-            with _decompressed(name, member, package) as stream:
-                with tarfile.open(fileobj=stream, mode="r|") as archive:
-                    os.makedirs(target)
-                    archive.extractall(target, filter="data")
-    except (tarfile.TarError, EOFError, ValueError) as error:
+            with _decompressed(name, member, package) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+                os.makedirs(target)
+                archive.extractall(target, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
         raise LaunchError(f"the package {package} is damaged ({error}): remove it, and try again") from error
     except OSError as error:
-        if error.errno is None or isinstance(error, OSError) and error.filename is None and error.errno == 0:
+        if error.errno is None:  # of bz2 and gzip, about their input
             raise LaunchError(f"the package {package} is damaged ({error}): remove it, and try again") from error
         raise
 
@@ -60,16 +63,10 @@ def _decompressed(name: str, data: bytes, package: Path) -> IO[bytes]:
     if name == "data.tar":
         return raw
     if name.endswith(".xz"):
-        import lzma
-
         return lzma.open(raw)
     if name.endswith(".gz"):
-        import gzip
-
-        return gzip.open(raw)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if name.endswith(".bz2"):
-        import bz2
-
         return bz2.open(raw)
     if name.endswith(".zst"):
         return io.BytesIO(unzstd(data, f"the package {package}"))

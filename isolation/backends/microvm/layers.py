@@ -23,7 +23,7 @@ from isolation.backends.microvm import squashfs, tools
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT, Progress, megabytes
 from isolation.backends.microvm.trees import Report, Rules, Tar, digest
-from isolation.errors import BackendUnavailable, LaunchError, SpecError
+from isolation.errors import BackendUnavailable, SpecError
 
 BASE, ENVIRONMENT, TREE = "base", "environment", "tree"
 _FORMAT = "1"  # part of every key: changes when images are made in another way
@@ -40,7 +40,8 @@ _EMPTY = {
 }  # fmt: skip
 _PACKAGES = ("var/lib/dpkg/status", "var/lib/rpm", "usr/lib/sysimage/rpm", "var/lib/pacman/local", "lib/apk/db/installed")
 _DEEP = 3  # levels of directories in /usr whose times are looked at
-_KEEP_BASES, _KEEP_ENVIRONMENTS, _KEEP_TREES = 2, 4, 16
+_KEEP_BASES, _KEEP_ENVIRONMENTS, _KEEP_TREES = 2, 12, 16
+_MOST_ENVIRONMENTS = 6  # layers; every one is a device of the guest
 _TRIES = 3  # to read a tree that changes meanwhile
 _MANY_LINKS = 40  # as the kernel: path_resolution(7)
 
@@ -62,7 +63,8 @@ def base(
     cache: Cache, progress: Progress = SILENT, *, exclude: Sequence[str] = (), root: str = "/", refresh: bool = False
 ) -> Layer:
     """The system's own directories. `exclude`: paths of the host. Raises LaunchError."""
-    without = frozenset(os.fsencode(os.path.join(root, path)) for path in (*_WITHOUT, *(each.strip("/") for each in exclude)))
+    names = (*_WITHOUT, *(path.strip("/") for path in exclude))
+    without = frozenset(os.fsencode(os.path.join(root, name)) for name in names)
     rules = Rules(public=True, without=without, skipped=_identity(cache.root))
 
     def fill(tar: Tar, tell: Callable[[Report], None]) -> None:
@@ -89,8 +91,8 @@ def base_key(exclude: Sequence[str] = (), root: str = "/") -> str:
     """Changes when the base layer should be made again; a fraction of a second.
 
     Looked at: the package manager's records, everything in /etc and /usr/local, and the times of the directories in /usr
-    to a depth of three, by which files that come, go or are renamed there are noticed. Not noticed: a file further down that
-    was changed by hand; `setup --refresh` is for that.
+    to a depth of three, by which files that come, go or are renamed there are noticed. Not noticed: a file in /usr that was
+    overwritten in place, and any change further down, by other than the package manager: `setup --refresh` is for that.
     """
     made = hashlib.sha256(f"{_FORMAT} {sorted(exclude)} {root}".encode("utf-8", "surrogateescape"))
     for name in _PACKAGES:
@@ -121,11 +123,13 @@ def environment(
     exclude: Sequence[str] = (),
     without: Iterable[str] = (),
     refresh: bool = False,
-) -> Layer | None:
-    """Where Python and its packages lie, at the same places as on the host; None where all of that is in the base layer.
+) -> tuple[Layer, ...]:
+    """Where Python and its packages lie, at the same places as on the host; none where the base layer has all of that.
 
-    `paths` is by default that of this interpreter; `exclude` is the base layer's; what lies beneath `without` is left out (the
-    project, which is shown in another way). Raises LaunchError.
+    A layer for each place (installation, virtual environment, …), so that one more package does not make all of them
+    anew; where there are many, the last ones share a layer. `paths` is by default that of this interpreter; `exclude` is
+    the base layer's; what lies beneath `without` is left out (the project, which is shown in another way). Raises
+    LaunchError.
     """
     hidden = frozenset(os.path.realpath(path) for path in without)
     links: dict[str, str] = {}
@@ -134,33 +138,51 @@ def environment(
         real = _follow(path, links)
         if not _beneath(real, trees) and not _beneath(real, hidden) and not _in_base(real, exclude):
             trees = [tree for tree in trees if not _beneath(tree, [real])] + [real]
-    links = {path: to for path, to in links.items() if not _beneath(path, trees) and not _in_base(path, exclude)}
-    if not trees and not links:
-        return None
+    shown = {path: to for path, to in links.items() if not _beneath(path, trees) and not _in_base(path, exclude)}
     trees.sort()
+    groups = [[each] for each in trees[: _MOST_ENVIRONMENTS - 1]]
+    if trees[_MOST_ENVIRONMENTS - 1 :] or shown:
+        groups.append(trees[_MOST_ENVIRONMENTS - 1 :])
     rules = Rules(without=frozenset(map(os.fsencode, hidden)), skipped=_identity(cache.root))
-    start = _FORMAT + json.dumps(sorted(links.items())) + json.dumps(trees)
+    made = []
+    for number, group in enumerate(groups):
+        last = number == len(groups) - 1
+        made.append(_environment(cache, group, shown if last else {}, rules, progress, refresh=refresh))
+    cache.prune(ENVIRONMENT, _KEEP_ENVIRONMENTS)
+    return tuple(made)
+
+
+def _environment(
+    cache: Cache, group: list[str], links: dict[str, str], rules: Rules, progress: Progress, *, refresh: bool
+) -> Layer:
+    hidden = frozenset(path for path in rules.without if _beneath(os.fsdecode(path), group))
+    within = Rules(without=hidden, skipped=rules.skipped)
+    start = _FORMAT + json.dumps([sorted(links.items()), group, sorted(map(os.fsdecode, within.without))])
 
     def key() -> str:
-        return _key(start, trees, rules)
+        return _key(start, group, within)
 
     def fill(tar: Tar, tell: Callable[[Report], None]) -> None:
         for path, to in sorted(links.items()):
             tar.symlink(path, to)
-        for tree in trees:
-            for report in tar.tree(tree, tree, rules):
+        for each in group:
+            for report in tar.tree(each, each, within):
                 tell(report)
 
-    layer = _make_unchanged(cache, ENVIRONMENT, key, ENVIRONMENT, "Python's files", fill, progress, refresh=refresh)
-    cache.prune(ENVIRONMENT, _KEEP_ENVIRONMENTS)
-    return layer
+    what = ", ".join(group) or "symbolic links"
+    return _make_unchanged(cache, ENVIRONMENT, key, ENVIRONMENT, what, fill, progress, refresh=refresh)
 
 
 def tree(
-    cache: Cache, source: str | os.PathLike[str], progress: Progress = SILENT, *, without: Iterable[str] = (), root: bool = False
+    cache: Cache,
+    source: str | os.PathLike[str],
+    progress: Progress = SILENT,
+    *,
+    without: Iterable[str] = (),
+    at: str | None = None,
 ) -> Layer:
-    """One directory or file of the host's: what the caller may read of it. Its image has it as `tree` or `file` at its root
-    (`layer.name` tells which), or, for a directory with `root`, as its root.
+    """One directory or file of the host's: what the caller may read of it, but for the paths in `without`. Its image has it
+    as `tree` or `file` at its root (`layer.name` tells which), or `at` another path ("/": a directory as the root itself).
 
     Raises SpecError when there is no such thing, and LaunchError.
     """
@@ -177,11 +199,13 @@ def tree(
         raise SpecError(f"{os.fspath(source)!r} is neither a file nor a directory: it cannot be shown in a virtual machine")
     hidden = frozenset(os.fsencode(os.path.realpath(path)) for path in without)
     rules = Rules(without=hidden, skipped=_identity(cache.root))
-    target = "" if root else name
+    target = name if at is None else at.strip("/")
+    if not target and name == "file":
+        raise SpecError(f"{os.fspath(source)!r} is a file, and cannot be the root of a file tree")
     origin = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
 
     def key() -> str:
-        return f"{origin}-{_key(f'{_FORMAT} {target} {sorted(hidden)!r}', [real], rules)}"
+        return f"{origin}-{_key(f'{_FORMAT} {target!r} {sorted(hidden)!r}', [real], rules)}"
 
     def fill(tar: Tar, tell: Callable[[Report], None]) -> None:
         for report in tar.tree(real, target, rules):
@@ -345,6 +369,3 @@ def _identity(path: Path) -> frozenset[tuple[int, int]]:
     except OSError:
         return frozenset()
     return frozenset([(status.st_dev, status.st_ino)])
-
-
-__all__ = ["BASE", "ENVIRONMENT", "TREE", "Layer", "LaunchError", "base", "base_key", "check", "environment", "load", "tree"]

@@ -21,9 +21,9 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.kernel import Kernel
 from isolation.backends.microvm.layers import Layer
 from isolation.backends.microvm.progress import SILENT, Progress
-from isolation.errors import BackendUnavailable, LaunchError
+from isolation.errors import BackendUnavailable
 
-_SETTINGS = "settings.json"
+SETTINGS = "settings.json"
 _FORMAT = 1
 _RUN_SETUP = "run 'isolation microvm setup'"
 
@@ -54,13 +54,13 @@ class Images:
         files = initramfs.agent_files() if files is None else files
         return initramfs.build(self.kernel, self.busybox, files, self.cache, self.progress)
 
-    def environment(self, *, without: Iterable[str] = ()) -> Layer | None:
-        """Of the running Python; None where the base has it all. `without`: directories that are shown in another way."""
+    def environment(self, *, without: Iterable[str] = ()) -> tuple[Layer, ...]:
+        """Of the running Python; none where the base has it all. `without`: directories that are shown in another way."""
         return layers.environment(self.cache, self.progress, exclude=self.exclude, without=without)
 
-    def tree(self, source: str | os.PathLike[str], *, without: Iterable[str] = (), root: bool = False) -> Layer:
-        """Of one directory or file, as it is now: `tree` or `file` at the image's root, or (`root`) the root itself."""
-        return layers.tree(self.cache, source, self.progress, without=without, root=root)
+    def tree(self, source: str | os.PathLike[str], *, without: Iterable[str] = (), at: str | None = None) -> Layer:
+        """Of one directory or file, as it is now: `tree` or `file` at the image's root, or `at` another path there."""
+        return layers.tree(self.cache, source, self.progress, without=without, at=at)
 
 
 def qemu() -> str:
@@ -125,7 +125,7 @@ def make(
 def read(cache: Cache) -> Settings | None:
     """None when nothing was set up. Raises BackendUnavailable for settings that cannot be read."""
     try:
-        raw = (cache.root / _SETTINGS).read_bytes()
+        raw = (cache.root / SETTINGS).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -141,7 +141,7 @@ def read(cache: Cache) -> Settings | None:
         cache.path(kernel.KIND, data["kernel"])
         return Settings(data["kernel"], choice["kernel"], choice["modules"], tuple(data["exclude"]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BackendUnavailable(f"{cache.root / _SETTINGS} is damaged ({error}): {_RUN_SETUP}") from error
+        raise BackendUnavailable(f"{cache.root / SETTINGS} is damaged ({error}): {_RUN_SETUP}") from error
 
 
 def read_or_none(cache: Cache) -> Settings | None:
@@ -159,7 +159,7 @@ def write(cache: Cache, settings: Settings) -> None:
         "choice": {"kernel": settings.image, "modules": settings.modules},
         "exclude": list(settings.exclude),
     }
-    cache.write(_SETTINGS, json.dumps(data, indent=1).encode() + b"\n")
+    cache.write(SETTINGS, json.dumps(data, indent=1).encode() + b"\n")
 
 
 class Setup:
@@ -168,6 +168,3 @@ class Setup:
     load = staticmethod(load)
     make = staticmethod(make)
     qemu = staticmethod(qemu)
-
-
-__all__ = ["Images", "LaunchError", "Settings", "Setup", "load", "make", "qemu", "read", "write"]

@@ -105,21 +105,17 @@ def _fetched(cache: Cache, progress: Progress) -> Program:
 
 
 def _unfit(program: Program) -> str:
-    """Why it cannot be used; "" if it can. By its own help text: versions of the same number differ."""
+    """Why it cannot be used; "" if it can. A mksquashfs without lz4 says so when it is used."""
     try:
         done = subprocess.run(
-            [program.path, "-help"], capture_output=True, stdin=subprocess.DEVNULL, check=False, env=os.environ | program.env
-        )
-        version = subprocess.run(
             [program.path, "-version"], capture_output=True, stdin=subprocess.DEVNULL, check=False, env=os.environ | program.env
         )
     except OSError as error:
         return f"cannot be run ({error.strerror})"
-    found = re.search(rb"version (\d+)\.(\d+)", version.stdout)
+    found = re.search(rb"version (\d+)\.(\d+)", done.stdout)
     if found is None:
-        return "does not run"
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        return f"does not run ({said[0] if said else 'it said nothing'})"
     if (int(found[1]), int(found[2])) < _OLDEST:
         return f"is version {found[1].decode()}.{found[2].decode()}, and 4.5 is needed"
-    if found[0] < b"version 4.7" and b"-tar\t" not in done.stdout + done.stderr:
-        return "cannot read tar archives"
     return ""

@@ -23,6 +23,7 @@ _BLOCK = 512
 _BUFFER = 1 << 18
 _SMALL = 1 << 16  # bytes; larger files go from the page cache to the pipe without passing through this process
 _ZEROS = bytes(1 << 16)
+_KEPT = frozenset((stat.S_IFDIR, stat.S_IFLNK, stat.S_IFREG))
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ESTALE)  # removed, or replaced by something else
 # File systems that are windows into the kernel, or mount on access.
 _VIRTUAL = frozenset(
@@ -68,41 +69,54 @@ class Found:
 
 
 def walk(source: str, rules: Rules, report: Report) -> Iterator[Found]:
-    """`source` (absolute, without symlinks) and everything beneath it, each directory before what lies in it, in the order of
-    their names. Sockets, fifos, devices, and file systems that are windows into the kernel are not in it."""
+    """`source` (absolute, without symlinks) and everything beneath it, each directory before what lies in it, in the order
+    of their names. Sockets, fifos, devices, and file systems that are windows into the kernel are not in it."""
     virtual = _virtual_devices()
     root = os.fsencode(source)
-    above = os.open(os.path.dirname(root), _DIRECTORY & ~os.O_NOFOLLOW)
+    above, name = os.path.dirname(root), os.path.basename(root) or b"."
+    # One frame for each directory that the walk stands in: its descriptor, its path with a slash, its entries still to come.
+    # Not a generator for each: every entry would pass through all of them.
+    frames: list[tuple[int, bytes, Iterator[tuple[bytes, os.stat_result]]]] = []
     try:
+        fd = os.open(above, _DIRECTORY & ~os.O_NOFOLLOW)
+        frames.append((fd, above.rstrip(b"/") + b"/", iter(())))
         try:
-            status = os.stat(os.path.basename(root) or b".", dir_fd=above, follow_symlinks=False)
-        except OSError:
-            return
-        yield from _walk(Found(root, status, above, os.path.basename(root) or b"."), rules, report, virtual, 0)
+            frames[0] = (fd, frames[0][1], iter([(name, os.stat(name, dir_fd=fd, follow_symlinks=False))]))
+        except FileNotFoundError:
+            report.changed += 1
+        while frames:
+            parent, prefix, entries = frames[-1]
+            for name, status in entries:
+                path = prefix + name if name != b"." else b"/"
+                kind = stat.S_IFMT(status.st_mode)
+                if kind not in _KEPT or path in rules.without:
+                    continue
+                if kind != stat.S_IFDIR:
+                    if rules.public and kind == stat.S_IFREG and not status.st_mode & 0o004:
+                        report.leave_out(path)
+                    else:
+                        yield Found(path, status, parent, name)
+                    continue
+                if status.st_dev in virtual or (status.st_dev, status.st_ino) in rules.skipped:
+                    continue
+                found = Found(path, status, parent, name)
+                yield found
+                opened = _enter(found, rules, report, len(frames))
+                if opened is not None:
+                    frames.append((opened, path.rstrip(b"/") + b"/", _entries(opened, path, report)))
+                    break
+            else:
+                os.close(frames.pop()[0])
     finally:
-        os.close(above)
+        for fd, _, _ in frames:
+            os.close(fd)
 
 
-def _walk(found: Found, rules: Rules, report: Report, virtual: frozenset[int], depth: int) -> Iterator[Found]:
-    status = found.status
-    kind = stat.S_IFMT(status.st_mode)
-    if found.path in rules.without:
-        return
-    if kind == stat.S_IFLNK:
-        yield found
-        return
-    if kind == stat.S_IFREG:
-        if rules.public and not status.st_mode & 0o004:
-            report.leave_out(found.path)
-        else:
-            yield found
-        return
-    if kind != stat.S_IFDIR or status.st_dev in virtual or (status.st_dev, status.st_ino) in rules.skipped:
-        return
-    yield found
-    if depth >= _DEEPEST or (rules.public and status.st_mode & 0o005 != 0o005):
+def _enter(found: Found, rules: Rules, report: Report, depth: int) -> int | None:
+    """A descriptor of a directory, unless it may not be read, or is gone by now."""
+    if depth > _DEEPEST or (rules.public and found.status.st_mode & 0o005 != 0o005):
         report.leave_out(found.path)
-        return
+        return None
     try:
         fd = os.open(found.name, _DIRECTORY, dir_fd=found.parent)
     except OSError as error:
@@ -110,39 +124,26 @@ def _walk(found: Found, rules: Rules, report: Report, virtual: frozenset[int], d
             report.changed += 1
         else:
             report.leave_out(found.path)
-        return
-    try:
-        if not os.path.samestat(os.fstat(fd), status):
-            report.changed += 1
-        entries = []
-        with os.scandir(fd) as listing:
-            for entry in listing:
-                try:
-                    entries.append((os.fsencode(entry.name), entry.stat(follow_symlinks=False)))
-                except OSError as error:
-                    if error.errno in _GONE:
-                        report.changed += 1
-                    else:
-                        report.leave_out(os.path.join(found.path, os.fsencode(entry.name)))
-        entries.sort(key=_first)
-        prefix = found.path.rstrip(b"/") + b"/"
-        for name, inner in entries:
-            if stat.S_ISDIR(inner.st_mode):
-                yield from _walk(Found(prefix + name, inner, fd, name), rules, report, virtual, depth + 1)
-            else:
-                yield from _leaf(Found(prefix + name, inner, fd, name), rules, report)
-    finally:
-        os.close(fd)
+        return None
+    if not os.path.samestat(os.fstat(fd), found.status):
+        report.changed += 1
+    return fd
 
 
-def _leaf(found: Found, rules: Rules, report: Report) -> Iterator[Found]:
-    kind = stat.S_IFMT(found.status.st_mode)
-    if kind not in (stat.S_IFREG, stat.S_IFLNK) or (rules.without and found.path in rules.without):
-        return
-    if kind == stat.S_IFREG and rules.public and not found.status.st_mode & 0o004:
-        report.leave_out(found.path)
-        return
-    yield found
+def _entries(fd: int, path: bytes, report: Report) -> Iterator[tuple[bytes, os.stat_result]]:
+    """(name, status), sorted by name."""
+    entries = []
+    with os.scandir(fd) as listing:
+        for entry in listing:
+            try:
+                entries.append((os.fsencode(entry.name), entry.stat(follow_symlinks=False)))
+            except OSError as error:
+                if error.errno in _GONE:
+                    report.changed += 1
+                else:
+                    report.leave_out(os.path.join(path, os.fsencode(entry.name)))
+    entries.sort(key=_first)
+    return iter(entries)
 
 
 def _first(pair: tuple[bytes, os.stat_result]) -> bytes:

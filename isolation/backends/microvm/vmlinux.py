@@ -1,8 +1,8 @@
 """What a kernel file is, and the plain ELF file inside a compressed one.
 
 QEMU starts an ELF kernel with a PVH note directly, and saves the guest from decompressing itself: 0.65 s less under
-emulation. Sources: Documentation/arch/x86/boot.rst (the header), LZ4's frame format (the legacy frame, as the kernel uses it),
-xen/include/public/elfnote.h.
+emulation. Sources: Documentation/arch/x86/boot.rst (the header), LZ4's frame format (the legacy frame, as the kernel
+uses it), xen/include/public/elfnote.h.
 """
 
 from __future__ import annotations
