@@ -136,12 +136,12 @@ def environment(
     trees: list[str] = []
     for path in showing.python_environment() if paths is None else paths:
         real = _follow(path, links)
-        if not _beneath(real, trees) and not _beneath(real, hidden) and not _in_base(real, exclude):
+        if os.path.lexists(real) and not _beneath(real, trees) and not _beneath(real, hidden) and not _in_base(real, exclude):
             trees = [tree for tree in trees if not _beneath(tree, [real])] + [real]
     shown = {path: to for path, to in links.items() if not _beneath(path, trees) and not _in_base(path, exclude)}
     trees.sort()
     groups = [[each] for each in trees[: _MOST_ENVIRONMENTS - 1]]
-    if trees[_MOST_ENVIRONMENTS - 1 :] or shown:
+    if trees[_MOST_ENVIRONMENTS - 1 :] or (shown and not groups):
         groups.append(trees[_MOST_ENVIRONMENTS - 1 :])
     rules = Rules(without=frozenset(map(os.fsencode, hidden)), skipped=_identity(cache.root))
     made = []

@@ -84,7 +84,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def clean(cache: Cache, *, everything: bool) -> tuple[int, int]:
-    """Remove what the last setup does not need, or `everything`; returns (freed bytes, number of entries in use, which stay)."""
+    """Remove what the last setup does not need, or `everything`; returns (bytes freed, entries in use, which stay)."""
     needed: set[tuple[str, str]] = set()
     settings = None if everything else setup.read_or_none(cache)
     if settings is not None:

@@ -107,8 +107,9 @@ def _fetched(cache: Cache, progress: Progress) -> Program:
 def _unfit(program: Program) -> str:
     """Why it cannot be used; "" if it can. A mksquashfs without lz4 says so when it is used."""
     try:
+        env = os.environ | program.env
         done = subprocess.run(
-            [program.path, "-version"], capture_output=True, stdin=subprocess.DEVNULL, check=False, env=os.environ | program.env
+            [program.path, "-version"], capture_output=True, stdin=subprocess.DEVNULL, check=False, env=env
         )
     except OSError as error:
         return f"cannot be run ({error.strerror})"
