@@ -26,7 +26,7 @@ from isolation.backends.microvm.trees import Report, Rules, Tar, digest
 from isolation.errors import BackendUnavailable, SpecError
 
 BASE, ENVIRONMENT, TREE = "base", "environment", "tree"
-_FORMAT = "1"  # part of every key: changes when images are made in another way
+_FORMAT = "2"  # part of every key: changes when images are made in another way
 _SYSTEM = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "sbin", "usr")
 _WITHOUT = (
     *(f"usr/share/{name}" for name in ("doc", "gtk-doc", "help", "info", "man")),
@@ -48,8 +48,9 @@ _MANY_LINKS = 40  # as the kernel: path_resolution(7)
 
 @dataclass(frozen=True)
 class Layer:
-    """path: the squashfs image; size: its bytes; name: "base", "environment", "tree" or "file" (the latter two are also
-    what it holds at its root); entries: files and directories in it; left_out: those that could not be read."""
+    """path: the squashfs image; size: its bytes; key: the same for the same bytes (SHA-256, shortened), whatever it was made
+    from; name: "base", "environment", "tree" or "file" (the latter two are also what it holds at its root); entries: files
+    and directories in it; left_out: those that could not be read; entry: its key in the cache."""
 
     path: Path
     size: int
@@ -57,6 +58,7 @@ class Layer:
     name: str
     entries: int = 0
     left_out: int = 0
+    entry: str = ""
 
 
 def base(
@@ -224,7 +226,10 @@ def load(cache: Cache, kind: str, key: str) -> Layer:
     size = squashfs.check(place / "image")
     try:
         about: Any = json.loads((place / "about.json").read_bytes())
-        return Layer(place / "image", size, key, str(about["name"]), int(about["entries"]), int(about["unreadable"]))
+        content = str(about["digest"])[:40]
+        return Layer(
+            place / "image", size, content, str(about["name"]), int(about["entries"]), int(about["unreadable"]), key
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackendUnavailable(f"the image in {place} is damaged ({error}): run 'isolation microvm clean'") from error
 
@@ -282,7 +287,10 @@ def _make(
         os.makedirs(target)
         squashfs.make(program, target / "image", write, report)
         size = squashfs.check(target / "image")
-        about = {"name": name, "what": what, **asdict(report)}
+        progress.update("finishing")
+        with open(target / "image", "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        about = {"name": name, "what": what, "digest": content, **asdict(report)}
         (target / "about.json").write_text(json.dumps(about))
         left = f" ({report.unreadable} unreadable files left out)" if report.unreadable and kind != BASE else ""
         progress.done(f"image of {what}: {megabytes(size)}, {report.entries} entries{left}")
