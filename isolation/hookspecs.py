@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import abc
+import termios
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -33,10 +34,14 @@ FORK_HERE = "fork-here"  # the calling process itself can be the template
 MEMORY_LIMIT = "memory-limit"
 NESTING = "nesting"  # can make sandboxes inside
 NETWORK_HOST = "network-host"
+NETWORK_NAT = "network-nat"
 NETWORK_NONE = "network-none"
+PASS_FDS = "pass-fds"  # a command can be given open descriptors
 PIDS_LIMIT = "pids-limit"
 SNAPSHOT = "snapshot"  # a warm sandbox can be kept on disk
 TTY = "tty"
+
+FIRST_PASSED = 64  # number of the first descriptor that a command is given beside its streams
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,13 @@ class Machine(abc.ABC):
         cwd: str,
         stdio: Sequence[int | None],
         window: tuple[int, int] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> tuple[int, int | None]:
         """Start a command with the given descriptors as its stdin, stdout and stderr; None stands for a terminal
         of the sandbox's own, whose master is the second value returned. The first is the command's number. `window` is the
-        terminal's size in rows and columns.
+        terminal's size in rows and columns. The command gets `pass_fds` as FIRST_PASSED and up (feature "pass-fds").
 
-        Raises CommandNotFound, or LaunchError.
+        Raises CommandNotFound, LaunchError or FeatureMissing.
         """
 
     @abc.abstractmethod
@@ -98,6 +104,10 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     def signal(self, number: int, signum: int, *, group: bool) -> None:
         """Send a signal to a command, or to all of its process group."""
+
+    def resize(self, number: int, terminal: int, window: tuple[int, int]) -> None:
+        """The user's terminal has a new size; `terminal` is what `start` returned."""
+        termios.tcsetwinsize(terminal, window)  # the kernel sends SIGWINCH inside
 
     @abc.abstractmethod
     def open(self, path: str, mode: str) -> BinaryIO:
@@ -137,8 +147,20 @@ class Backend(abc.ABC):
         """A warm sandbox to fork; a callable makes the calling process the template. Feature "fork"."""
         raise NotImplementedError
 
+    def load(self, spec: SandboxSpec, payload: str, config: Any, directory: str) -> Template:
+        """A template that `Template.save` has kept. Feature "snapshot". Raises LaunchError when anything it depends on differs."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """In a few words, for a header: its name, and what one must know of it here."""
+        return self.name
+
     def borrow(self, token: Any, fds: Sequence[int]) -> Machine:
         """In a guest: a machine that the host has lent. It ends when the host says."""
+        raise NotImplementedError
+
+    def main(self, argv: Sequence[str]) -> int:
+        """`isolation NAME …`: this backend's own command line. Returns the exit code."""
         raise NotImplementedError
 
     def explain(self, spec: SandboxSpec) -> str:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final, Self
 
 from isolation import registry
 from isolation.errors import FeatureMissing, GuestError, SandboxClosed, SpecError
-from isolation.hookspecs import FORK, Machine
+from isolation.hookspecs import FORK, SNAPSHOT, Machine
 from isolation.result import Change, Completed, Ended, Usage, Verdict
 from isolation.spec import SandboxSpec
 from isolation.template import Template
@@ -69,6 +69,11 @@ class Process:
         """Send it a signal; with `group`, to every process of its process group."""
         if self._ended is None:
             self._machine.signal(self._number, signum, group=group)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Its terminal, where it has one, is of this size from now on."""
+        if self.tty is not None and self._ended is None:
+            self._machine.resize(self._number, self.tty, (rows, columns))
 
     def kill(self) -> None:
         """SIGKILL, to its process group."""
@@ -228,9 +233,12 @@ class Sandbox:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         tty: bool | tuple[int, int] = False,
+        pass_fds: Sequence[int] = (),
     ) -> Process:
         """Start a command. Streams are PIPE, a file descriptor, or None for /dev/null; with `tty` (True, or its size in
         rows and columns), the streams that are None are a terminal of the sandbox's own, whose master is `Process.tty`.
+        `pass_fds` are the command's descriptors from 64 up, in this order: each is a way out of the sandbox to what is
+        behind it.
 
         Raises CommandNotFound when there is no such command inside, LaunchError, SandboxClosed.
         """
@@ -257,8 +265,9 @@ class Sandbox:
                 given.append(fd)
             window = tty if isinstance(tty, tuple) else None
             number, master = self.machine.start(
-                args, env=env or {}, cwd=cwd or self.spec.workdir, stdio=given, window=window
-            )
+                args, env=env or {}, cwd=cwd or self.spec.workdir, stdio=given, window=window,
+                pass_fds=pass_fds,
+            )  # fmt: skip
         except BaseException:
             for stream in ours:
                 if stream is not None:
@@ -344,6 +353,12 @@ class Sandbox:
         if FORK not in self.backend.features():
             raise FeatureMissing(f"the {self.backend.name} backend cannot fork a warm sandbox here")
         return self.backend.template(self.spec, payload, config)
+
+    def load_template(self, directory: str | os.PathLike[str], payload: str, config: Any = None) -> Template:
+        """A template of this spec that `Template.save` has kept. Raises LaunchError, saying what differs, when it does not fit."""
+        if SNAPSHOT not in self.backend.features():
+            raise FeatureMissing(f"the {self.backend.name} backend cannot keep a warm sandbox on disk")
+        return self.backend.load(self.spec, payload, config, os.fspath(directory))
 
     def close(self) -> None:
         """End everything inside. May be called again; afterwards the sandbox is of no more use."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+from isolation.errors import FeatureMissing
 from isolation.result import Usage, Verdict
 from isolation.wire import Message
 
@@ -78,11 +80,20 @@ class Template(abc.ABC):
     """A warm sandbox that waits to be forked."""
 
     @abc.abstractmethod
-    def fork(self, job: Any = None) -> Fork:
+    def fork(self, job: Any = None, *, reseed: bool = True) -> Fork:
         """A fresh, sealed sandbox with the template's memory and files; `job` (JSON) is what it gets to do.
 
-        Raises LaunchError when it cannot be made.
+        Random numbers differ in every fork, as far as kernel, interpreter and numpy make them, unless `reseed` is False.
+        Raises LaunchError when it cannot be made, FeatureMissing.
         """
+
+    def branch(self, job: Any = None) -> Template:
+        """A fork that becomes a template one level deeper: its payload gets `job`, and calls `guest.forks()` again."""
+        raise FeatureMissing("this backend cannot make a template of a fork")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Keep it in a new directory, for `Sandbox.load`. Feature "snapshot"."""
+        raise FeatureMissing("this backend cannot keep a template on disk")
 
     @abc.abstractmethod
     def close(self) -> None:

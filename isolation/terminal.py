@@ -266,10 +266,10 @@ class _HostTerminal:
     def is_raw(self) -> bool:
         return self._before is not None
 
-    def give_size_to(self, master: int) -> None:
+    def give_size_to(self, process: Process) -> None:
         try:
-            termios.tcsetwinsize(master, termios.tcgetwinsize(self.fd))  # the kernel sends SIGWINCH inside
-        except termios.error:
+            process.resize(*termios.tcgetwinsize(self.fd))
+        except (termios.error, SandboxClosed):
             pass
 
     def close(self) -> None:
@@ -415,7 +415,7 @@ class Relay:
             self.watch_signals()
         assert self._signals is not None
         if self._host is not None and process.tty is not None:
-            self._connect(self._host, process.tty)
+            self._connect(self._host, process)
         while (verdict := process.poll()) is None:
             ready = self._poll([*self._pumps, *self._active_feeds()], news)
             if self._signals.fileno() in ready:
@@ -426,10 +426,11 @@ class Relay:
         self._drain()
         return verdict
 
-    def _connect(self, host: _HostTerminal, master: int) -> None:
+    def _connect(self, host: _HostTerminal, process: Process) -> None:
+        assert process.tty is not None
+        master = self._master = process.tty
         os.set_blocking(master, False)
-        self._master = master
-        host.give_size_to(master)
+        host.give_size_to(process)
         self._pumps.append(_Pump("the terminal", master, host.sink, at_loss=self._hang_up))
         if host._reads:
             self._feeds.append(_Pump("the terminal", host.source, master, at_end=self._hang_up))
@@ -472,7 +473,7 @@ class Relay:
     def _pass_on(self, process: Process, signum: int) -> None:
         if signum == signal.SIGWINCH:
             if self._host is not None and self._master >= 0:
-                self._host.give_size_to(self._master)
+                self._host.give_size_to(process)
             return
         if signum in (signal.SIGINT, signal.SIGTERM):
             now = time.monotonic()
@@ -486,7 +487,7 @@ class Relay:
                 process.send_signal(signal.SIGCONT, group=True)
                 if self._host is not None and self._master >= 0:
                     self._host.raw()
-                    self._host.give_size_to(self._master)
+                    self._host.give_size_to(process)
             else:
                 process.send_signal(signum, group=signum in _TO_GROUP)
 

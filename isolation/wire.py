@@ -31,6 +31,55 @@ _HEADER = struct.Struct(">II")
 _CHUNK = 1 << 16
 
 
+def encode(message: Message, data: bytes = b"") -> bytes:
+    """One frame. Raises WireError when it is larger than any other end takes."""
+    text = json.dumps(message, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    if len(text) > MAX_JSON or len(data) > MAX_DATA:
+        raise WireError(f"a message of {len(text)} + {len(data)} bytes is too large for the wire")
+    return _HEADER.pack(len(text), len(data)) + text + data
+
+
+class Decoder:
+    """Turns bytes, as they arrive, back into messages."""
+
+    def __init__(self, max_json: int = MAX_JSON, max_data: int = MAX_DATA) -> None:
+        self._max_json = max_json
+        self._max_data = max_data
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        """Take what has arrived."""
+        self._buffer += data
+
+    @property
+    def pending(self) -> bool:
+        """There is a part of a message."""
+        return bool(self._buffer)
+
+    def next_message(self) -> Message | None:
+        """A message that has wholly arrived, or None. Raises WireError for a malformed or oversized one."""
+        if len(self._buffer) < _HEADER.size:
+            return None
+        json_size, data_size = _HEADER.unpack_from(self._buffer)
+        if json_size > self._max_json or data_size > self._max_data:
+            raise WireError(f"the other end announced a message of {json_size} + {data_size} bytes: too large")
+        end = _HEADER.size + json_size + data_size
+        if len(self._buffer) < end:
+            return None
+        text = bytes(self._buffer[_HEADER.size : _HEADER.size + json_size])
+        data = bytes(self._buffer[_HEADER.size + json_size : end])
+        del self._buffer[:end]
+        try:
+            message = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"the other end sent something that is not JSON: {error}") from error
+        if not isinstance(message, dict):
+            raise WireError("the other end sent JSON that is not an object")
+        if data:
+            message["data"] = data
+        return message
+
+
 class Wire:
     """One end of a stream socket that carries messages. Not for use by two threads at once."""
 
@@ -40,9 +89,7 @@ class Wire:
         self.sock = sock
         self.fds: collections.deque[int] = collections.deque()
         self._accept_fds = accept_fds
-        self._max_json = max_json
-        self._max_data = max_data
-        self._buffer = bytearray()
+        self._decoder = Decoder(max_json, max_data)
         self._eof = False
 
     @classmethod
@@ -58,10 +105,7 @@ class Wire:
 
         Raises WireError when the other end is gone, or the message is larger than the other end takes.
         """
-        text = json.dumps(message, separators=(",", ":"), ensure_ascii=True).encode("ascii")
-        if len(text) > MAX_JSON or len(data) > MAX_DATA:
-            raise WireError(f"a message of {len(text)} + {len(data)} bytes is too large for the wire")
-        frame = memoryview(_HEADER.pack(len(text), len(data)) + text + data)
+        frame = memoryview(encode(message, data))
         try:
             if fds:
                 rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
@@ -82,7 +126,7 @@ class Wire:
             if message is not None:
                 return message
             if self._eof:
-                if self._buffer:
+                if self._decoder.pending:
                     raise WireError("the other end went away in the middle of a message")
                 return None
             if deadline is not None and not wait_readable(self.sock.fileno(), deadline - time.monotonic()):
@@ -108,31 +152,12 @@ class Wire:
         if not data:
             self._eof = True
             return False
-        self._buffer += data
+        self._decoder.feed(data)
         return True
 
     def next_message(self) -> Message | None:
         """A message that has wholly arrived, or None. Reads nothing."""
-        if len(self._buffer) < _HEADER.size:
-            return None
-        json_size, data_size = _HEADER.unpack_from(self._buffer)
-        if json_size > self._max_json or data_size > self._max_data:
-            raise WireError(f"the other end announced a message of {json_size} + {data_size} bytes: too large")
-        end = _HEADER.size + json_size + data_size
-        if len(self._buffer) < end:
-            return None
-        text = bytes(self._buffer[_HEADER.size : _HEADER.size + json_size])
-        data = bytes(self._buffer[_HEADER.size + json_size : end])
-        del self._buffer[:end]
-        try:
-            message = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise WireError(f"the other end sent something that is not JSON: {error}") from error
-        if not isinstance(message, dict):
-            raise WireError("the other end sent JSON that is not an object")
-        if data:
-            message["data"] = data
-        return message
+        return self._decoder.next_message()
 
     @property
     def at_end(self) -> bool:

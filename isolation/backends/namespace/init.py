@@ -23,6 +23,7 @@ from typing import NoReturn
 from isolation.backends.namespace import build, environment, fds, memory, syscalls
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
+from isolation.hookspecs import FIRST_PASSED
 from isolation.wire import Message, Wire
 
 _SIGCHLD_MASK = 1 << (signal.SIGCHLD - 1)
@@ -152,7 +153,12 @@ class _Server:
         number = message["id"]
         tty = message.get("tty")
         reply: list[int] = []
+        count = len(given) - message["passed"]
+        given, passed = given[:count], given[count:]
+        placed: list[int] = []
         try:
+            for fd in passed:
+                placed.append(os.dup2(fd, FIRST_PASSED + len(placed)))
             if tty:
                 master, slave = os.openpty()
                 if message.get("window"):
@@ -168,6 +174,7 @@ class _Server:
                 env=self._env | (message.get("env") or {}),
                 cwd=message["cwd"],
                 start_new_session=True,
+                pass_fds=placed,
                 preexec_fn=_take_terminal if tty else None,
             )
         except OSError as error:
@@ -182,7 +189,7 @@ class _Server:
             self._control.send({"event": "spawned", "id": number, "pid": process.pid}, fds=reply)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        for fd in {*given, *reply}:
+        for fd in {*given, *reply, *passed, *placed}:
             os.close(fd)
         self.reap()  # its SIGCHLD may have come while it was not blocked, and is lost then
 

@@ -72,6 +72,7 @@ class NamespaceMachine(Machine):
         cwd: str,
         stdio: Sequence[int | None],
         window: tuple[int, int] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> tuple[int, int | None]:
         with self._lock:
             self._numbers += 1
@@ -79,7 +80,8 @@ class NamespaceMachine(Machine):
             given = [fd for fd in stdio if fd is not None]
             tty = [fd is None for fd in stdio] if len(given) < 3 else None
             request = {"op": "spawn", "id": number, "argv": list(argv), "env": dict(env), "cwd": cwd}
-            self._send(request | {"tty": tty, "window": window, "fds": len(given)}, given)
+            request |= {"tty": tty, "window": window, "passed": len(pass_fds), "fds": len(given) + len(pass_fds)}
+            self._send(request, [*given, *pass_fds])
             message = self._event("spawned", "unspawned")
             if message["event"] == "unspawned":
                 raise self._not_started(argv[0], cwd, message)

@@ -17,6 +17,7 @@ from isolation.hookspecs import (
     NESTING,
     NETWORK_HOST,
     NETWORK_NONE,
+    PASS_FDS,
     PIDS_LIMIT,
     TTY,
     Backend,
@@ -39,7 +40,8 @@ class NamespaceBackend(Backend):
         return probe.probe(self.features())
 
     def features(self) -> frozenset[str]:
-        found = {CHANGES, DISK_LIMIT, FORK, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST, NETWORK_NONE, PIDS_LIMIT, TTY}
+        found = {CHANGES, DISK_LIMIT, FORK, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST, NETWORK_NONE, PASS_FDS}
+        found |= {PIDS_LIMIT, TTY}
         if Hierarchy.find().can("cpu"):
             found.add(CPU_LIMIT)
         return frozenset(found)

@@ -15,7 +15,7 @@ from typing import Any
 from isolation.backends.namespace import keeper, machine
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import Plan
-from isolation.errors import LaunchError, WireError
+from isolation.errors import FeatureMissing, LaunchError, WireError
 from isolation.guest import Guest
 from isolation.hookspecs import Machine
 from isolation.result import Ended, Usage, Verdict
@@ -49,7 +49,9 @@ class NamespaceTemplate(Template):
             self._keeper.close()
             raise
 
-    def fork(self, job: Any = None) -> Fork:
+    def fork(self, job: Any = None, *, reseed: bool = True) -> Fork:
+        if not reseed:
+            raise FeatureMissing("the namespace backend cannot give two forks the same random numbers of the kernel's")
         fork = self._spares.popleft() if self._spares else self._prepare()
         fork.begin(job)
         # While this one runs, the keeper makes the next: on a second core it costs the host nothing but the request.

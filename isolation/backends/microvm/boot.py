@@ -1,0 +1,74 @@
+"""Machines that have just booted, saved: every sandbox is a fork of one, so that nobody waits for a boot twice."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from isolation.backends.microvm import initramfs, plan, qemu
+from isolation.backends.microvm.plan import Plan
+from isolation.backends.microvm.qemu import Boot, Hardware
+from isolation.backends.microvm.snapshot import Key, Snapshot
+from isolation.backends.microvm.vm import State, Vm
+from isolation.errors import LaunchError
+
+_KIND = "booted"
+_KEPT = 4
+
+_lock = threading.Lock()
+_states: dict[str, State] = {}
+
+
+def state(wanted: Plan) -> State:
+    """The saved machine to fork: of this process, from the cache, or booted now. Raises LaunchError."""
+    key = key_of(wanted)
+    with _lock:
+        if key.digest not in _states:
+            _states[key.digest] = _from_cache(wanted, key)
+        return _states[key.digest]
+
+
+def key_of(wanted: Plan) -> Key:
+    """Everything that a booted machine depends on."""
+    image = wanted.images.initramfs()
+    return Key.of(wanted.hardware, wanted.images.kernel.digest, image.name, [layer.key for layer in wanted.layers], wanted.python)
+
+
+def drives(wanted: Plan) -> list[int]:
+    """Descriptors of the layers, and nothing in the slots yet."""
+    return [plan.drive(layer) for layer in wanted.layers] + [plan.placeholder()] * wanted.hardware.slots
+
+
+def _from_cache(wanted: Plan, key: Key) -> State:
+    cache = wanted.images.cache
+    found = cache.get(_KIND, key.digest)
+    if found is not None:
+        try:
+            return Snapshot.load(found, key=key, drives=drives(wanted)).state
+        except LaunchError:
+            cache.remove(_KIND, key.digest)  # damaged; it can be made again
+    made: list[State] = []
+
+    def build(target: Path) -> None:
+        made.append(boot(wanted))
+        Snapshot(made[0], key).save(target)
+
+    path = cache.make(_KIND, key.digest, build, wanted.images.progress)
+    cache.prune(_KIND, _KEPT)
+    # Another process may have been quicker, while this one waited.
+    return made[0] if made else Snapshot.load(path, key=key, drives=drives(wanted)).state
+
+
+def boot(wanted: Plan, hardware: Hardware | None = None) -> State:
+    """Boot a machine and save it as its agent is ready."""
+    hardware = hardware or wanted.hardware
+    kernel = os.open(wanted.images.kernel.image, os.O_RDONLY | os.O_CLOEXEC)
+    image = os.open(wanted.images.initramfs(), os.O_RDONLY | os.O_CLOEXEC)
+    words = initramfs.arguments(layers=hardware.layers, size="75%", python=wanted.python, library_path=os.environ.get("LD_LIBRARY_PATH", ""))
+    try:
+        start = Boot(kernel, image, f"{qemu.kernel_arguments(hardware)} {words}")
+        return Vm.boot(hardware, drives(wanted), start).save()
+    finally:
+        os.close(kernel)
+        os.close(image)

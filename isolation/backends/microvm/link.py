@@ -1,0 +1,282 @@
+"""The host's side of the conversation with a machine's agent: a thread that keeps every stream moving.
+
+What comes from the guest is believed in nothing: frames, messages and their number are bounded, and whoever breaks the
+protocol loses its machine.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from isolation.errors import SandboxClosed, WireError
+from isolation.guest.agent import CONTROL
+from isolation.mux import Mux, MuxError
+from isolation.wire import Decoder, Message, encode
+
+_MESSAGES_AT_MOST = 20_000  # that nobody has asked for yet
+_BYTES_AT_MOST = 64 << 20
+_JSON_AT_MOST = 4 << 20
+_DATA_AT_MOST = 32 << 20
+_CONSOLE_AT_MOST = 64 << 10
+_PING_AFTER = 10.0  # s of silence
+_LOST_AFTER = 60.0  # s without an answer to it
+
+
+class Link:
+    """Begins with the machine, and ends with it: `ended` is called in its thread, once, with the reason."""
+
+    def __init__(
+        self, agent: socket.socket, console: socket.socket, stderr: int, ended: Callable[[str], None]
+    ) -> None:
+        agent.setblocking(False)
+        console.setblocking(False)
+        os.set_blocking(stderr, False)
+        self._agent = agent
+        self._console = console
+        self._stderr = stderr
+        self._ended = ended
+        self._mux = Mux(agent.fileno())
+        self._decoder = Decoder(_JSON_AT_MOST, _DATA_AT_MOST)
+        self._mux.open(CONTROL, deliver=self._decoder.feed)
+        self._lock = threading.Condition()
+        self._todo: collections.deque[Callable[[], None]] = collections.deque()
+        self._inbox: collections.deque[tuple[Message, int]] = collections.deque()
+        self._inbox_bytes = 0
+        self._held: list[tuple[Message, tuple[int, ...]]] = []
+        self._outputs: dict[int, tuple[int, ...]] = {}
+        self._over: str | None = None
+        self._stop = False
+        self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._heard = time.monotonic()
+        self._pinged = False
+        self._watched = False
+        self.console = bytearray()
+        self.errors = bytearray()
+        self.deadline: float | None = None
+        self.timed_out = False
+        self._thread = threading.Thread(target=self._run, name="isolation-link", daemon=True)
+        self._thread.start()
+
+    def fileno(self) -> int:
+        """Readable when `receive` has something."""
+        return self._news
+
+    def say(self, message: Message, data: bytes = b"") -> None:
+        """Queue a message. Raises SandboxClosed when the machine has ended."""
+        frame = encode(message, data)
+        self.do(lambda: self._mux.write(CONTROL, frame))
+
+    def raw(self, data: bytes) -> None:
+        """Bytes for an agent that waits for its mark."""
+        self.do(lambda: self._mux.raw(data))
+
+    def open(self, stream: int, *, source: int = -1, sink: int = -1) -> None:
+        """Begin a stream. The descriptors are the link's from now on."""
+        try:
+            self.do(lambda: self._open(stream, source, sink))
+        except SandboxClosed:
+            for fd in {source, sink} - {-1}:
+                os.close(fd)
+            raise
+
+    def _open(self, stream: int, source: int, sink: int) -> None:
+        self._mux.open(stream, source=source, sink=sink)
+
+    def outputs(self, number: int, streams: tuple[int, ...]) -> None:
+        """What a command writes; the word of its end waits until all of it was passed on."""
+        self.do(lambda: self._outputs.__setitem__(number, streams))
+
+    def watch(self) -> None:
+        """From now on, silence means that the machine hangs."""
+
+        def begin() -> None:
+            self._heard, self._watched = time.monotonic(), True
+
+        self.do(begin)
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Have something done by the thread."""
+        with self._lock:
+            if self._over is not None:
+                raise SandboxClosed(f"the sandbox has ended: {self._over}")
+            self._todo.append(action)
+        os.eventfd_write(self._wake, 1)
+
+    def receive(self, timeout: float | None = None) -> Message | None:
+        """The agent's next message; None when there will be none. Raises TimeoutError."""
+        with self._lock:
+            if not self._lock.wait_for(lambda: self._inbox or self._over is not None, timeout):
+                raise TimeoutError("no message in time")
+            if not self._inbox:
+                return None
+            message, size = self._inbox.popleft()
+            self._inbox_bytes -= size
+            if not self._inbox and self._over is None:
+                self._clear_news()
+            return message
+
+    @property
+    def over(self) -> str | None:
+        """Why it has ended; None while it lives."""
+        return self._over
+
+    def stop(self) -> None:
+        """Let the machine be, without a word: what its memory holds now is to be kept. Returns when the thread has ended."""
+        self._stop = True
+        os.eventfd_write(self._wake, 1)
+        self.join()
+
+    def join(self, timeout: float | None = None) -> None:
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+
+    def close_news(self) -> None:
+        """Give back the descriptor that tells of messages. The last call."""
+        with self._lock:
+            if self._news >= 0:
+                os.close(self._news)
+                self._news = -1
+
+    def _clear_news(self) -> None:
+        try:
+            os.eventfd_read(self._news)
+        except OSError:
+            pass
+
+    def _run(self) -> None:
+        reason = "the machine was stopped"
+        try:
+            reason = self._loop()
+        except MuxError as error:
+            reason = str(error)
+        except WireError as error:
+            reason = f"its agent does not keep to the protocol: {error}"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            self._drain_console()
+            self._mux.close()
+            self._agent.close()
+            self._console.close()
+            os.close(self._stderr)
+            try:
+                self._ended(reason)
+            finally:
+                with self._lock:
+                    for message, _streams in self._held:
+                        self._put(message, 0)
+                    self._over = reason
+                    os.close(self._wake)
+                    if self._news >= 0:
+                        os.eventfd_write(self._news, 1)
+                    self._lock.notify_all()
+
+    def _loop(self) -> str:
+        extra = [self._wake, self._console.fileno(), self._stderr]
+        while True:
+            ready = self._mux.step(self._patience(), extra)
+            for fd, kept in ((self._console.fileno(), self.console), (self._stderr, self.errors)):
+                if fd in ready and not _collect(fd, kept):
+                    extra.remove(fd)
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+                if self._stop:
+                    return "the machine was stopped"
+                while self._todo:
+                    self._todo.popleft()()
+            while (message := self._decoder.next_message()) is not None:
+                self._heard, self._pinged = time.monotonic(), False
+                self._take(message)
+            self._release()
+            if reason := self._too_late():
+                return reason
+
+    def _take(self, message: Message) -> None:
+        event = message.get("event")
+        if not isinstance(event, str):
+            raise WireError("a message of no known kind")
+        if event == "pong":
+            return
+        number = message.get("id")
+        if event == "exit" and isinstance(number, int) and number in self._outputs:
+            self._held.append((message, self._outputs.pop(number)))
+            return
+        size = len(message.get("data", b"")) + 200
+        with self._lock:
+            self._put(message, size)
+            if len(self._inbox) > _MESSAGES_AT_MOST or self._inbox_bytes > _BYTES_AT_MOST:
+                raise WireError("more messages than anybody asked for")
+
+    def _put(self, message: Message, size: int) -> None:
+        self._inbox.append((message, size))
+        self._inbox_bytes += size
+        if self._news >= 0:
+            os.eventfd_write(self._news, 1)
+        self._lock.notify_all()
+
+    def _release(self) -> None:
+        waiting = []
+        for message, streams in self._held:
+            if self._mux.passed_on(streams):
+                with self._lock:
+                    self._put(message, 0)
+            else:
+                waiting.append((message, streams))
+        self._held = waiting
+
+    def _patience(self) -> float | None:
+        ends = [self.deadline] if self.deadline is not None else []
+        if self._watched:
+            ends.append(self._heard + (_LOST_AFTER if self._pinged else _PING_AFTER))
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _too_late(self) -> str:
+        now = time.monotonic()
+        if self.deadline is not None and now >= self.deadline:
+            self.timed_out = True
+            return "it took longer than its wall-clock limit"
+        if self._watched and now >= self._heard + (_LOST_AFTER if self._pinged else _PING_AFTER):
+            if self._pinged:
+                return f"its kernel or agent has not answered for {_LOST_AFTER:g} s"
+            self._pinged = True
+            self._mux.write(CONTROL, encode({"op": "ping"}))
+        return ""
+
+    def _drain_console(self) -> None:
+        """Its last words may tell why."""
+        poller = select.poll()
+        for fd, kept in ((self._console.fileno(), self.console), (self._stderr, self.errors)):
+            poller.register(fd, select.POLLIN)
+            while poller.poll(0) and _collect(fd, kept):
+                pass
+            poller.unregister(fd)
+
+
+def _collect(fd: int, kept: bytearray) -> bool:
+    try:
+        data = os.read(fd, 1 << 14)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    kept += data
+    del kept[:-_CONSOLE_AT_MOST]
+    return bool(data)
+
+
+def text_of(data: bytes | bytearray, lines: int = 6) -> str:
+    """The last lines of a console or of QEMU's errors, for people: no control characters."""
+    text = bytes(data).decode("utf-8", "replace").replace("\r", "")
+    clean = ["".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n") if line.strip()]
+    return "; ".join(clean[-lines:])
+
+
+Answer = dict[str, Any]

@@ -1,0 +1,311 @@
+"""One sandbox of the microVM backend, seen from the host."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+import signal
+import threading
+import time
+import tty as terminals
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+from isolation.backends.microvm import boot
+from isolation.backends.microvm.plan import Plan, now, seed
+from isolation.backends.microvm.vm import Vm
+from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed
+from isolation.hookspecs import Machine
+from isolation.result import Change, Ended, Usage, Verdict
+from isolation.wire import Message
+
+_PREPARE_PATIENCE = 60.0  # s
+
+
+class MicrovmMachine(Machine):
+    """Talks to the machine's agent. Calls from several threads take turns."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.workdir = plan.workdir
+        self._lock = threading.RLock()
+        self._numbers = 0
+        self._streams = 0
+        self._exits: dict[int, Message] = {}
+        self._started: dict[int, float] = {}
+        self._windows: dict[int, int] = {}
+        self._closed = False
+        self._changes: list[Change] | None = None
+        self.vm = prepare(plan)
+        if plan.limits.wall is not None:
+            self.vm.link.deadline = time.monotonic() + plan.limits.wall
+        self.vm.link.watch()
+
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        stdio: Sequence[int | None],
+        window: tuple[int, int] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> tuple[int, int | None]:
+        if pass_fds:
+            raise FeatureMissing("a command in a virtual machine cannot be given open descriptors")
+        tty = [fd is None for fd in stdio]
+        with self._lock:
+            self._numbers += 1
+            number = self._numbers
+            streams = [self._new_stream() for _ in range(3)]
+            terminal = self._new_stream()
+            master: int | None = None
+            if any(tty):
+                # A terminal here as well, in raw mode, so that what the caller does with the master works.
+                master, slave = pty.openpty()
+                terminals.setraw(slave)
+                os.set_blocking(slave, False)
+                self.vm.link.open(terminal, source=slave, sink=slave)
+            for position, fd in enumerate(stdio):
+                if fd is not None:
+                    own = os.dup(fd)
+                    self.vm.link.open(streams[position], **({"source": own} if position == 0 else {"sink": own}))
+            outputs = (terminal,) if all(tty) else (terminal, streams[1], streams[2])
+            self.vm.link.outputs(number, outputs)
+            self._say({
+                "op": "spawn", "id": number, "argv": list(argv), "env": dict(env), "cwd": cwd, "streams": streams,
+                "terminal": terminal, "tty": tty, "window": window,
+            })  # fmt: skip
+            message = self._event("spawned", "unspawned", number=number)
+            if message["event"] == "unspawned":
+                if master is not None:
+                    os.close(master)
+                raise self._not_started(argv[0], cwd, message)
+            self._started[number] = time.monotonic()
+            return number, master
+
+    def _new_stream(self) -> int:
+        self._streams += 1
+        return self._streams
+
+    def _not_started(self, command: str, cwd: str, message: Message) -> LaunchError:
+        number, what = message.get("errno"), str(message.get("what"))[:500]
+        if message.get("cwd"):
+            return LaunchError(f"the working directory {cwd!r} does not exist inside the sandbox")
+        if number in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
+            verb = "is not" if number == errno.ENOENT else "cannot be executed"
+            hint = ""
+            if command.startswith("/") and os.path.exists(command):
+                hint = f"; it exists on the host: show it with Mount({command!r}) or --mount"
+            error = CommandNotFound(f"{command!r} {verb} in the sandbox ({what}){hint}")
+            error.missing = number == errno.ENOENT
+            return error
+        return LaunchError(f"{command!r} could not be started: {what}")
+
+    def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            while number not in self._exits:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                try:
+                    message = self.vm.link.receive(left)
+                except TimeoutError:
+                    return None
+                if message is None:
+                    return self._verdict_of_end(), self._usage(number, None)
+                self._note(message)
+            message = self._exits[number]
+        return verdict_of_exit(message), self._usage(number, message)
+
+    def fileno(self) -> int:
+        return self.vm.link.fileno()
+
+    def signal(self, number: int, signum: int, *, group: bool) -> None:
+        with self._lock:
+            self._say({"op": "signal", "id": number, "signal": int(signum), "group": group})
+
+    def resize(self, number: int, terminal: int, window: tuple[int, int]) -> None:
+        with self._lock:
+            self._say({"op": "resize", "id": number, "window": list(window)})
+
+    def open(self, path: str, mode: str) -> BinaryIO:
+        with self._lock:
+            stream = self._new_stream()
+            ours, theirs = os.pipe2(os.O_CLOEXEC)
+            if mode == "wb":
+                ours, theirs = theirs, ours
+            os.set_blocking(theirs, False)
+            self.vm.link.open(stream, **({"sink": theirs} if mode == "rb" else {"source": theirs}))
+            self._say({"op": "open", "path": path, "mode": mode, "stream": stream})
+            message = self._event("opened", number=stream, key="stream")
+            if "errno" in message:
+                os.close(ours)
+                raise GuestError(f"{path}: {str(message.get('what'))[:500]} (inside the sandbox)")
+        size = message.get("size")
+        if mode == "rb":
+            return _Incoming(self, ours, path, size if isinstance(size, int) else 0)
+        return _Outgoing(self, ours, path, stream)
+
+    def changes(self) -> list[Change]:
+        with self._lock:
+            if self._changes is not None:
+                return self._changes
+            if self._closed:
+                raise SandboxClosed("the sandbox is closed, and what it wrote is gone")
+            found: list[Change] = []
+            self._say({"op": "changes"})
+            while True:
+                message = self._event("changes")
+                found += [change for row in message.get("changes", ()) if (change := _change(row)) is not None]
+                if not message.get("more") or len(found) > 200_000:
+                    return sorted(found)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.vm.close()
+        self.vm.link.close_news()
+
+    def _say(self, message: Message) -> None:
+        if self._closed:
+            raise SandboxClosed("the sandbox is closed")
+        self.vm.link.say(message)
+
+    def _event(self, *kinds: str, number: int | None = None, key: str = "id") -> Message:
+        """The next event of one of these kinds; exits that come before it are kept."""
+        while True:
+            message = self.vm.link.receive()
+            if message is None:
+                raise SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}")
+            if message["event"] in kinds and (number is None or message.get(key) == number):
+                return message
+            if message["event"] == "failed":
+                raise LaunchError(f"the machine's agent failed: {str(message.get('what'))[:500]}")
+            self._note(message)
+
+    def _note(self, message: Message) -> None:
+        if message["event"] == "exit" and isinstance(message.get("id"), int):
+            self._exits[message["id"]] = message
+
+    def _verdict_of_end(self) -> Verdict:
+        """Why the whole machine is gone."""
+        return verdict_of_end(self.vm, closed=self._closed)
+
+    def _usage(self, number: int, message: Message | None) -> Usage:
+        return usage_of(time.monotonic() - self._started.get(number, time.monotonic()), message)
+
+
+def prepare(plan: Plan, *, keep: bool = False) -> Vm:
+    """A machine of `plan`, as far as nothing of the guest's runs in it yet. With `keep` it can be saved. Raises LaunchError."""
+    state = boot.state(plan)
+    vm = Vm.restore(state, keep=keep, drives=[*state.drives[: state.hardware.layers], *plan.slots(state.hardware)])
+    try:
+        vm.link.raw(state.mark)
+        vm.link.say({"op": "setup", "seed": seed(), "time": now()} | plan.order)
+        message = vm.expect("ready", timeout=_PREPARE_PATIENCE)
+        if not message.get("workdir"):
+            raise LaunchError(f"the working directory {plan.workdir!r} does not exist inside the sandbox")
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, machine: MicrovmMachine, fd: int, path: str) -> None:
+        super().__init__()
+        self._machine = machine
+        self._fd = fd
+        self._path = path
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._fd)
+            super().close()
+
+
+class _Incoming(_Stream):
+    """A file of the guest's. An end before its size was reached is an error, not an end, if the machine has ended."""
+
+    def __init__(self, machine: MicrovmMachine, fd: int, path: str, size: int) -> None:
+        super().__init__(machine, fd, path)
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.readv(self._fd, [buffer])
+        self._left -= count
+        if count == 0 and self._left > 0 and self._machine.vm.link.over is not None:
+            raise GuestError(f"{self._path}: the sandbox ended before all of it was read")
+        return count
+
+
+class _Outgoing(_Stream):
+    def __init__(self, machine: MicrovmMachine, fd: int, path: str, stream: int) -> None:
+        super().__init__(machine, fd, path)
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self._fd, data)
+        except BrokenPipeError:
+            raise GuestError(f"{self._path}: it could not be written (inside the sandbox)") from None
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        with self._machine._lock:
+            self._machine._event("written", number=self._stream, key="stream")
+
+
+def _change(row: object) -> Change | None:
+    """One line of the agent's account, if it is one."""
+    match row:
+        case [str(path), ("added" | "changed" | "deleted") as kind, ("file" | "directory" | "symlink" | "other") as type_, size]:
+            return Change(path, kind, type_, size if isinstance(size, int) and not isinstance(size, bool) else None)
+    return None
+
+
+def verdict_of_exit(message: Message) -> Verdict:
+    """From the agent's word."""
+    status = message.get("status")
+    if message.get("oom"):
+        return Verdict(Ended.OUT_OF_MEMORY)
+    if not isinstance(status, int) or not 0 <= status <= 0xFFFF:
+        return Verdict(Ended.LOST, detail="its agent does not say how")
+    if os.WIFSIGNALED(status):
+        return Verdict(Ended.SIGNALLED, os.WTERMSIG(status))
+    return Verdict(Ended.EXITED, os.WEXITSTATUS(status))
+
+
+def verdict_of_end(vm: Vm, *, closed: bool) -> Verdict:
+    """For a machine that ended as a whole."""
+    if vm.link.timed_out:
+        return Verdict(Ended.TIMED_OUT)
+    if closed:
+        return Verdict(Ended.KILLED, signal.SIGKILL)
+    words = vm.last_words()
+    detail = f"{vm.link.over}{words}"
+    if "Out of memory" in detail or "out of memory" in detail:
+        return Verdict(Ended.OUT_OF_MEMORY, detail=detail)
+    return Verdict(Ended.LOST, detail=detail)
+
+
+def usage_of(wall: float, message: Message | None) -> Usage:
+    """From an exit's account, as far as it is one."""
+    match (message or {}).get("usage"):
+        case [int() | float() as user, int() | float() as system, int() as peak]:
+            return Usage(wall, float(user), float(system), peak)
+    return Usage(wall)

@@ -1,0 +1,318 @@
+"""Templates of the microVM backend: a saved machine, and forks of it, the next one restored while this one runs."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import select
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from isolation.backends.microvm import boot, machine
+from isolation.backends.microvm.link import Link, text_of
+from isolation.backends.microvm.plan import Plan, now, seed
+from isolation.backends.microvm.snapshot import Key, Snapshot
+from isolation.backends.microvm.vm import State, Vm
+from isolation.errors import LaunchError, SandboxClosed, SpecError
+from isolation.guest import warm
+from isolation.result import Ended, Usage, Verdict
+from isolation.template import Fork, Template
+from isolation.wire import Message, Wire
+
+_PAYLOAD = 1  # the agent's number for it
+_STREAMS = (1, 2, 3)  # its wire, stdout and stderr
+_JSON_AT_MOST = 4 << 20
+_DATA_AT_MOST = 32 << 20
+_PATIENCE = 2  # s, with a guest that does not read
+_STACKS_WAIT = 3.0  # s, for the stacks of a process that is about to be ended
+_SCRATCH_AT_MOST = 16 << 20
+_OUTPUT_AT_MOST = 64 << 10
+
+
+class _Streams:
+    """The host's ends of a payload's wire, stdout and stderr."""
+
+    def __init__(self) -> None:
+        ours, self._theirs = Wire.pair()
+        self._theirs.setblocking(False)
+        ours.settimeout(None)
+        self.sock = ours
+        self.stdout, self._stdout = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.stderr, self._stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def connect(self, link: Link) -> None:
+        """Hand the other ends to the machine."""
+        fd = self._theirs.detach()
+        link.open(_STREAMS[0], source=fd, sink=fd)
+        link.open(_STREAMS[1], sink=self._stdout)
+        link.open(_STREAMS[2], sink=self._stderr)
+        link.outputs(_PAYLOAD, _STREAMS)
+
+
+class MicrovmTemplate(Template):
+    """A payload that has warmed up, in a machine that is asleep."""
+
+    def __init__(self, plan: Plan, key: Key, state: State, *, ahead: int = 1) -> None:
+        self._plan = plan
+        self._key = key
+        self._state = state
+        self._ahead = ahead
+        self._spares: collections.deque[MicrovmFork] = collections.deque()
+        self._closing: list[MicrovmFork] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def make(cls, plan: Plan, payload: str, config: Any, *, path: list[str], ahead: int = 1) -> MicrovmTemplate:
+        """Start `payload` in a new machine, and save it when it is warm. Raises LaunchError with what it wrote."""
+        vm = machine.prepare(plan, keep=True)
+        streams = _Streams()
+        try:
+            streams.connect(vm.link)
+            argv = warm.argv(plan.python, path, payload)
+            vm.link.say({"op": "template", "id": _PAYLOAD, "argv": argv, "streams": list(_STREAMS)})
+            Wire(streams.sock).send({"config": config})
+            _until_warm(vm, streams)
+            state = vm.save()
+        finally:
+            vm.close()
+            _close_streams(streams)
+        return cls(plan, template_key(plan, payload, config), state, ahead=ahead)
+
+    @classmethod
+    def load(cls, plan: Plan, payload: str, config: Any, directory: str) -> MicrovmTemplate:
+        """A template that was saved. Raises LaunchError, with the reason, when anything differs."""
+        key = template_key(plan, payload, config)
+        drives = boot.drives(plan)[: plan.hardware.layers] + plan.slots(plan.hardware)
+        return cls(plan, key, Snapshot.load(directory, key=key, drives=drives).state)
+
+    def fork(self, job: Any = None, *, reseed: bool = True) -> Fork:
+        with self._lock:
+            fork = self._spares.popleft() if self._spares else None
+        if fork is None or fork.ended:
+            fork = self._prepare()
+        try:
+            fork.begin(job, reseed=reseed)
+        except LaunchError:
+            fork.close()
+            fork = self._prepare()  # one that was made ahead may have died of something that has passed
+            fork.begin(job, reseed=reseed)
+        while len(self._spares) < self._ahead:
+            spare = self._prepare()
+            with self._lock:
+                self._spares.append(spare)
+        return fork
+
+    def branch(self, job: Any = None) -> Template:
+        """A fork that becomes a template itself: the payload gets `job`, and is saved when it asks for forks again."""
+        vm = Vm.restore(self._state, keep=True)
+        fork = MicrovmFork(vm, self._state.mark)
+        try:
+            fork.begin(job, reseed=True)
+            _until_warm(vm, fork.streams)
+            state = vm.save()
+        finally:
+            fork.close()
+            vm.close()
+        parts = dict(self._key.parts)
+        parts["payload"] += " " + json.dumps(job, sort_keys=True)
+        return MicrovmTemplate(self._plan, Key(tuple(parts.items())), state, ahead=self._ahead)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        Snapshot(self._state, self._key).save(Path(directory))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        while self._spares:
+            self._spares.popleft().close()
+        for fork in self._closing:
+            fork.vm.close()
+        self._closing.clear()
+        self._state.close()
+
+    def _prepare(self) -> MicrovmFork:
+        if self._closed:
+            raise SandboxClosed("the template is closed")
+        self._closing = [fork for fork in self._closing if not fork.gone]
+        fork = MicrovmFork(Vm.restore(self._state), self._state.mark)
+        self._closing.append(fork)
+        return fork
+
+
+def template_key(plan: Plan, payload: str, config: Any) -> Key:
+    """What a template depends on."""
+    base = boot.key_of(plan)
+    parts = dict(base.parts)
+    parts["trees"] = " ".join(tree.key for tree in plan.trees)
+    parts["payload"] = payload + " " + json.dumps([config, plan.order], sort_keys=True)
+    return Key(tuple(parts.items()))
+
+
+def _until_warm(vm: Vm, streams: _Streams) -> None:
+    output = bytearray()
+    poller = select.poll()
+    for fd in (vm.link.fileno(), streams.stdout, streams.stderr):
+        poller.register(fd, select.POLLIN)
+    while True:
+        ready = [fd for fd, _events in poller.poll()]
+        for fd in (streams.stdout, streams.stderr):
+            if fd in ready and not _collect(fd, output):
+                poller.unregister(fd)
+        if vm.link.fileno() not in ready:
+            continue
+        message = vm.link.receive(5.0)
+        if message is None:
+            raise LaunchError(f"the machine ended while the template warmed up ({vm.link.over}){vm.last_words()}")
+        if message["event"] == "warm":
+            return
+        if message["event"] == "failed":
+            raise LaunchError(f"the template could not be started: {str(message.get('what'))[:2000]}")
+        if message["event"] == "exit":
+            for fd in (streams.stdout, streams.stderr):
+                _collect(fd, output)
+            verdict = machine.verdict_of_exit(message)
+            words = text_of(output, lines=30)
+            raise LaunchError(f"the template {verdict} before it was warm{': ' if words else ''}{words}")
+
+
+def _collect(fd: int, kept: bytearray) -> bool:
+    try:
+        data = os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return True
+    kept += data
+    del kept[:-_OUTPUT_AT_MOST]
+    return bool(data)
+
+
+def _close_streams(streams: _Streams) -> None:
+    streams.sock.close()
+    os.close(streams.stdout)
+    os.close(streams.stderr)
+
+
+class MicrovmFork(Fork):
+    """A machine restored from a template's memory. All that it says, its agent says; only that it ended is QEMU's word."""
+
+    def __init__(self, vm: Vm, mark: bytes) -> None:
+        self.vm = vm
+        self.streams = _Streams()
+        self.stdout, self.stderr = self.streams.stdout, self.streams.stderr
+        self._mark = mark
+        self._wire = Wire(self.streams.sock, max_json=_JSON_AT_MOST, max_data=_DATA_AT_MOST)
+        self._begun = time.monotonic()
+        self._verdict: Verdict | None = None
+        self._exit: Message | None = None
+        self._stacks: bytes | None = None
+        self._closed = False
+
+    @property
+    def ended(self) -> bool:
+        """It died before it was used."""
+        return self.vm.link.over is not None
+
+    @property
+    def gone(self) -> bool:
+        """Closed, and nothing of it is left."""
+        return self._closed and self.vm.link.over is not None
+
+    def begin(self, job: Any, *, reseed: bool) -> None:
+        """Renew it, and hand over the job; this is when its time starts. Raises LaunchError."""
+        self.vm.wait_until_running()
+        self._begun = time.monotonic()
+        try:
+            self.vm.link.raw(self._mark)
+            self.vm.link.say({"op": "renew", "seed": seed() if reseed else None, "time": now()})
+            self.streams.connect(self.vm.link)
+            self.vm.link.watch()
+            self._wire.send({"job": job})
+        except SandboxClosed as error:
+            raise LaunchError(f"the sandbox could not be made: {self.vm.link.over}{self.vm.last_words()}") from error
+
+    def send(self, message: Message, data: bytes = b"", fds: tuple[int, ...] = ()) -> None:
+        if fds:
+            raise SpecError("a virtual machine cannot be given open descriptors")
+        self._wire.send(message, data)
+
+    def receive(self, timeout: float | None = None) -> Message | None:
+        return self._wire.receive(timeout)
+
+    def filenos(self) -> tuple[int, ...]:
+        return (self._wire.fileno(),)
+
+    def wait(self, timeout: float | None = None) -> Verdict | None:
+        if self._verdict is None:
+            found = self._await("exit", timeout)
+            if found is None and self.vm.link.over is None:
+                return None
+            self._exit = found
+            self._verdict = machine.verdict_of_exit(found) if found else machine.verdict_of_end(self.vm, closed=self._closed)
+        return self._verdict
+
+    def end(self, verdict: Verdict) -> None:
+        if self._closed:
+            return
+        if self._verdict is None and verdict.ended in (Ended.TIMED_OUT, Ended.OUT_OF_MEMORY):
+            self._ask_for_stacks(at_once=True)
+        self._verdict = self._verdict or verdict
+
+    def usage(self) -> Usage:
+        self.wait()
+        return machine.usage_of(time.monotonic() - self._begun, self._exit)
+
+    def stacks(self) -> str:
+        if self._stacks is None:
+            self._ask_for_stacks(at_once=False)
+        dumps = [dump for dump in (self._stacks or b"").split(warm.STACKS_MARK) if dump.strip(b"\0 \n")]
+        return dumps[-1].decode("utf-8", "replace") if dumps else ""
+
+    def scratch_index(self, inode: int) -> int | None:
+        return inode  # the memory of every fork has the same files
+
+    def scratch(self, index: int) -> bytes:
+        answer = self._ask({"op": "deleted", "inode": index, "most": _SCRATCH_AT_MOST}, "deleted")
+        return bytes(answer.get("data", b"")) if answer else b""
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.vm.kill()
+        with contextlib.suppress(OSError):
+            self._wire.close()
+        os.close(self.stdout)
+        os.close(self.stderr)
+
+    def _ask_for_stacks(self, *, at_once: bool) -> None:
+        answer = self._ask({"op": "stacks", "now": at_once}, "stacks")
+        self._stacks = bytes(answer.get("data", b"")) if answer else b""
+
+    def _ask(self, message: Message, event: str) -> Message | None:
+        try:
+            self.vm.link.say(message)
+        except SandboxClosed:
+            return None
+        return self._await(event, _STACKS_WAIT)
+
+    def _await(self, event: str, timeout: float | None) -> Message | None:
+        """The agent's next message of this kind; an exit that comes before it is kept."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if event == "exit" and self._exit is not None:
+            return self._exit
+        while True:
+            try:
+                message = self.vm.link.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                return None
+            if message is None or message["event"] == event:
+                return message
+            if message["event"] == "exit":
+                self._exit = message
+
+

@@ -1,0 +1,59 @@
+"""A payload process of a virtual machine: runs a template's function, which waits to be forked with its memory."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+
+from isolation.guest import renew
+from isolation.guest.guest import Guest
+from isolation.guest.warm import DUMP_SIGNAL
+from isolation.wire import Wire
+
+
+def main(payload: str, first: int) -> None:
+    """`payload` is "package.module:function"; descriptors from `first` on are the wire, the agent's, and the stacks' file."""
+    wire = Wire(socket.socket(fileno=first))
+    agent = socket.socket(fileno=first + 1)
+    crash = first + 2
+    for fd in (first, first + 1, crash):
+        os.set_inheritable(fd, False)
+    faulthandler.enable(file=crash, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, file=crash, all_threads=True)
+
+    def fork(guest: Guest) -> Iterator[Guest]:
+        """The machine is what is forked: this process lives on in each of them, from this very line."""
+        _flush()
+        agent.send(b"w")
+        woken = agent.recv(1 + renew.SEED_SIZE)
+        if not woken:
+            guest.finish()
+        if len(woken) > 1:
+            renew.process(woken[1:])
+        yield guest
+
+    order = wire.receive()
+    if order is None:
+        return
+    guest = Guest(wire, order["config"], fork)
+    module, _, name = payload.partition(":")
+    try:
+        getattr(importlib.import_module(module), name)(guest)
+    except SystemExit as error:
+        guest.finish(error.code if isinstance(error.code, int) else 0 if error.code is None else 1)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        guest.finish(1)
+    guest.finish(0)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            continue

@@ -1,0 +1,49 @@
+"""What forks of one memory image must not share: random numbers, the clock, and names.
+
+A restored machine would otherwise hand out the same "random" bytes as its siblings (Firecracker: docs/snapshotting/
+random-for-clones.md; here the first `os.urandom` of two forks was the same before this was written).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import socket
+import sys
+import time
+import uuid
+
+from isolation.guest import linux
+from isolation.guest.tree import Tree
+
+SEED_SIZE = 32  # bytes
+
+
+def machine(seed: bytes | None, now: tuple[int, int], tree: Tree) -> None:
+    """For the whole machine, before anything in it runs on. `now` is the host's clock, in seconds and nanoseconds;
+    without a seed only the clock is set, and the random numbers of all such forks are the same."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, now[0] * 1_000_000_000 + now[1])
+    if seed is None:
+        return
+    linux.add_entropy(seed)
+    name = hashlib.sha256(b"name" + seed).hexdigest()
+    socket.sethostname(f"isolation-{name[:12]}")
+    if os.path.exists("/etc/machine-id"):
+        tree.own_file("/etc/machine-id", name[:32] + "\n")
+    tree.own_file("/proc/sys/kernel/random/boot_id", str(uuid.UUID(hex=name[32:])) + "\n")
+
+
+def process(seed: bytes) -> None:
+    """For this process: the generators that a Python program has seeded long ago, as far as they are known by name.
+
+    A `random.Random` or a numpy `Generator` of the program's own keeps its state, as it does after os.fork.
+    """
+    random.seed(hashlib.sha256(b"random" + seed).digest())
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        words = hashlib.sha256(b"numpy" + seed).digest()
+        numpy.seed([int.from_bytes(words[place : place + 4], "big") for place in range(0, 32, 4)])
+    ssl = sys.modules.get("ssl")
+    if ssl is not None:
+        ssl.RAND_add(seed, len(seed))  # OpenSSL has a pool of its own, and notices a fork by the process number only
