@@ -11,6 +11,7 @@ import bz2
 import lzma
 import struct
 import zlib
+from typing import Any
 
 from isolation.backends.microvm.deb import unzstd
 from isolation.errors import LaunchError
@@ -88,19 +89,27 @@ def _decompressed(payload: bytes, name: str) -> bytes | None:
     if payload[:4] == _LZ4:
         return unlz4(payload[:-4])
     if payload[:2] == b"\x1f\x8b":
-        return zlib.decompressobj(31).decompress(payload, _AT_MOST)
+        return _whole(zlib.decompressobj(31), payload)
     if payload[:6] == b"\xfd7zXZ\x00":
-        return lzma.LZMADecompressor().decompress(payload, _AT_MOST)
+        return _whole(lzma.LZMADecompressor(), payload)
     if payload[:3] == b"BZh":
-        return bz2.BZ2Decompressor().decompress(payload, _AT_MOST)
+        return _whole(bz2.BZ2Decompressor(), payload)
     if payload[:3] == b"\x5d\x00\x00":
-        return lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(payload, _AT_MOST)
+        return _whole(lzma.LZMADecompressor(format=lzma.FORMAT_ALONE), payload)
     if payload[:4] == b"\x28\xb5\x2f\xfd":
         try:
             return unzstd(payload[:-4], f"the kernel {name}")
         except LaunchError:
             return None  # no program; or damaged, which the kernel will say
     return None
+
+
+def _whole(decoder: Any, payload: bytes) -> bytes:
+    """What a decoder of the standard library makes of it, bounded. Raises ValueError when that is not all."""
+    data: bytes = decoder.decompress(payload, _AT_MOST)
+    if not decoder.eof:
+        raise ValueError("its end is missing")
+    return data
 
 
 def unlz4(data: bytes) -> bytes:
