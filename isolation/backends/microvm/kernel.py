@@ -11,7 +11,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,10 @@ def fetched(cache: Cache, progress: Progress, *, refresh: bool = False) -> Kerne
         progress.update("unpacking")
         image, directory, config = _find(unpacked)
         _store(image, directory, config, target, packages[0], progress)
-        _remove_tree(unpacked)
+        shutil.rmtree(unpacked)
         progress.done(f"kernel {packages[0]}: {megabytes(_size(target))}")
 
-    return load(cache, cache.make(KIND, key, build, progress, refresh=refresh).name)
+    return _made(cache, key, build, progress, refresh=refresh)
 
 
 def given(
@@ -93,7 +95,7 @@ def given(
         progress.done(f"kernel {source or image}: {megabytes(_size(target))}")
 
     try:
-        return load(cache, cache.make(KIND, key, build, progress, refresh=refresh).name)
+        return _made(cache, key, build, progress, refresh=refresh)
     except PermissionError as error:
         raise LaunchError(f"cannot read the kernel: {error.filename}: {error.strerror}") from error
 
@@ -131,6 +133,15 @@ def load(cache: Cache, key: str) -> Kernel:
         return Kernel(image, bool(data["pvh"]), str(data["release"]), files, str(data["digest"]), str(data["source"]), key)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackendUnavailable(f"the kernel in {path} is damaged ({error}): {_AGAIN}") from error
+
+
+def _made(cache: Cache, key: str, build: Callable[[Path], None], progress: Progress, *, refresh: bool) -> Kernel:
+    cache.make(KIND, key, build, progress, refresh=refresh)
+    try:
+        return load(cache, key)
+    except BackendUnavailable:
+        cache.make(KIND, key, build, progress, refresh=True)  # it was damaged since
+        return load(cache, key)
 
 
 def _store(image: Path, directory: Path | None, config: Path | None, target: Path, source: str, progress: Progress) -> None:
@@ -220,9 +231,3 @@ def _host() -> str:
 
 def _size(path: Path) -> int:
     return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-
-
-def _remove_tree(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path)

@@ -83,7 +83,7 @@ def base(
                 for report in tar.tree(path, name, rules):
                     tell(report)
 
-    key = base_key(exclude, root)
+    key = base_key(exclude, root=root)
     layer = _make(cache, BASE, key, BASE, "the system's files", fill, progress, refresh=refresh)
     cache.prune(BASE, _KEEP_BASES)
     return layer

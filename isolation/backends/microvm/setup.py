@@ -136,7 +136,7 @@ def read(cache: Cache) -> Settings | None:
             raise ValueError("of another version of isolation-kit")
         choice = data["choice"]
         texts = [data["kernel"], choice["kernel"], choice["modules"], *data["exclude"]]
-        if not all(isinstance(text, str) for text in texts):
+        if not isinstance(data["exclude"], list) or not all(isinstance(text, str) for text in texts):
             raise ValueError("not text where text belongs")
         cache.path(kernel.KIND, data["kernel"])
         return Settings(data["kernel"], choice["kernel"], choice["modules"], tuple(data["exclude"]))
