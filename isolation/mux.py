@@ -55,6 +55,7 @@ class Stream:
         self.sending = source >= 0 or deliver is not None
         self.receiving = sink >= 0 or deliver is not None
         self.finishing = False
+        self.urgent = False
         self.last = False  # the other end has sent its last byte
         self.polite = sink >= 0 and not _never_blocks(sink)
 
@@ -79,14 +80,17 @@ class Mux:
         sink: int = -1,
         deliver: Callable[[bytes], None] | None = None,
         ended: Callable[[], None] | None = None,
+        urgent: bool = False,
     ) -> Stream:
         """Begin a stream; the descriptors are the mux's from now on (the same one may be both). `ended` is called when it is
-        over in both directions."""
+        over in both directions. What is `urgent` is sent without waiting for credit, so in order with all else: for an
+        other end that is trusted to be read."""
         if number in self._streams:
             raise MuxError(f"stream {number} is open already")
         if sink == source >= 0:
             sink = os.dup(sink)
         stream = self._streams[number] = Stream(number, source, sink, deliver, ended)
+        stream.urgent = urgent
         self.expect(number)
         return stream
 
@@ -122,15 +126,14 @@ class Mux:
         """Bytes outside of the protocol, for an end that waits for them."""
         self._out += data
 
-    def restart(self, number: int, deliver: Callable[[bytes], None]) -> None:
-        """The other end is a new one, to which every stream is as if just opened; `number` gets a new function."""
+    def restart(self) -> None:
+        """The other end is a new one, to which every stream is as if just opened."""
         self._in.clear()
         self._out.clear()
         for stream in self._streams.values():
             stream.credit = WINDOW
             stream.owed = 0
             stream.queued.clear()
-        self._streams[number].deliver = deliver
 
     def marks(self, numbers: Iterable[int]) -> dict[int, int]:
         """How far each stream will have come when all is taken that waits in its source now; for `reached`."""
@@ -250,8 +253,8 @@ class Mux:
                 stream.ended()
 
     def _send_queued(self, stream: Stream) -> None:
-        while stream.queued and stream.credit > 0:
-            data = bytes(stream.queued[: min(_CHUNK, stream.credit)])
+        while stream.queued and (stream.credit > 0 or stream.urgent):
+            data = bytes(stream.queued[: _CHUNK if stream.urgent else min(_CHUNK, stream.credit)])
             del stream.queued[: len(data)]
             stream.credit -= len(data)
             self._frame(_DATA, stream.number, data)

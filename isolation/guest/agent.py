@@ -44,7 +44,7 @@ def main() -> None:
         Agent(_find_port()).serve()
     except BaseException as error:
         print(f"isolation-agent: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os.execv("/bin/sh", ["sh", "-c", "echo o > /proc/sysrq-trigger; sleep 10"])
+        linux.restart()
 
 
 def _find_port() -> int:
@@ -73,12 +73,19 @@ class Agent:
         self._terminals: dict[int, int] = {}  # by the host's number: a descriptor of its terminal
         self._template: WarmPayload | None = None
         self._cgroup = Cgroup()
+        self._mark = b""  # of the snapshot that is to be made
         self._connect()
 
     def _connect(self) -> None:
         self._mux = Mux(self._port)
         self._decoder = Decoder()
-        self._mux.open(CONTROL, deliver=self._decoder.feed)
+        self._mux.open(CONTROL, deliver=self._hear)
+
+    def _hear(self, data: bytes) -> None:
+        """At once, and not after the step: what follows may be for a stream that a message begins."""
+        self._decoder.feed(data)
+        while (message := self._decoder.next_message()) is not None:
+            self._handle(message)
 
     def serve(self) -> None:
         """The loop."""
@@ -99,8 +106,8 @@ class Agent:
             if self._wakeup in ready:
                 os.read(self._wakeup, 4096)
                 self._reap()
-            while (message := self._decoder.next_message()) is not None:
-                self._handle(message)
+            if self._mark:
+                self._fall_silent()
             if self._template is not None and self._template.control in ready:
                 self._template_speaks(self._template)
             self._say_exits()
@@ -252,6 +259,9 @@ class Agent:
             self._say({"event": "warm"})
 
     def _op_snapshot(self, message: Message) -> None:
+        self._mark = bytes.fromhex(message["mark"])
+
+    def _fall_silent(self) -> None:
         """Fall silent, and wait until a host speaks the mark: the memory of this moment is what every fork begins with."""
         if self._template is not None:
             self._cgroup.freeze(frozen=True)
@@ -261,9 +271,10 @@ class Agent:
         _wait_until_written(self._mux)
         gc.collect()
         gc.freeze()
-        _wait_for_mark(self._port, bytes.fromhex(message["mark"]))
+        _wait_for_mark(self._port, self._mark)
+        self._mark = b""
         self._decoder = Decoder()
-        self._mux.restart(CONTROL, self._decoder.feed)
+        self._mux.restart()
 
     def _op_renew(self, message: Message) -> None:
         """The first words to a fork, sent together with its job; nothing else in the machine has run on yet."""

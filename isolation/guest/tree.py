@@ -26,6 +26,7 @@ class Tree:
     def __init__(self) -> None:
         self._uppers: list[tuple[str, str, str]] = []  # (where it is written, what it shows, what was there before)
         self._mounted: set[str] = set()
+        self._own: frozenset[str] = frozenset()  # what was made on the guest's behalf, and is no change of its
 
     def kernel_places(self) -> None:
         """/dev with harmless devices only, /proc/sys and /sys as far as programs read them."""
@@ -95,6 +96,7 @@ class Tree:
         linux.mount("", "/", flags=linux.MS_REMOUNT | linux.MS_RDONLY)
         linux.mount("/proc/sys", "/proc/sys", flags=linux.MS_BIND)
         linux.mount("", "/proc/sys", flags=linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY | linux.MS_NOSUID)
+        self._own = frozenset(change.path for change in self.changes())
 
     def changes(self) -> list[Change]:
         """What the guest wrote, sorted by path; bounded."""
@@ -105,9 +107,7 @@ class Tree:
                 found += upper.walk(store, top.lstrip("/"), target, source, most=upper.AT_MOST - len(found))
         finally:
             os.close(store)
-        targets = {target for _top, target, _source in self._uppers}
-        made = {parent for target in targets for parent in upper.parents(target)}
-        return sorted(change for change in found if change.path not in targets | made)
+        return sorted(change for change in found if change.path not in self._own)
 
     def _show(self, number: int, device: str, target: str, mode: str, *, directory: bool) -> None:
         layer = f"{HIDDEN}/mount{number}"

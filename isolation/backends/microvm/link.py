@@ -12,13 +12,14 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from isolation.errors import SandboxClosed, WireError
 from isolation.guest.agent import CONTROL
 from isolation.mux import Mux, MuxError
 from isolation.wire import Decoder, Message, encode
+
+Ends = tuple[int, int, int]  # a stream's number, its source and its sink
 
 _MESSAGES_AT_MOST = 20_000  # that nobody has asked for yet
 _BYTES_AT_MOST = 64 << 20
@@ -44,7 +45,7 @@ class Link:
         self._ended = ended
         self._mux = Mux(agent.fileno())
         self._decoder = Decoder(_JSON_AT_MOST, _DATA_AT_MOST)
-        self._mux.open(CONTROL, deliver=self._decoder.feed)
+        self._mux.open(CONTROL, deliver=self._decoder.feed, urgent=True)
         self._lock = threading.Condition()
         self._todo: collections.deque[Callable[[], None]] = collections.deque()
         self._inbox: collections.deque[tuple[Message, int]] = collections.deque()
@@ -69,30 +70,31 @@ class Link:
         """Readable when `receive` has something."""
         return self._news
 
-    def say(self, message: Message, data: bytes = b"") -> None:
-        """Queue a message. Raises SandboxClosed when the machine has ended."""
-        frame = encode(message, data)
-        self.do(lambda: self._mux.write(CONTROL, frame))
+    def say(self, message: Message, streams: Sequence[Ends] = (), *, outputs: tuple[int, ...] = (), before: bytes = b"") -> None:
+        """Queue a message, and begin the streams that it speaks of; their descriptors are the link's from now on.
 
-    def raw(self, data: bytes) -> None:
-        """Bytes for an agent that waits for its mark."""
-        self.do(lambda: self._mux.raw(data))
+        The word of the end of the command that it starts (its "id") waits until all that came on `outputs` was passed on.
+        `before` are bytes outside of the protocol. Raises SandboxClosed when the machine has ended.
+        """
+        frame = encode(message)
 
-    def open(self, stream: int, *, source: int = -1, sink: int = -1) -> None:
-        """Begin a stream. The descriptors are the link's from now on."""
+        def begin() -> None:
+            # One action: the agent must hear of a stream before its first byte, and this side know it before the answer.
+            if before:
+                self._mux.raw(before)
+            if outputs:
+                self._outputs[message.get("id", 0)] = outputs
+            self._mux.write(CONTROL, frame)
+            for number, source, sink in streams:
+                self._mux.open(number, source=source, sink=sink)
+
         try:
-            self.do(lambda: self._open(stream, source, sink))
+            self.do(begin)
         except SandboxClosed:
-            for fd in {source, sink} - {-1}:
-                os.close(fd)
+            for _number, source, sink in streams:
+                for fd in {source, sink} - {-1}:
+                    os.close(fd)
             raise
-
-    def _open(self, stream: int, source: int, sink: int) -> None:
-        self._mux.open(stream, source=source, sink=sink)
-
-    def outputs(self, number: int, streams: tuple[int, ...]) -> None:
-        """What a command writes; the word of its end waits until all of it was passed on."""
-        self.do(lambda: self._outputs.__setitem__(number, streams))
 
     def watch(self) -> None:
         """From now on, silence means that the machine hangs."""
@@ -276,7 +278,8 @@ def text_of(data: bytes | bytearray, lines: int = 6) -> str:
     """The last lines of a console or of QEMU's errors, for people: no control characters."""
     text = bytes(data).decode("utf-8", "replace").replace("\r", "")
     clean = ["".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n") if line.strip()]
+    own = [line for line in clean if line.startswith("isolation-")]  # of init and the agent, which say it best
+    if own:
+        return own[-1]
     return "; ".join(clean[-lines:])
 
-
-Answer = dict[str, Any]

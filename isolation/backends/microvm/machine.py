@@ -11,9 +11,10 @@ import threading
 import time
 import tty as terminals
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from isolation.backends.microvm import boot
+from isolation.backends.microvm.link import Ends
 from isolation.backends.microvm.plan import Plan, now, seed
 from isolation.backends.microvm.vm import Vm
 from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed
@@ -62,22 +63,22 @@ class MicrovmMachine(Machine):
             streams = [self._new_stream() for _ in range(3)]
             terminal = self._new_stream()
             master: int | None = None
+            ends: list[Ends] = []
             if any(tty):
                 # A terminal here as well, in raw mode, so that what the caller does with the master works.
                 master, slave = pty.openpty()
                 terminals.setraw(slave)
                 os.set_blocking(slave, False)
-                self.vm.link.open(terminal, source=slave, sink=slave)
+                ends.append((terminal, slave, slave))
             for position, fd in enumerate(stdio):
                 if fd is not None:
                     own = os.dup(fd)
-                    self.vm.link.open(streams[position], **({"source": own} if position == 0 else {"sink": own}))
-            outputs = (terminal,) if all(tty) else (terminal, streams[1], streams[2])
-            self.vm.link.outputs(number, outputs)
-            self._say({
+                    ends.append((streams[position], own, -1) if position == 0 else (streams[position], -1, own))
+            order = {
                 "op": "spawn", "id": number, "argv": list(argv), "env": dict(env), "cwd": cwd, "streams": streams,
                 "terminal": terminal, "tty": tty, "window": window,
-            })  # fmt: skip
+            }  # fmt: skip
+            self._say(order, ends, outputs=(terminal, streams[1], streams[2]))
             message = self._event("spawned", "unspawned", number=number)
             if message["event"] == "unspawned":
                 if master is not None:
@@ -137,16 +138,16 @@ class MicrovmMachine(Machine):
             if mode == "wb":
                 ours, theirs = theirs, ours
             os.set_blocking(theirs, False)
-            self.vm.link.open(stream, **({"sink": theirs} if mode == "rb" else {"source": theirs}))
-            self._say({"op": "open", "path": path, "mode": mode, "stream": stream})
+            ends = (stream, -1, theirs) if mode == "rb" else (stream, theirs, -1)
+            self._say({"op": "open", "path": path, "mode": mode, "stream": stream}, [ends])
             message = self._event("opened", number=stream, key="stream")
             if "errno" in message:
                 os.close(ours)
                 raise GuestError(f"{path}: {str(message.get('what'))[:500]} (inside the sandbox)")
         size = message.get("size")
         if mode == "rb":
-            return _Incoming(self, ours, path, size if isinstance(size, int) else 0)
-        return _Outgoing(self, ours, path, stream)
+            return cast(BinaryIO, _Incoming(self, ours, path, size if isinstance(size, int) else 0))
+        return cast(BinaryIO, _Outgoing(self, ours, path, stream))
 
     def changes(self) -> list[Change]:
         with self._lock:
@@ -169,10 +170,8 @@ class MicrovmMachine(Machine):
         self.vm.close()
         self.vm.link.close_news()
 
-    def _say(self, message: Message) -> None:
-        if self._closed:
-            raise SandboxClosed("the sandbox is closed")
-        self.vm.link.say(message)
+    def _say(self, message: Message, ends: Sequence[Ends] = (), *, outputs: tuple[int, ...] = ()) -> None:
+        self.vm.link.say(message, ends, outputs=outputs)
 
     def _event(self, *kinds: str, number: int | None = None, key: str = "id") -> Message:
         """The next event of one of these kinds; exits that come before it are kept."""
@@ -203,8 +202,8 @@ def prepare(plan: Plan, *, keep: bool = False) -> Vm:
     state = boot.state(plan)
     vm = Vm.restore(state, keep=keep, drives=[*state.drives[: state.hardware.layers], *plan.slots(state.hardware)])
     try:
-        vm.link.raw(state.mark)
-        vm.link.say({"op": "setup", "seed": seed(), "time": now()} | plan.order)
+        vm.wait_until_running()
+        vm.link.say({"op": "setup", "seed": seed(), "time": now()} | plan.order, before=state.mark)
         message = vm.expect("ready", timeout=_PREPARE_PATIENCE)
         if not message.get("workdir"):
             raise LaunchError(f"the working directory {plan.workdir!r} does not exist inside the sandbox")

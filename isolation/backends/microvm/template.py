@@ -44,13 +44,11 @@ class _Streams:
         self.stdout, self._stdout = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.stderr, self._stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def connect(self, link: Link) -> None:
-        """Hand the other ends to the machine."""
+    def connect(self, link: Link, message: Message, *, before: bytes = b"") -> None:
+        """Say `message`, with which the agent begins to use them, and hand over the other ends."""
         fd = self._theirs.detach()
-        link.open(_STREAMS[0], source=fd, sink=fd)
-        link.open(_STREAMS[1], sink=self._stdout)
-        link.open(_STREAMS[2], sink=self._stderr)
-        link.outputs(_PAYLOAD, _STREAMS)
+        ends = [(_STREAMS[0], fd, fd), (_STREAMS[1], -1, self._stdout), (_STREAMS[2], -1, self._stderr)]
+        link.say(message, ends, outputs=_STREAMS, before=before)
 
 
 class MicrovmTemplate(Template):
@@ -72,9 +70,8 @@ class MicrovmTemplate(Template):
         vm = machine.prepare(plan, keep=True)
         streams = _Streams()
         try:
-            streams.connect(vm.link)
             argv = warm.argv(plan.python, path, payload)
-            vm.link.say({"op": "template", "id": _PAYLOAD, "argv": argv, "streams": list(_STREAMS)})
+            streams.connect(vm.link, {"op": "template", "id": _PAYLOAD, "argv": argv, "streams": list(_STREAMS)})
             Wire(streams.sock).send({"config": config})
             _until_warm(vm, streams)
             state = vm.save()
@@ -227,9 +224,8 @@ class MicrovmFork(Fork):
         self.vm.wait_until_running()
         self._begun = time.monotonic()
         try:
-            self.vm.link.raw(self._mark)
-            self.vm.link.say({"op": "renew", "seed": seed() if reseed else None, "time": now()})
-            self.streams.connect(self.vm.link)
+            message = {"op": "renew", "id": _PAYLOAD, "seed": seed() if reseed else None, "time": now()}
+            self.streams.connect(self.vm.link, message, before=self._mark)
             self.vm.link.watch()
             self._wire.send({"job": job})
         except SandboxClosed as error:
