@@ -14,7 +14,7 @@ import pytest
 
 from isolation import registry
 from isolation.errors import IsolationError, LaunchError, WireError
-from isolation.hookspecs import FORK_HERE
+from isolation.hookspecs import FORK, FORK_HERE, Backend
 from isolation.result import Ended, Verdict
 from isolation.template import Fork, Template
 from isolation.units import format_size
@@ -22,7 +22,7 @@ from isolation.wire import Message
 from pytest_isolation import crash, reports
 from pytest_isolation.settings import Reader, Settings
 from pytest_isolation.text import clean
-from pytest_isolation.worker import Worker
+from pytest_isolation.worker import PAYLOAD, Worker, order_for
 
 _OUTPUT_AT_MOST = 256 << 10
 _MESSAGES_AT_ONCE = 256
@@ -39,7 +39,7 @@ class Controller:
         self._config = config
         try:
             self._reader = Reader(config, backend)
-            self._backend = registry.choose(self._reader.default.spec, {FORK_HERE})
+            self._backend = registry.choose(self._reader.default.spec, {FORK})
         except IsolationError as error:
             raise pytest.UsageError(f"--isolation: {error}") from None
         for option in ("usepdb", "trace"):
@@ -50,15 +50,15 @@ class Controller:
                 )
         self._templates: dict[Settings, Template] = {}
         self._settings: dict[pytest.Item, Settings] = {}
-        self._index: dict[pytest.Item, int] = {}
-        self._capture: tuple[int, int] | None = None
+        self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id
+        self._captures: dict[Settings, tuple[int, int]] = {}
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
 
     def pytest_report_header(self) -> str:
         spec = self._reader.default.spec
         network = "own loopback only" if spec.network.mode == "none" else f"{spec.network} (NOT isolated)"
         limits = spec.limits.describe()
-        return f"isolation: {self._backend.name}, a fresh sandbox for every test; network: {network}; {limits}"
+        return f"isolation: {self._backend.describe()}, a fresh sandbox for every test; network: {network}; {limits}"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -71,7 +71,10 @@ class Controller:
 
     def _warm_up(self, session: pytest.Session) -> None:
         """Fork the templates off the session as it is after collection, before any test has run in it."""
-        self._index = {item: number for number, item in enumerate(session.items)}
+        seen: dict[str, int] = {}
+        for item in session.items:
+            self._nth[item] = seen.get(item.nodeid, 0)
+            seen[item.nodeid] = self._nth[item] + 1
         try:
             self._settings = {item: self._reader.of_item(item) for item in session.items}
         except IsolationError as error:
@@ -85,11 +88,19 @@ class Controller:
         if settings not in self._templates:
             spec = settings.spec
             try:
-                backend = registry.choose(spec, {FORK_HERE}) if spec.backend != "auto" else self._backend
-                self._templates[settings] = backend.template(spec, Worker(session), None)
+                backend = self.backend_of(settings)
+                if FORK_HERE in backend.features():
+                    self._templates[settings] = backend.template(spec, Worker(session), None)
+                else:
+                    self._templates[settings] = backend.template(spec, PAYLOAD, order_for(session.config))
             except IsolationError as error:
                 raise pytest.UsageError(f"--isolation: {error}") from None
         return self._templates[settings]
+
+    def backend_of(self, settings: Settings) -> Backend:
+        """The run's, or what a marker names."""
+        spec = settings.spec
+        return registry.choose(spec, {FORK}) if spec.backend != "auto" else self._backend
 
     def _close(self) -> None:
         for template in self._templates.values():
@@ -101,14 +112,14 @@ class Controller:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        if item not in self._index:  # another plug-in's own loop
+        if item not in self._nth:  # another plug-in's own loop
             self._warm_up(item.session)
         settings = self._settings[item]
         if not settings.enabled:
             return None
         ihook = item.ihook
         ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        job = {"index": self._index[item], "tell_capture": self._capture is None}
+        job = {"nodeid": item.nodeid, "nth": self._nth[item], "tell_capture": settings not in self._captures}
         try:
             fork = self._template(item.session, settings).fork(job)
         except LaunchError as error:
@@ -157,21 +168,21 @@ class Controller:
         while view:
             view = view[os.write(fd, view) :]
 
-    def remember_capture(self, fork: Fork, inodes: object) -> None:
+    def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None:
         """Which private files are pytest's capture, the same in every fork; as far as the guest may tell."""
-        if self._capture is None and isinstance(inodes, list) and len(inodes) == 2:
+        if settings not in self._captures and isinstance(inodes, list) and len(inodes) == 2:
             found = [fork.scratch_index(inode) if isinstance(inode, int) else None for inode in inodes]
-            self._capture = (
+            self._captures[settings] = (
                 -1 if found[0] is None else found[0],
                 -1 if found[1] is None else found[1],
             )
 
-    def captured(self, fork: Fork) -> list[tuple[str, str]]:
+    def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]:
         """Output of the phase in which a test died."""
-        if self._capture is None:
+        if settings not in self._captures:
             return []
         sections = []
-        for name, index in zip(("stdout", "stderr"), self._capture, strict=True):
+        for name, index in zip(("stdout", "stderr"), self._captures[settings], strict=True):
             content = fork.scratch(index) if index >= 0 else b""
             if content:
                 sections.append((f"Captured {name} call", clean(content.decode("utf-8", "replace"), _OUTPUT_AT_MOST)))
@@ -293,7 +304,7 @@ class _Run:
             arguments = reports.decode_warning(item, message["warning"])
             item.config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
         elif "capture" in message:
-            self._controller.remember_capture(self._fork, message["capture"])
+            self._controller.remember_capture(self._settings, self._fork, message["capture"])
         elif "suite_property" in message:
             self._suite_property(message["suite_property"])
         elif "sandbox" in message:
@@ -321,14 +332,15 @@ class _Run:
         if len(self._lent) >= _SANDBOXES_AT_MOST:
             raise reports.BadReport(f"a request for more than {_SANDBOXES_AT_MOST} sandboxes")
         spec = self._settings.spec.replace(inherit_env=False)
+        backend = self._controller.backend_of(self._settings)
         try:
-            machine = self._controller._backend.launch(spec)
+            machine = backend.launch(spec)
         except IsolationError as error:
             self._fork.send({"error": str(error)})
             return
         self._lent.append(machine)
         token, fds = machine.lend()
-        self._fork.send({"sandbox": token, "backend": self._controller._backend.name, "fds": len(fds)}, fds=tuple(fds))
+        self._fork.send({"sandbox": token, "backend": backend.name, "fds": len(fds)}, fds=tuple(fds))
 
     def _die(self, verdict: Verdict) -> None:
         limits = {
@@ -345,7 +357,7 @@ class _Run:
         whole = self._item.config.getoption("fulltrace", False)
         stacks = crash.tidy_stacks(self._fork.stacks(), whole=whole)
         made = crash.crash_reports(
-            self._item, self._phases, message, stacks, self._controller.captured(self._fork), self._started
+            self._item, self._phases, message, stacks, self._controller.captured(self._settings, self._fork), self._started
         )
         for report in made:
             self._item.ihook.pytest_runtest_logreport(report=report)

@@ -14,11 +14,19 @@ from isolation.guest import Guest
 from pytest_isolation import reports
 
 
-class Worker:
-    """The payload of a template: called with its guest in each fork."""
+PAYLOAD = "pytest_isolation.worker:main"
 
-    def __init__(self, session: pytest.Session) -> None:
+
+class Worker:
+    """The payload of a template: called with its guest in each fork.
+
+    lends  whether the host can hand descriptors to it, and so a sandbox
+    """
+
+    def __init__(self, session: pytest.Session, items: list[pytest.Item] | None = None) -> None:
+        self.lends = items is None
         self._session = session
+        self._items = session.items if items is None else items
         self._config = session.config
         self._guest: Guest | None = None
         self._tell_capture = False
@@ -28,9 +36,16 @@ class Worker:
         manager.unregister(name="isolation-controller")
         quiet_terminal(manager)
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
+        items: dict[str, list[pytest.Item]] = {}
+        for item in self._items:
+            items.setdefault(item.nodeid, []).append(item)
         for job in guest.forks():
             self._guest = guest
-            self._run(guest, self._session.items[job["index"]], tell_capture=job["tell_capture"])
+            found = items.get(job["nodeid"], [])
+            if job["nth"] < len(found):
+                self._run(guest, found[job["nth"]], tell_capture=job["tell_capture"])
+            else:
+                guest.send({"done": {"internal_error": _NOT_COLLECTED}})
 
     def _run(self, guest: Guest, item: pytest.Item, *, tell_capture: bool) -> None:
         self._tell_capture = tell_capture
@@ -88,6 +103,41 @@ class Worker:
     def record_suite_property(self, name: str, value: object) -> None:
         """For the fixture of that name, whose junit file is the host's to write."""
         self._send({"suite_property": [name, str(value)]})
+
+
+_NOT_COLLECTED = (
+    "this test was collected on the host, but not inside of the sandbox: does its parametrization depend on something "
+    "that is not there (a file outside of the project, the network), or on the order of a set?"
+)
+
+
+def order_for(config: pytest.Config) -> dict[str, Any]:
+    """What a worker that collects by itself needs to know: the command line, as it was given here."""
+    return {"args": [*config.invocation_params.args, "--isolation=no"]}
+
+
+def main(guest: Guest) -> None:
+    """The payload where this process cannot be forked: pytest, started anew in the sandbox, which collects and then waits."""
+    status = pytest.main(guest.config["args"], plugins=[_Collector(guest)])
+    raise SystemExit(int(status) or 1)  # it came to an end by itself, and so has no test to run
+
+
+class _Collector:
+    """Takes over when pytest has collected."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._items: list[pytest.Item] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Before anything is deselected: what is run is the host's choice."""
+        self._items = list(items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        Worker(session, self._items)(self._guest)
+        return True
 
 
 class _QuietTerminal:

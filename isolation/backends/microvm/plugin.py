@@ -91,8 +91,8 @@ def _checked(payload: Callable[..., object] | str) -> str:
 
 
 def _path(spec: SandboxSpec) -> list[str]:
-    """`sys.path` of a payload: this process's, with the working directory instead of the current one."""
-    return [spec.workdir, *(entry for entry in sys.path if entry)]
+    """`sys.path` of a payload: this process's."""
+    return [entry or spec.workdir for entry in sys.path]
 
 
 @hookimpl
