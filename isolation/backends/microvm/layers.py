@@ -138,7 +138,8 @@ def environment(
     trees: list[str] = []
     for path in showing.python_environment() if paths is None else paths:
         real = _follow(path, links)
-        if os.path.lexists(real) and not _beneath(real, trees) and not _beneath(real, hidden) and not _in_base(real, exclude):
+        covered = _beneath(real, trees) or _beneath(real, hidden) or _in_base(real, exclude)
+        if os.path.lexists(real) and not covered:
             trees = [tree for tree in trees if not _beneath(tree, [real])] + [real]
     shown = {path: to for path, to in links.items() if not _beneath(path, trees) and not _in_base(path, exclude)}
     trees.sort()

@@ -349,7 +349,16 @@ class Tar:
         self._header(name, mode, status.st_uid, status.st_gid, size, int(status.st_mtime), kind, to, tail)
 
     def _header(
-        self, name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, to: bytes = b"", tail: bytes = b""
+        self,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        size: int,
+        mtime: int,
+        kind: bytes,
+        to: bytes = b"",
+        tail: bytes = b"",
     ) -> None:
         if len(to) > 100:
             self._long(b"K", to)

@@ -171,13 +171,13 @@ def test_a_full_disk_is_told_with_what_mends_it(cache: Cache) -> None:
     def full(_target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CacheError, match="no space left .*isolation microvm clean.*XDG_CACHE_HOME") as caught:
+    with pytest.raises(CacheError, match=r"no space left .*isolation microvm clean.*XDG_CACHE_HOME") as caught:
         cache.make("kind", "key", full)
     assert isinstance(caught.value, LaunchError)
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="cannot be used|cannot write"):
+    with pytest.raises(CacheError, match=r"cannot be used|cannot write"):
         Cache("/proc/no/such").make("kind", "key", write("x"))
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="cannot be used"):

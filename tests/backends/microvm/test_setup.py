@@ -179,7 +179,7 @@ def test_a_damaged_cache_is_told_at_launch_and_mended_by_setup(cache: Cache, sys
 def test_without_qemu_the_package_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(shutil, "which", lambda name, **_rest: None)
-    with pytest.raises(BackendUnavailable, match="apt-get install --no-install-recommends qemu-system-x86$"):
+    with pytest.raises(BackendUnavailable, match=r"apt-get install --no-install-recommends qemu-system-x86$"):
         setup.qemu()
     assert commands.main(["setup"]) == 125
     out, err = capfd.readouterr()
