@@ -7,6 +7,7 @@ to the package's hash. Installing a kernel would run hooks (initramfs, boot load
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import Progress, megabytes
 from isolation.errors import LaunchError
 
+_ROOM = 256 << 20  # bytes: lists, a kernel's package, and what is in it
 _LISTS_ARE_FRESH = 86400.0  # seconds
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?")
 
@@ -75,6 +77,9 @@ class Apt:
         """Bring the lists up to date, unless they are of today. Raises LaunchError, which says what to do `instead`."""
         if not available():
             raise LaunchError(f"there is no apt-get on this system to download with: {instead}")
+        room = os.statvfs(self._cache.root)
+        if room.f_bavail * room.f_frsize < _ROOM:  # on a full disk apt tries again and again, for minutes
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._cache.root))
         stamp = self._root / "updated"
         try:
             if time.time() - os.stat(stamp).st_mtime < _LISTS_ARE_FRESH:

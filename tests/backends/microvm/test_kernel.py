@@ -320,6 +320,15 @@ def test_without_apt_the_way_out_is_told(cache: Cache, monkeypatch: pytest.Monke
         kernel.fetched(cache, SILENT)
 
 
+def test_nothing_is_fetched_onto_a_full_disk(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_metapackage", lambda: "linux-image-cloud-amd64")
+    monkeypatch.setattr(apt, "available", lambda: True)
+    monkeypatch.setattr(apt, "_ROOM", 1 << 62)
+    with pytest.raises(LaunchError, match="no space left for the microvm cache"):
+        kernel.fetched(cache, SILENT)
+    assert cache.entries() == []
+
+
 def test_the_running_kernel(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.release", lambda: "0.0.0-none")
     with pytest.raises(LaunchError, match=r"0\.0\.0-none is not in /boot"):
