@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import termios
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -25,6 +26,7 @@ WINDOW: Final = 256 << 10
 _CHUNK = 32 << 10
 _JAMMED = 128 << 10  # bytes on their way out; until they are gone nothing more is taken in
 _POLITE = 4096  # bytes at a time into a descriptor that may block: what POLLOUT promises of a pipe (pipe(7), PIPE_BUF)
+_AGAIN = 0.001  # s
 _HEADER = struct.Struct(">BII")
 _COUNT = struct.Struct(">I")
 _DATA, _END, _CREDIT, _REFUSE = range(4)
@@ -65,8 +67,10 @@ class Mux:
     Not for use by two threads at once.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, patient: bool = False) -> None:
+        """`patient`: an end that is not there now may come back, as the host's is when a machine has just been restored."""
         self.fd = fd
+        self._patient = patient
         self._out = bytearray()
         self._in = bytearray()
         self._streams: dict[int, Stream] = {}
@@ -155,8 +159,8 @@ class Mux:
 
     @property
     def idle(self) -> bool:
-        """All that was sent has left, and all that came has been passed on."""
-        return not self._out and not any(stream.queued or stream.arrived for stream in self._streams.values())
+        """All frames have left."""
+        return not self._out
 
     def flush(self) -> None:
         """Write as much as goes without waiting."""
@@ -166,6 +170,8 @@ class Mux:
             except BlockingIOError:
                 return
             except OSError as error:
+                if self._patient:
+                    return
                 raise MuxError(f"the other end is gone ({error.strerror})") from error
             del self._out[:count]
 
@@ -269,8 +275,14 @@ class Mux:
             except BlockingIOError:
                 break
             except OSError as error:
+                if self._patient:
+                    time.sleep(_AGAIN)
+                    break
                 raise MuxError(f"the other end is gone ({error.strerror})") from error
             if not data:
+                if self._patient:
+                    time.sleep(_AGAIN)  # poll(2) reports its absence all the time
+                    break
                 raise MuxError("the other end is gone")
             self._in += data
             self._frames()

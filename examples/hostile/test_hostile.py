@@ -37,7 +37,7 @@ def test_calls_home():
 
 
 def test_kills_its_parent():
-    assert os.getppid() == 0  # it is outside, and has no number here
+    assert os.getppid() in (0, 1)  # outside of a container, and without a number in it; in a machine, its first process
     for pid in (1, -1):
         try:
             os.kill(pid, signal.SIGKILL)

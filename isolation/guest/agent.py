@@ -19,7 +19,6 @@ import termios
 import time
 from typing import Any
 
-from isolation.errors import WireError
 from isolation.guest import linux, renew
 from isolation.guest.cgroup import Cgroup
 from isolation.guest.programs import NotStarted, User, start
@@ -77,7 +76,7 @@ class Agent:
         self._connect()
 
     def _connect(self) -> None:
-        self._mux = Mux(self._port)
+        self._mux = Mux(self._port, patient=True)
         self._decoder = Decoder()
         self._mux.open(CONTROL, deliver=self._hear)
 
@@ -341,11 +340,13 @@ class Agent:
 
 
 def _wait_until_written(mux: Mux) -> None:
+    """Not one byte may be read from here on: the next ones may be the mark."""
+    poller = select.poll()
+    poller.register(mux.fd, select.POLLOUT)
+    mux.flush()
     while not mux.idle:
-        try:
-            mux.step(1.0)
-        except WireError:
-            return
+        poller.poll(20)
+        mux.flush()
 
 
 def _wait_for_mark(port: int, mark: bytes) -> None:
@@ -358,9 +359,10 @@ def _wait_for_mark(port: int, mark: bytes) -> None:
         try:
             byte = os.read(port, 1 if seen else len(mark))
         except BlockingIOError:
-            byte = b""
-        if not byte:
             poller.poll()
+            continue
+        if not byte:
+            time.sleep(0.001)  # the host is not there yet
             continue
         seen = (seen + byte)[-len(mark) :]
 

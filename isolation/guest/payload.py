@@ -16,14 +16,12 @@ from isolation.wire import Wire
 
 
 def main(payload: str, first: int) -> None:
-    """`payload` is "package.module:function"; descriptors from `first` on are the wire, the agent's, and the stacks' file."""
+    """`payload` is "package.module:function"; descriptors from `first` on: the wire, the agent's, and the stacks' file."""
     wire = Wire(socket.socket(fileno=first))
     agent = socket.socket(fileno=first + 1)
     crash = first + 2
     for fd in (first, first + 1, crash):
         os.set_inheritable(fd, False)
-    faulthandler.enable(file=crash, all_threads=True)
-    faulthandler.register(DUMP_SIGNAL, file=crash, all_threads=True)
 
     def fork(guest: Guest) -> Iterator[Guest]:
         """The machine is what is forked: this process lives on in each of them, from this very line."""
@@ -34,6 +32,8 @@ def main(payload: str, first: int) -> None:
             guest.finish()
         if len(woken) > 1:
             renew.process(woken[1:])
+        faulthandler.enable(file=crash, all_threads=True)  # whatever the warm-up made of it
+        faulthandler.register(DUMP_SIGNAL, file=crash, all_threads=True)
         yield guest
 
     order = wire.receive()

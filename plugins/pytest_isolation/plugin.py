@@ -59,7 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = config.getoption("isolation")
     if wanted is None:
         wanted = config.getini("isolation")
-    if wanted and wanted not in ("no", "off", "false", "0") and not config.getoption("collectonly", False):
+    worker = config.pluginmanager.hasplugin("isolation-controller")  # this is the pytest in the sandbox
+    if wanted and wanted not in ("no", "off", "false", "0") and not worker and not config.getoption("collectonly", False):
         from pytest_isolation.controller import Controller
 
         config.pluginmanager.register(Controller(config, wanted), "isolation-controller")

@@ -14,6 +14,7 @@ from isolation.guest import Guest
 from pytest_isolation import reports
 
 
+COLLECTOR = "isolation-controller"
 PAYLOAD = "pytest_isolation.worker:main"
 
 
@@ -113,7 +114,7 @@ _NOT_COLLECTED = (
 
 def order_for(config: pytest.Config) -> dict[str, Any]:
     """What a worker that collects by itself needs to know: the command line, as it was given here."""
-    return {"args": [*config.invocation_params.args, "--isolation=no"]}
+    return {"args": list(config.invocation_params.args)}
 
 
 def main(guest: Guest) -> None:
@@ -123,7 +124,9 @@ def main(guest: Guest) -> None:
 
 
 class _Collector:
-    """Takes over when pytest has collected."""
+    """Takes over when pytest has collected. Where it is registered, no controller is (plugin.py)."""
+
+    __name__ = COLLECTOR  # what pluggy registers it as
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest

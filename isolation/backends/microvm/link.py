@@ -131,10 +131,20 @@ class Link:
         return self._over
 
     def stop(self) -> None:
-        """Let the machine be, without a word: what its memory holds now is to be kept. Returns when the thread has ended."""
+        """Let the machine be: what its memory holds now is to be kept. Returns when the thread has ended.
+
+        Nothing is closed before `hang_up`: QEMU would tell the guest, and that is a change, too.
+        """
         self._stop = True
         os.eventfd_write(self._wake, 1)
         self.join()
+
+    def hang_up(self) -> None:
+        """Close this side's ends."""
+        self._drain_console()
+        self._agent.close()
+        self._console.close()
+        os.close(self._stderr)
 
     def join(self, timeout: float | None = None) -> None:
         if threading.current_thread() is not self._thread:
@@ -164,11 +174,9 @@ class Link:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         finally:
-            self._drain_console()
             self._mux.close()
-            self._agent.close()
-            self._console.close()
-            os.close(self._stderr)
+            if not self._stop:
+                self.hang_up()
             try:
                 self._ended(reason)
             finally:

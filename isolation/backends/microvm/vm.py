@@ -165,6 +165,7 @@ class Vm:
         finally:
             self._saving = False
             self.close()
+            self.link.hang_up()
         memory.seal(os_ram)
         return State(self.hardware, os_ram, devices, self.drives, mark)
 
