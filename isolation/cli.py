@@ -1,4 +1,4 @@
-"""The command line: `isolation run`, `isolation doctor`, `isolation backends`.
+"""The command line: `isolation run`, `isolation doctor`, `isolation backends`, and what backends bring (`isolation microvm`).
 
 Exit codes of `run` are those of timeout(1) and `docker run`: the command's own; 128+signal; 124 when it took too long, 137
 when it ran out of memory; 125 when the sandbox could not be made, 126 and 127 when the command could not be executed
@@ -26,6 +26,7 @@ _FAILED: Final = 125
 _NOT_EXECUTABLE: Final = 126
 _NOT_FOUND: Final = 127
 _CTRL_C: Final = 130
+_COMMANDS: Final = ("run", "doctor", "backends")
 _CAPTURED_AT_MOST: Final = 64 << 20  # bytes of each stream, for --json
 
 
@@ -44,8 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The entry point. Returns the exit code."""
     _take_standard_descriptors()
     try:
-        options = _parser().parse_args(argv)
-        code: int = options.action(options)
+        words = sys.argv[1:] if argv is None else list(argv)
+        parser = _parser()
+        code = _backends_own(words)
+        if code is None:
+            options = parser.parse_args(words)
+            code = options.action(options)
         if sys.stdout is not None:  # the caller had closed it
             sys.stdout.flush()
         return code
@@ -64,6 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _say(str(error))
         return _FAILED
+
+
+def _backends_own(words: Sequence[str]) -> int | None:
+    """`isolation NAME …`, where NAME is a backend that has commands; None for everything else."""
+    if not words or words[0].startswith("-") or words[0] in _COMMANDS:
+        return None
+    from isolation import registry
+
+    backend = registry.backends().get(words[0])
+    return None if backend is None else backend.main(words[1:])
 
 
 def _take_standard_descriptors() -> None:
@@ -86,7 +101,11 @@ def _say(message: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="isolation", description="Run commands in a fresh, sealed sandbox.")
+    parser = _Parser(
+        prog="isolation",
+        description="Run commands in a fresh, sealed sandbox.",
+        epilog="A backend may have commands of its own: 'isolation microvm --help' (set-up, status, clean).",
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
@@ -122,7 +141,7 @@ def _add_run(commands: Any) -> None:
     )
     add = run.add_argument
     add("--backend", metavar="NAME", default="auto", help="which one (default: the first that works here)")
-    add("--network", metavar="MODE", default="none", help="none: own loopback only (default); host: no isolation at all")
+    add("--network", metavar="MODE", default="none", help="none: own loopback only (default); nat (microvm): outgoing only; host: none at all")
     add("--memory", metavar="SIZE", help="of all its processes together")
     add("--pids", metavar="N", help="how many processes and threads it may have")
     add("--cpus", metavar="N", help="cores, e.g. 0.5")

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import pluggy
 
+from isolation.errors import SpecError
 from isolation.result import Change, Usage, Verdict
 from isolation.spec import SandboxSpec
 from isolation.template import Template
@@ -148,7 +149,7 @@ class Backend(abc.ABC):
         raise NotImplementedError
 
     def load(self, spec: SandboxSpec, payload: str, config: Any, directory: str) -> Template:
-        """A template that `Template.save` has kept. Feature "snapshot". Raises LaunchError when anything it depends on differs."""
+        """A template that `Template.save` has kept. Feature "snapshot". Raises LaunchError when anything differs."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -161,7 +162,7 @@ class Backend(abc.ABC):
 
     def main(self, argv: Sequence[str]) -> int:
         """`isolation NAME …`: this backend's own command line. Returns the exit code."""
-        raise NotImplementedError
+        raise SpecError(f"the {self.name} backend has no commands of its own")
 
     def explain(self, spec: SandboxSpec) -> str:
         """What `launch` would do, for people."""

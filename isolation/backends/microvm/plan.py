@@ -151,7 +151,7 @@ def make_plan(spec: SandboxSpec, images: Images) -> Plan:
         "workdir": spec.workdir,
         "disk": spec.limits.disk,
         "limits": {"memory": spec.limits.memory, "pids": spec.limits.pids, "cpus": spec.limits.cpus},
-        "sysctl": {"net/ipv4/ip_unprivileged_port_start": "0"},
+        "sysctl": {"net/ipv4/ip_unprivileged_port_start": "0", "vm/overcommit_memory": "1"},
         "nat": hardware.nat,
         "tree": {
             "private": private,
