@@ -1,4 +1,4 @@
-"""Shared by all tests: a project directory, and what is left behind."""
+"""Shared by all tests: a project directory, the backends, and what is left behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from isolation import registry
+from isolation.backends.microvm import setup
+from isolation.backends.microvm.cache import Cache
+from isolation.backends.microvm.progress import SILENT
 from isolation.backends.namespace import launcher
+from isolation.hookspecs import Backend
 
 pytest_plugins = ["pytester"]
 
@@ -32,14 +37,27 @@ def leftovers(mark: bytes) -> set[str]:
     return found
 
 
+def machines() -> set[int]:
+    """Every QEMU process there is."""
+    found = set()
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and Path(f"/proc/{name}/comm").read_text().startswith("qemu-system"):
+                found.add(int(name))
+        except OSError:
+            continue
+    return found
+
+
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fails a test that leaves a process of this one, or a cgroup, behind."""
     mine = Path("/proc/self/cmdline").read_bytes()
-    before = leftovers(mine)
+    before, running = leftovers(mine), machines()
     yield
     launcher.release()
     assert leftovers(mine) - before == set()
+    assert machines() - running == set()
 
 
 @pytest.fixture
@@ -49,3 +67,26 @@ def project(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "data.txt").write_text("original")
     return path
+
+
+@pytest.fixture(scope="session")
+def real_cache() -> str:
+    """Of the user who runs the tests."""
+    return str(Cache.default().root.parent.parent)
+
+
+@pytest.fixture(scope="session")
+def microvm_ready() -> None:
+    """What `isolation microvm setup` does; nothing but a look where it was done before."""
+    setup.make(Cache.default(), SILENT)
+
+
+@pytest.fixture(params=["namespace", "microvm"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend in turn is what "auto" chooses."""
+    name: str = request.param
+    if name == "microvm":
+        request.getfixturevalue("microvm_ready")
+    found: dict[str, Backend] = dict(sorted(registry.backends().items(), key=lambda pair: pair[0] != name))
+    monkeypatch.setattr(registry, "backends", lambda: found)
+    return name

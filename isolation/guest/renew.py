@@ -12,7 +12,6 @@ import random
 import socket
 import sys
 import time
-import uuid
 
 from isolation.guest import linux
 from isolation.guest.tree import Tree
@@ -31,7 +30,6 @@ def machine(seed: bytes | None, now: tuple[int, int], tree: Tree) -> None:
     socket.sethostname(f"isolation-{name[:12]}")
     if os.path.exists("/etc/machine-id"):
         tree.own_file("/etc/machine-id", name[:32] + "\n")
-    tree.own_file("/proc/sys/kernel/random/boot_id", str(uuid.UUID(hex=name[32:])) + "\n")
 
 
 def process(seed: bytes) -> None:

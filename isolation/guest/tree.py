@@ -52,8 +52,10 @@ class Tree:
         linux.mount("", cpus, flags=linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY)
 
     def limit(self, size: int) -> None:
-        """How many bytes may be written in all."""
-        linux.mount("", _RW, flags=linux.MS_REMOUNT | linux.MS_NOSUID, data=f"size={size}")
+        """How many bytes may be written in all, beside what is there."""
+        status = os.statvfs(HIDDEN)
+        used = (status.f_blocks - status.f_bfree) * status.f_frsize
+        linux.mount("", HIDDEN, flags=linux.MS_REMOUNT | linux.MS_NOSUID, data=f"size={used + size}")
 
     def build(self, order: dict[str, Any], uid: int, gid: int) -> None:
         """Private directories first, then what lies in them. Raises OSError.
@@ -92,10 +94,12 @@ class Tree:
             self._mounted.add(path)
 
     def seal(self) -> None:
-        """From here on only what was made writable is."""
+        """From here on only what was made writable is.
+
+        Nothing is mounted over a part of /proc: a new one can be mounted in a sandbox within only where this one is wholly
+        visible (kernel: mount_too_revealing).
+        """
         linux.mount("", "/", flags=linux.MS_REMOUNT | linux.MS_RDONLY)
-        linux.mount("/proc/sys", "/proc/sys", flags=linux.MS_BIND)
-        linux.mount("", "/proc/sys", flags=linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY | linux.MS_NOSUID)
         self._own = frozenset(change.path for change in self.changes())
 
     def changes(self) -> list[Change]:

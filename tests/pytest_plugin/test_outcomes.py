@@ -79,6 +79,13 @@ def without_noise(lines: list[str]) -> list[str]:
     return [line for line in lines if not line.startswith(("isolation:", "platform", "plugins", "rootdir")) and " in " not in line]
 
 
+def shape(path: Path) -> list[tuple[str, str | None, list[str]]]:
+    """A junit file without its times."""
+    tree = ElementTree.parse(path)
+    found = [(e.tag, e.get("name"), [f"{c.tag} {c.get('message')}" for c in e]) for e in tree.iter()]
+    return [(tag, name, [c for c in children if c]) for tag, name, children in found]
+
+
 @pytest.mark.parametrize("arguments", [["-rA"], ["-rA", "-s"], ["-rA", "--capture=sys"], ["-rA", "--tb=native"], ["-v"]])
 def test_output_is_that_of_plain_pytest(pytester: pytest.Pytester, arguments: list[str]) -> None:
     pytester.makepyfile(SUITE)
@@ -95,11 +102,6 @@ def test_output_is_that_of_plain_pytest(pytester: pytest.Pytester, arguments: li
 
 def test_junit_is_that_of_plain_pytest(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(SUITE + "\n    def test_suite(record_testsuite_property): record_testsuite_property('p', 'q')\n")
-
-    def shape(path: Path) -> list[tuple[str, str | None, list[str]]]:
-        tree = ElementTree.parse(path)
-        found = [(e.tag, e.get("name"), [f"{c.tag} {c.get('message')}" for c in e]) for e in tree.iter()]
-        return [(tag, name, [c for c in children if c]) for tag, name, children in found]
 
     pytester.runpytest_subprocess("--junitxml=plain.xml")
     pytester.runpytest_subprocess("--isolation", "--junitxml=isolated.xml")

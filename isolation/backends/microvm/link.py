@@ -252,7 +252,7 @@ class Link:
         now = time.monotonic()
         if self.deadline is not None and now >= self.deadline:
             self.timed_out = True
-            return "it took longer than its wall-clock limit"
+            return "timed out at its wall-clock limit"
         if self._watched and now >= self._heard + (_LOST_AFTER if self._pinged else _PING_AFTER):
             if self._pinged:
                 return f"its kernel or agent has not answered for {_LOST_AFTER:g} s"

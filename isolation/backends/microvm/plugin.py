@@ -76,9 +76,10 @@ class MicrovmBackend(Backend):
 
 def _plan(spec: SandboxSpec) -> Plan:
     from isolation.backends.microvm import plan, setup
-    from isolation.backends.microvm.progress import Progress
+    from isolation.backends.microvm.progress import SILENT, Progress
 
-    return plan.make_plan(spec, setup.load(progress=Progress.stderr()))
+    progress = Progress.stderr() if sys.stderr is not None and sys.stderr.isatty() else SILENT
+    return plan.make_plan(spec, setup.load(progress=progress))
 
 
 def _checked(payload: Callable[..., object] | str) -> str:

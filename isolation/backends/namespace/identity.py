@@ -11,6 +11,7 @@ from isolation.backends.namespace import syscalls
 # systemd sets aside for containers (524288 to 1879048191, systemd's UIDS-GIDS.md).
 RANGE_BASE = 27465 * 65536
 RANGE_SIZE = 65536
+_CAP_SYS_ADMIN = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Identity:
     @classmethod
     def of_caller(cls) -> Identity:
         """The identity for sandboxes that this process makes."""
-        if os.geteuid() == 0 and _is_initial_user_namespace():
+        if os.geteuid() == 0 and _is_initial_user_namespace() and _has_capabilities():
             return cls(0, 0, ranged=True)
         return cls(os.geteuid(), os.getegid(), ranged=False)
 
@@ -38,6 +39,13 @@ class Identity:
 def _is_initial_user_namespace() -> bool:
     with open("/proc/self/uid_map", encoding="ascii") as file:
         return file.read().split() == ["0", "0", "4294967295"]
+
+
+def _has_capabilities() -> bool:
+    """Root without any, as in some containers and inside of a microVM, can do no more than an ordinary user."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next((line.split()[1] for line in file if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) & _CAP_SYS_ADMIN)
 
 
 def map_range(pid: int, base: int = RANGE_BASE) -> None:
