@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from isolation.spec import SandboxSpec
 
+PREFIX = "isolation-host"  # of the names of memfds that are for the host alone: no fork of its process gets a copy
 SYSTEM = ("bin", "etc", "gnu", "lib", "lib32", "lib64", "libx32", "nix", "opt", "sbin", "usr")
 # Names that tell how to behave, not who someone is. Everything else of the caller's (tokens, sockets, proxies with
 # passwords, PYTHON* that change what runs) stays outside unless the spec names it.

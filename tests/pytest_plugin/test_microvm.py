@@ -25,14 +25,15 @@ def _cache(monkeypatch: pytest.MonkeyPatch, real_cache: str) -> None:
 @pytest.mark.parametrize("arguments", [["-rA"], ["-rA", "-s"]])
 def test_output_is_that_of_plain_pytest(pytester: pytest.Pytester, arguments: list[str]) -> None:
     pytester.makepyfile(SUITE + "\n    def test_suite(record_testsuite_property): record_testsuite_property('p', 'q')\n")
-    arguments = [*arguments, "-p", "no:cacheprovider"]
-    plain = pytester.runpytest_subprocess(*arguments, "--junitxml=plain.xml")
-    isolated = pytester.runpytest_subprocess("--isolation=microvm", *arguments, "--junitxml=isolated.xml")
+    arguments = [*arguments, "-p", "no:cacheprovider", "--junitxml=out.xml"]
+    plain = pytester.runpytest_subprocess(*arguments)
+    plain_shape = shape(pytester.path / "out.xml")
+    isolated = pytester.runpytest_subprocess("--isolation=microvm", *arguments)
     assert isolated.ret == plain.ret == 1
     assert outcome_lines(isolated) == outcome_lines(plain)
     ours, theirs = (without_noise(result.outlines) for result in (isolated, plain))
     assert (sorted(ours) == sorted(theirs)) if "-s" in arguments else (ours == theirs)
-    assert shape(pytester.path / "isolated.xml") == shape(pytester.path / "plain.xml")
+    assert shape(pytester.path / "out.xml") == plain_shape
     isolated.stdout.fnmatch_lines(["isolation: microvm (*), a fresh sandbox for every test; network: own loopback only;*"])
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 
+from isolation.backends.showing import PREFIX
 from isolation.errors import LaunchError
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def empty(size: int, name: str = "isolation-memory") -> int:
+def empty(size: int, name: str = "memory") -> int:
     """A new memfd of `size` bytes, none of them allocated."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(f"{PREFIX}-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     return fd
 

@@ -87,7 +87,7 @@ class _Files:
 
     def placeholder(self) -> int:
         if "" not in self._fds:
-            fd = memory.empty(qemu.PLACEHOLDER, "isolation-slot")
+            fd = memory.empty(qemu.PLACEHOLDER, "slot")
             self._fds[""] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)  # QEMU wants no more than it will use
             os.close(fd)
         return self._fds[""]

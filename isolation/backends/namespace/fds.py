@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from isolation.backends.namespace import syscalls
+from isolation.backends.showing import PREFIX
 
 _DELETED = " (deleted)"
 _COPY_AT_MOST = 64 << 20
@@ -66,6 +67,8 @@ def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         return Inherited(fd)
     path = os.readlink(f"/proc/self/fd/{fd}")
+    if path.startswith(f"/memfd:{PREFIX}"):
+        return Inherited(fd)
     if status.st_nlink == 0 or path.startswith("/memfd:"):
         return Inherited(fd, scratch=stat.S_ISREG(status.st_mode))
     return Inherited(fd, path=path.removesuffix(_DELETED), flags=fcntl.fcntl(fd, fcntl.F_GETFL) & _REOPEN_FLAGS)
