@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from isolation.backends.microvm import accel, memory, qemu
+from isolation.backends.microvm import memory, qemu
 from isolation.backends.microvm.layers import Layer
 from isolation.backends.microvm.qemu import Hardware
 from isolation.backends.microvm.setup import Images
@@ -106,8 +106,11 @@ def placeholder() -> int:
     return _open_files.placeholder()
 
 
-def make_plan(spec: SandboxSpec, images: Images) -> Plan:
-    """Resolve `spec`; builds the layers that are missing. Raises SpecError, FeatureMissing, LaunchError."""
+def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
+    """Resolve `spec`; builds the layers that are missing. `accel` is "kvm" or "tcg".
+
+    Raises SpecError, FeatureMissing, LaunchError.
+    """
     if spec.image is not None:
         raise FeatureMissing("the microvm backend does not run OCI images yet; leave image=None for the host's tree")
     if spec.network.mode not in ("none", "nat"):
@@ -132,7 +135,7 @@ def make_plan(spec: SandboxSpec, images: Images) -> Plan:
     trees = tuple(images.tree(mount.source) for mount in mounts)
     hardware = Hardware(
         machine="microvm",
-        accel=accel.choose(),
+        accel=accel,
         memory=_size(spec.limits.memory),
         cpus=max(1, round((spec.limits.cpus or 1) + 0.49)),
         layers=1 + len(environment),

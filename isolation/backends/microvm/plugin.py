@@ -29,6 +29,7 @@ from isolation.template import Template
 
 if TYPE_CHECKING:
     from isolation.backends.microvm.plan import Plan
+    from isolation.backends.microvm.setup import Images
 
 
 class MicrovmBackend(Backend):
@@ -39,7 +40,7 @@ class MicrovmBackend(Backend):
     def probe(self) -> Probe:
         from isolation.backends.microvm import probe
 
-        return probe.probe(self.features())
+        return probe.probe(self.features(), _acceleration)
 
     def features(self) -> frozenset[str]:
         found = {CHANGES, CPU_LIMIT, DISK_LIMIT, FORK, MEMORY_LIMIT, NESTING, NETWORK_NONE, NETWORK_NAT, PIDS_LIMIT}
@@ -48,7 +49,7 @@ class MicrovmBackend(Backend):
     def describe(self) -> str:
         from isolation.backends.microvm import accel
 
-        return f"microvm ({accel.describe()})"
+        return f"microvm ({accel.describe(_acceleration(_images()))})"
 
     def launch(self, spec: SandboxSpec) -> Machine:
         from isolation.backends.microvm.machine import MicrovmMachine
@@ -74,12 +75,25 @@ class MicrovmBackend(Backend):
         return commands.main(argv)
 
 
-def _plan(spec: SandboxSpec) -> Plan:
-    from isolation.backends.microvm import plan, setup
+def _images() -> Images:
+    from isolation.backends.microvm import setup
     from isolation.backends.microvm.progress import SILENT, Progress
 
     progress = Progress.stderr() if sys.stderr is not None and sys.stderr.isatty() else SILENT
-    return plan.make_plan(spec, setup.load(progress=progress))
+    return setup.load(progress=progress)
+
+
+def _acceleration(images: Images) -> str:
+    from isolation.backends.microvm import accel, boot
+
+    return accel.choose(images.cache, lambda: boot.boots_with_kvm(images))
+
+
+def _plan(spec: SandboxSpec) -> Plan:
+    from isolation.backends.microvm import plan
+
+    images = _images()
+    return plan.make_plan(spec, images, _acceleration(images))
 
 
 def _checked(payload: Callable[..., object] | str) -> str:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from isolation import registry
 from isolation.backends.microvm import accel, qemu, setup
+from isolation.backends.microvm.setup import Images
 from isolation.errors import IsolationError
 from isolation.hookspecs import Check, Probe
 
 
-def probe(features: frozenset[str]) -> Probe:
+def probe(features: frozenset[str], acceleration: Callable[[Images], str]) -> Probe:
     """QEMU, its own sandbox, the images, and how fast it will be."""
-    checks = [_qemu(), _sandbox(), _images(), _accel()]
-    failed = [check for check in checks if not check.ok and not check.optional]
+    checks = [_qemu(), _sandbox()]
+    try:
+        images = setup.load()
+    except IsolationError as error:
+        checks.append(Check("images", False, "not there", str(error)))
+    else:
+        found = f"kernel {images.kernel.release}, base of {images.base.size >> 20} MiB"
+        checks.append(Check("images", True, found))
+    failed = [check for check in checks if not check.ok]
     if failed:
         reason = "; ".join(f"{check.found}: {check.remedy}" if check.remedy else check.found for check in failed)
         return Probe(False, reason, tuple(checks), features)
-    return Probe(True, f"a virtual machine can be started ({accel.describe()})", tuple(checks), features)
+    name = acceleration(images)
+    checks.append(_accel(name))
+    return Probe(True, f"a virtual machine can be started ({accel.describe(name)})", tuple(checks), features)
 
 
 def _qemu() -> Check:
@@ -36,15 +48,9 @@ def _sandbox() -> Check:
     return Check("namespace backend", True, "works; QEMU runs in it")
 
 
-def _images() -> Check:
-    try:
-        images = setup.load()
-    except IsolationError as error:
-        return Check("images", False, "not there", str(error))
-    return Check("images", True, f"kernel {images.kernel.release}, base of {images.base.size >> 20} MiB")
-
-
-def _accel() -> Check:
-    kvm = accel.choose() == "kvm"
-    remedy = "a host with KVM (a readable and writable /dev/kvm that boots Linux) runs machines many times faster"
-    return Check("acceleration", kvm, accel.describe(), "" if kvm else remedy, optional=True)
+def _accel(name: str) -> Check:
+    if name == "kvm":
+        return Check("acceleration", True, "KVM boots Linux here", optional=True)
+    why = accel.why_not() or "KVM does not boot Linux here"
+    remedy = "a host whose KVM boots Linux runs machines many times faster"
+    return Check("acceleration", False, f"{why}; {accel.describe(name)}", remedy, optional=True)

@@ -16,11 +16,10 @@ from isolation.backends.microvm.qemu import Boot, Descriptors, Hardware
 from isolation.backends.microvm.qmp import Qmp, QmpError
 from isolation.errors import LaunchError, SandboxClosed
 from isolation.sandbox import PIPE, Process, Sandbox
-from isolation.spec import Limits, SandboxSpec
+from isolation.spec import Limits, Mount, SandboxSpec
 from isolation.wire import Message
 
 _RESTORE_PATIENCE = 30.0  # s; a restore takes less than 0.1
-_BOOT_PATIENCE = 90.0  # s; a boot takes 4 under emulation, on a machine with nothing else to do
 _STATE_AT_MOST = 64 << 20
 _QEMU_PROCESSES = 64
 
@@ -81,11 +80,11 @@ class Vm:
         self.link = Link(pairs[1][0], pairs[2][0], stderr, self._ended)
 
     @classmethod
-    def boot(cls, hardware: Hardware, drives: Sequence[int], boot: Boot) -> Vm:
-        """A machine that starts from nothing; returns when its agent has spoken. Raises LaunchError."""
+    def boot(cls, hardware: Hardware, drives: Sequence[int], boot: Boot, patience: float) -> Vm:
+        """A machine that starts from nothing; returns when its agent has spoken. Raises LaunchError, after `patience` seconds."""
         vm = cls(hardware, drives, memory.empty(hardware.memory), shared=True, boot=boot)
         try:
-            vm.expect("booted", timeout=_BOOT_PATIENCE)
+            vm.expect("booted", timeout=patience)
         except BaseException:
             vm.close()
             raise
@@ -236,7 +235,12 @@ class Vm:
 
 def _spec(hardware: Hardware) -> SandboxSpec:
     """Of the sandbox around QEMU: nothing but system directories. All that a machine has, it gets as descriptors."""
-    return SandboxSpec(backend="namespace", limits=Limits(pids=_QEMU_PROCESSES), network="host" if hardware.nat else "none")
+    return SandboxSpec(
+        backend="namespace",
+        mounts=[Mount("/dev/kvm", writable=True)] if hardware.accel == "kvm" else [],
+        limits=Limits(pids=_QEMU_PROCESSES),
+        network="host" if hardware.nat else "none",
+    )
 
 
 __all__ = ["QmpError", "State", "Vm"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -154,7 +155,8 @@ def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
         if mount.target == mount.source and mount.mode == "overlay":
             shown.show(mount.source, writable=True)
         elif mount.mode == "rw" or not os.path.isdir(mount.source):
-            shown.bind(mount.source, mount.target, writable=mount.mode == "rw")
+            device = stat.S_ISCHR(os.stat(mount.source).st_mode)
+            shown.bind(mount.source, mount.target, writable=mount.mode == "rw", device=device)
         else:
             shown.show(mount.source, mount.target, writable=mount.mode == "overlay")
     for path in python:

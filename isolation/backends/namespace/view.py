@@ -119,7 +119,8 @@ class View:
     def bind(self, source: str, target: str, *, writable: bool = False, device: bool = False) -> None:
         """The host's own file or directory."""
         real = os.path.realpath(source)
-        self.add(Bind(target, real, self._lower(real, owned=writable), os.path.isdir(real), writable, device))
+        lower = self._lower(real, owned=writable and not device)  # the kernel's file system cannot be id-mapped
+        self.add(Bind(target, real, lower, os.path.isdir(real), writable, device))
 
     def shows(self, path: str) -> bool:
         """Whether `path` (without symlinks) is part of the view."""
