@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import glob
+import json
 import os
 import resource
 import select
@@ -29,8 +30,7 @@ from isolation.wire import Decoder, Message, encode
 
 PORT = "isolation"  # the name that the host gives the port
 CONTROL = 0
-MARK_SIZE = 16
-_READ_AT_MOST = 1 << 16
+_ORDER = struct.Struct(">I")  # the length of what follows the mark: the first message, in JSON
 
 
 def main() -> None:
@@ -72,6 +72,7 @@ class Agent:
         self._terminals: dict[int, int] = {}  # by the host's number: a descriptor of its terminal
         self._template: WarmPayload | None = None
         self._cgroup = Cgroup()
+        self._frozen = False
         self._mark = b""  # of the snapshot that is to be made
         self._connect()
 
@@ -262,8 +263,11 @@ class Agent:
 
     def _fall_silent(self) -> None:
         """Fall silent, and wait until a host speaks the mark: the memory of this moment is what every fork begins with."""
-        if self._template is not None:
+        # A payload alone waits to be woken; whatever else it has started would run on before the random numbers are new.
+        self._frozen = self._cgroup.busy()
+        if self._frozen:
             self._cgroup.freeze(frozen=True)
+        if self._template is not None:
             self._template.keep_deleted_files()
         self._mux.drain()  # what was written while it warmed up is not to be told by every fork
         self._say({"event": "quiet"})
@@ -271,19 +275,19 @@ class Agent:
         gc.collect()
         gc.freeze()
         _wait_for_mark(self._port, self._mark)
+        order = _read_exactly(self._port, _ORDER.unpack(_read_exactly(self._port, _ORDER.size))[0])
         self._mark = b""
         self._decoder = Decoder()
         self._mux.restart()
+        self._handle(json.loads(order))
 
     def _op_renew(self, message: Message) -> None:
-        """The first words to a fork, sent together with its job; nothing else in the machine has run on yet."""
+        """The first words to a fork, and its job; nothing else in the machine has run on yet."""
         self._renew(message)
         if self._template is not None:
-            seed = bytes.fromhex(message["seed"]) if message["seed"] else None
-            self._template.wake(renew_process=seed)
+            self._template.wake(message["seed"], message["job"])
+        if self._frozen:
             self._cgroup.freeze(frozen=False)
-        if message.get("answer"):
-            self._say({"event": "renewed"})
 
     def _renew(self, message: Message) -> None:
         seed = bytes.fromhex(message["seed"]) if message["seed"] else None
@@ -365,6 +369,16 @@ def _wait_for_mark(port: int, mark: bytes) -> None:
             time.sleep(0.001)  # the host is not there yet
             continue
         seen = (seen + byte)[-len(mark) :]
+
+
+def _read_exactly(port: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        try:
+            data += os.read(port, size - len(data))
+        except BlockingIOError:
+            time.sleep(0.0005)
+    return data
 
 
 def _set_window(terminal: int, window: list[int]) -> None:

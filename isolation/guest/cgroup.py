@@ -30,6 +30,11 @@ class Cgroup:
         if limits["cpus"] is not None:
             _write(f"{self.guest}/cpu.max", f"{int(limits['cpus'] * _PERIOD)} {_PERIOD}")
 
+    def busy(self) -> bool:
+        """Whether there is more in it than one process with one thread."""
+        with open(f"{self.guest}/cgroup.threads", encoding="ascii") as file:
+            return len(file.read().split()) > 1
+
     def freeze(self, *, frozen: bool) -> None:
         """Stop every program where it is, or let them run on; waits until they are stopped."""
         _write(f"{self.guest}/cgroup.freeze", "1" if frozen else "0")
@@ -69,5 +74,8 @@ def _oom_kills() -> int:
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as file:
-        file.write(text)
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode("ascii"))
+    finally:
+        os.close(fd)

@@ -24,6 +24,7 @@ class Guest:
         self.wire = wire
         self.config = config
         self._fork = fork
+        self._jobs: list[Any] = []
 
     def send(self, message: Message, data: bytes = b"") -> None:
         """Send one message to the host. Raises WireError when it is too large, or the host is gone."""
@@ -33,8 +34,14 @@ class Guest:
         """The host's next message; None when it has nothing more to say."""
         return self.wire.receive()
 
+    def hand(self, job: Any) -> None:
+        """For a backend: the job came in another way than by the wire."""
+        self._jobs = [job]
+
     def job(self) -> Any:
         """Wait for this fork's job. Ends the process quietly when the host has none after all."""
+        if self._jobs:
+            return self._jobs.pop()
         try:
             message = self.receive()
         except WireError:

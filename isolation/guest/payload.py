@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import json
 import os
 import socket
 import sys
@@ -27,13 +28,18 @@ def main(payload: str, first: int) -> None:
         """The machine is what is forked: this process lives on in each of them, from this very line."""
         _flush()
         agent.send(b"w")
-        woken = agent.recv(1 + renew.SEED_SIZE)
-        if not woken:
-            guest.finish()
-        if len(woken) > 1:
-            renew.process(woken[1:])
+        line = b""
+        while not line.endswith(b"\n"):
+            part = agent.recv(1 << 16)
+            if not part:
+                guest.finish()
+            line += part
+        seed, job = json.loads(line)
+        if seed is not None:
+            renew.process(bytes.fromhex(seed))
         faulthandler.enable(file=crash, all_threads=True)  # whatever the warm-up made of it
         faulthandler.register(DUMP_SIGNAL, file=crash, all_threads=True)
+        guest.hand(job)
         yield guest
 
     order = wire.receive()

@@ -6,8 +6,6 @@ random-for-clones.md; here the first `os.urandom` of two forks was the same befo
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 import socket
 import sys
@@ -16,20 +14,23 @@ import time
 from isolation.guest import linux
 from isolation.guest.tree import Tree
 
-SEED_SIZE = 32  # bytes
+SEED_SIZE = 128  # bytes: 32 for the kernel's pool, 16 for names, 32 for numpy, 48 for a process's own generators
+_KERNEL, _NAMES, _NUMPY, _PROCESS = slice(0, 32), slice(32, 48), slice(48, 80), slice(80, 128)
 
 
 def machine(seed: bytes | None, now: tuple[int, int], tree: Tree) -> None:
     """For the whole machine, before anything in it runs on. `now` is the host's clock, in seconds and nanoseconds;
-    without a seed only the clock is set, and the random numbers of all such forks are the same."""
+    without a seed only the clock is set, and the random numbers of all such forks are the same.
+
+    No hash, no text file: in a machine that has just been restored, all code is slow the first time it runs.
+    """
     time.clock_settime_ns(time.CLOCK_REALTIME, now[0] * 1_000_000_000 + now[1])
     if seed is None:
         return
-    linux.add_entropy(seed)
-    name = hashlib.sha256(b"name" + seed).hexdigest()
+    linux.add_entropy(seed[_KERNEL])
+    name = seed[_NAMES].hex()
     socket.sethostname(f"isolation-{name[:12]}")
-    if os.path.exists("/etc/machine-id"):
-        tree.own_file("/etc/machine-id", name[:32] + "\n")
+    tree.own_file("/etc/machine-id", name + "\n")
 
 
 def process(seed: bytes) -> None:
@@ -37,11 +38,12 @@ def process(seed: bytes) -> None:
 
     A `random.Random` or a numpy `Generator` of the program's own keeps its state, as it does after os.fork.
     """
-    random.seed(hashlib.sha256(b"random" + seed).digest())
+    random.seed(int.from_bytes(seed[_PROCESS], "big"))
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
-        words = hashlib.sha256(b"numpy" + seed).digest()
+        words = seed[_NUMPY]
         numpy.seed([int.from_bytes(words[place : place + 4], "big") for place in range(0, 32, 4)])
     ssl = sys.modules.get("ssl")
     if ssl is not None:
-        ssl.RAND_add(seed, len(seed))  # OpenSSL has a pool of its own, and notices a fork by the process number only
+        # OpenSSL has a pool of its own, and notices a fork by the process number only.
+        ssl.RAND_add(seed[_PROCESS], len(seed[_PROCESS]))

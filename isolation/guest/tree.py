@@ -25,7 +25,7 @@ class Tree:
 
     def __init__(self) -> None:
         self._uppers: list[tuple[str, str, str]] = []  # (where it is written, what it shows, what was there before)
-        self._mounted: set[str] = set()
+        self._own_files: dict[str, int] = {}  # by path: descriptors, for renewal
         self._own: frozenset[str] = frozenset()  # what was made on the guest's behalf, and is no change of its
 
     def kernel_places(self) -> None:
@@ -84,14 +84,14 @@ class Tree:
             self._show(number, entry["device"], entry["target"], entry["mode"], directory=entry["directory"])
 
     def own_file(self, path: str, text: str) -> None:
-        """A file of this machine's own in place of `path`, which must exist."""
-        own = f"{HIDDEN}/own{path.replace('/', '.')}"
-        with open(own, "w", encoding="ascii") as file:
-            file.write(text)
-        os.chmod(own, 0o444)
-        if path not in self._mounted:
-            linux.mount(own, path, flags=linux.MS_BIND)
-            self._mounted.add(path)
+        """A file of this machine's own in place of `path`, if that exists."""
+        if path not in self._own_files:
+            own = f"{HIDDEN}/own{path.replace('/', '.')}"
+            self._own_files[path] = os.open(own, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o444)
+            os.fchmod(self._own_files[path], 0o444)
+            if os.path.exists(path):
+                linux.mount(own, path, flags=linux.MS_BIND)
+        os.pwrite(self._own_files[path], text.encode("ascii"), 0)
 
     def seal(self) -> None:
         """From here on only what was made writable is.

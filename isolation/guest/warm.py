@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ DUMP_SIGNAL = signal.SIGRTMAX - 1  # makes a payload write the stacks of its thr
 STACKS_MARK = b"\0\n"
 _STACKS_AT_MOST = 256 << 10
 _STACKS_WAIT = 1.0  # s
-_WARM, _WAKE = b"w", b"r"
+_WARM = b"w"
 
 
 class WarmPayload:
@@ -67,12 +68,15 @@ class WarmPayload:
             self._control.close()
         return data == _WARM
 
-    def wake(self, renew_process: bytes | None) -> None:
-        """In a fork: let it go on, with a seed for its own random numbers."""
+    def wake(self, seed: str | None, job: Any) -> None:
+        """In a fork: let it go on, with its job, and a seed (in hexadecimal) for its own random numbers."""
         try:
-            self._control.send(_WAKE + (renew_process or b""))
+            self._control.setblocking(True)
+            self._control.sendall(json.dumps([seed, job]).encode() + b"\n")
         except OSError:
             pass  # it has ended
+        finally:
+            self._control.setblocking(False)
 
     def keep_deleted_files(self) -> None:
         """Hold the unlinked files that it has open (pytest's capture), for when it has died. The same in every fork."""

@@ -7,6 +7,7 @@ protocol loses its machine.
 from __future__ import annotations
 
 import collections
+import json
 import os
 import select
 import socket
@@ -70,21 +71,21 @@ class Link:
         """Readable when `receive` has something."""
         return self._news
 
-    def say(self, message: Message, streams: Sequence[Ends] = (), *, outputs: tuple[int, ...] = (), before: bytes = b"") -> None:
+    def say(self, message: Message, streams: Sequence[Ends] = (), *, outputs: tuple[int, ...] = (), mark: bytes = b"") -> None:
         """Queue a message, and begin the streams that it speaks of; their descriptors are the link's from now on.
 
         The word of the end of the command that it starts (its "id") waits until all that came on `outputs` was passed on.
-        `before` are bytes outside of the protocol. Raises SandboxClosed when the machine has ended.
+        `mark` wakes an agent that waits for it, which then takes the message before all else. Raises SandboxClosed when the machine has ended.
         """
-        frame = encode(message)
 
         def begin() -> None:
             # One action: the agent must hear of a stream before its first byte, and this side know it before the answer.
-            if before:
-                self._mux.raw(before)
             if outputs:
                 self._outputs[message.get("id", 0)] = outputs
-            self._mux.write(CONTROL, frame)
+            if mark:
+                self._mux.raw(mark + first_order(message))
+            else:
+                self._mux.write(CONTROL, encode(message))
             for number, source, sink in streams:
                 self._mux.open(number, source=source, sink=sink)
 
@@ -268,6 +269,12 @@ class Link:
             while poller.poll(0) and _collect(fd, kept):
                 pass
             poller.unregister(fd)
+
+
+def first_order(message: Message) -> bytes:
+    """What follows the mark: outside of all streams, since every step more costs a machine that has just been restored."""
+    text = json.dumps(message, separators=(",", ":")).encode()
+    return len(text).to_bytes(4, "big") + text
 
 
 def _collect(fd: int, kept: bytearray) -> bool:

@@ -203,7 +203,7 @@ def prepare(plan: Plan, *, keep: bool = False) -> Vm:
     vm = Vm.restore(state, keep=keep, drives=[*state.drives[: state.hardware.layers], *plan.slots(state.hardware)])
     try:
         vm.wait_until_running()
-        vm.link.say({"op": "setup", "seed": seed(), "time": now()} | plan.order, before=state.mark)
+        vm.link.say({"op": "setup", "seed": seed(), "time": now()} | plan.order, mark=state.mark)
         message = vm.expect("ready", timeout=_PREPARE_PATIENCE)
         if not message.get("workdir"):
             raise LaunchError(f"the working directory {plan.workdir!r} does not exist inside the sandbox")

@@ -40,7 +40,7 @@ class MicrovmBackend(Backend):
     def probe(self) -> Probe:
         from isolation.backends.microvm import probe
 
-        return probe.probe(self.features(), _acceleration)
+        return probe.probe(self.features(), acceleration)
 
     def features(self) -> frozenset[str]:
         found = {CHANGES, CPU_LIMIT, DISK_LIMIT, FORK, MEMORY_LIMIT, NESTING, NETWORK_NONE, NETWORK_NAT, PIDS_LIMIT}
@@ -49,7 +49,7 @@ class MicrovmBackend(Backend):
     def describe(self) -> str:
         from isolation.backends.microvm import accel
 
-        return f"microvm ({accel.describe(_acceleration(_images()))})"
+        return f"microvm ({accel.describe(acceleration(_images()))})"
 
     def launch(self, spec: SandboxSpec) -> Machine:
         from isolation.backends.microvm.machine import MicrovmMachine
@@ -83,7 +83,8 @@ def _images() -> Images:
     return setup.load(progress=progress)
 
 
-def _acceleration(images: Images) -> str:
+def acceleration(images: Images) -> str:
+    """ "kvm" or "tcg", whichever works here."""
     from isolation.backends.microvm import accel, boot
 
     return accel.choose(images.cache, lambda: boot.boots_with_kvm(images))
@@ -93,7 +94,7 @@ def _plan(spec: SandboxSpec) -> Plan:
     from isolation.backends.microvm import plan
 
     images = _images()
-    return plan.make_plan(spec, images, _acceleration(images))
+    return plan.make_plan(spec, images, acceleration(images))
 
 
 def _checked(payload: Callable[..., object] | str) -> str:

@@ -44,11 +44,11 @@ class _Streams:
         self.stdout, self._stdout = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.stderr, self._stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
-    def connect(self, link: Link, message: Message, *, before: bytes = b"") -> None:
+    def connect(self, link: Link, message: Message, *, mark: bytes = b"") -> None:
         """Say `message`, with which the agent begins to use them, and hand over the other ends."""
         fd = self._theirs.detach()
         ends = [(_STREAMS[0], fd, fd), (_STREAMS[1], -1, self._stdout), (_STREAMS[2], -1, self._stderr)]
-        link.say(message, ends, outputs=_STREAMS, before=before)
+        link.say(message, ends, outputs=_STREAMS, mark=mark)
 
 
 class MicrovmTemplate(Template):
@@ -224,10 +224,9 @@ class MicrovmFork(Fork):
         self.vm.wait_until_running()
         self._begun = time.monotonic()
         try:
-            message = {"op": "renew", "id": _PAYLOAD, "seed": seed() if reseed else None, "time": now()}
-            self.streams.connect(self.vm.link, message, before=self._mark)
+            message = {"op": "renew", "id": _PAYLOAD, "seed": seed() if reseed else None, "time": now(), "job": job}
+            self.streams.connect(self.vm.link, message, mark=self._mark)
             self.vm.link.watch()
-            self._wire.send({"job": job})
         except SandboxClosed as error:
             raise LaunchError(f"the sandbox could not be made: {self.vm.link.over}{self.vm.last_words()}") from error
 
