@@ -283,6 +283,12 @@ def landlock_restrict_self(ruleset: int) -> None:
         raise _fail("landlock_restrict_self")
 
 
+def mprotect(address: int, size: int, protection: int) -> None:
+    """mprotect(2) of whole pages."""
+    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(protection)):
+        raise _fail("mprotect", hex(protection))
+
+
 def clear_memory(start: int, end: int) -> None:
     """Overwrite the calling process's own bytes from `start` to `end` with zeroes."""
     ctypes.memset(start, 0, end - start)
