@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import json
 import os
 import select
 import signal
@@ -21,8 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from isolation.backends.namespace import build, fds, identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.fds import Inherited
+from isolation.backends.namespace.operations import FreshOperation
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.errors import LaunchError, WireError
@@ -347,7 +350,6 @@ class Keeper:
         self._mask = mask
         self._umask = os.umask(0)
         os.umask(self._umask)
-        self._base = -1  # a mount namespace to start from
         self._cgroups: Hierarchy | None = None
         self._children: dict[int, _Child] = {}  # by number
         self._ending: dict[int, tuple[int, Cgroup | None]] = {}  # sleeping PID 1s that were killed: pidfd → pid, cgroup
@@ -491,10 +493,13 @@ class Keeper:
         cgroup: Cgroup | None,
         memory_files: tuple[int, int] | None,
     ) -> _Child | Guest:
+        construction = self._construction(init.NAMESPACES)
+        if construction is not None:
+            construction.use_leash(theirs.fileno())
         pid, pidfd = syscalls.clone(self._init_flags())
         if pid == 0:
             ours.close()
-            init.live(self._plan, init.Birth(given[0], theirs, self._base, memory_files, self._mask, self._umask))
+            init.live(self._plan, init.Birth(given[0], theirs, construction, memory_files, self._mask, self._umask))
         child = _Child(number, pid, pidfd, ours, cgroup)
         wall = self._plan.limits.wall
         child.deadline = None if wall is None else time.monotonic() + wall
@@ -502,6 +507,10 @@ class Keeper:
 
     def _init_flags(self) -> int:
         return self._plan.clone_flags
+
+    def _construction(self, namespaces: int) -> Construction | None:
+        """How a clone becomes a sandbox, where there is a base to start from."""
+        return None
 
     def _clone_payload(
         self,
@@ -617,36 +626,52 @@ class WarmKeeper(Keeper):
         self._inherited = inherited
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._sleeper = Sleeper()
+        self._base = -1  # a mount namespace to start from
+        self._fresh: list[FreshOperation] = []
+        self._constructions: dict[int, Construction] = {}
+        self._stacks = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)  # the number that a fork's own file will have
 
     def _prepare(self) -> int:
-        self._base = self._build_base()
+        self._base, modes = self._build_base()
+        self._fresh = build.with_modes(self._plan, modes)
+        for namespaces in (init.NAMESPACES, _PAYLOAD_NAMESPACES):
+            self._construction(namespaces)  # now, so that no fork's pages are copied for it
+        payload.write_stacks_to(self._stacks)
         gc.collect()
+        syscalls.malloc_trim()  # less to copy the page tables of
         gc.freeze()  # what is warm stays; without it, every fork's collections would touch, and so copy, all of it
         if "dumpable" in self._plan.defences:
             syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # its memory is that of every sleeping PID 1, too
         return sum(item.scratch for item in self._inherited)
 
-    def _build_base(self) -> int:
-        """A mount namespace with what all forks share, built by a clone."""
+    def _construction(self, namespaces: int) -> Construction:
+        if namespaces not in self._constructions:
+            self._constructions[namespaces] = Construction(
+                self._plan, self._fresh, self._umask, base=self._base, namespaces=namespaces
+            )
+        return self._constructions[namespaces]
+
+    def _build_base(self) -> tuple[int, dict[str, int]]:
+        """A mount namespace with what all forks share, built by a clone; and what that saw there (build.look_at_lowers)."""
         ours, theirs = socket.socketpair()
         pid, pidfd = syscalls.clone(syscalls.CLONE_NEWNS)
         if pid == 0:
             ours.close()
             self._be_builder(theirs)
         theirs.close()
-        answer, given, _flags, _ = socket.recv_fds(ours, 4096, 1)
+        answer, given, _flags, _ = socket.recv_fds(ours, 1 << 16, 1)
         ours.close()
         os.waitpid(pid, 0)
         os.close(pidfd)
         if not given:
             raise _error_in(answer)
-        return given[0]
+        return given[0], json.loads(answer)
 
     def _be_builder(self, leash: socket.socket) -> NoReturn:
         try:
             mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             build.build_base(self._plan)
-            socket.send_fds(leash, [b"d"], [mounts])
+            socket.send_fds(leash, [json.dumps(build.look_at_lowers(self._plan)).encode()], [mounts])
         except OSError as error:
             leash.send(f"x{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000])
         finally:
@@ -663,6 +688,8 @@ class WarmKeeper(Keeper):
     ) -> _Child | Guest:
         """A PID 1, and the payload as the second process of its namespace; whose parent, though, is this keeper."""
         wire, stdin, stdout, stderr, crash, *scratch = given
+        construction = self._construction(_PAYLOAD_NAMESPACES)
+        construction.use_leash(theirs.fileno())
         syscalls.unshare(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWTIME)  # for children
         first = pid = None
         syscalls.fork_before()
@@ -681,7 +708,7 @@ class WarmKeeper(Keeper):
         if pid == 0:
             ours.close()
             birth = payload.Birth(
-                theirs, self._base, wire, (stdin, stdout, stderr), crash, scratch, self._inherited, self._mask, self._umask
+                theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited, self._mask, self._umask
             )
             # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
             for other in self._children.values():
@@ -714,6 +741,7 @@ class WarmKeeper(Keeper):
 
 
 # What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.
+_PAYLOAD_NAMESPACES = syscalls.CLONE_NEWCGROUP  # once it has joined its cgroup, which so is the root that is seen
 _INHERITED = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
 
 
