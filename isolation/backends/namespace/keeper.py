@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace import build, fds, forking, identity, init, memory, payload, stage, syscalls
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.fds import Inherited
@@ -196,14 +196,11 @@ def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> Keep
     ours, theirs = Wire.pair()
     host = os.pidfd_open(os.getpid())
     mask = frozenset(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
-    # Before anything is forked: at-fork hooks that start threads would make unshare(2) and clone(2) fail or unsafe.
-    syscalls.fork_before()
     try:
-        pid = syscalls.fork()
+        pid = forking.fork()
         if pid == 0:
             _become_keeper(plan, function, theirs, ours, host, mask)
     finally:
-        syscalls.fork_after_parent()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
     os.close(host)
@@ -220,7 +217,6 @@ def _become_keeper(
 ) -> NoReturn:
     status = 1
     try:
-        syscalls.fork_after_child()
         if len(os.listdir("/proc/self/task")) > 1:
             # A hook has started threads in this fork. A fork of it, without hooks, has one; this one only waits.
             child = syscalls.fork()
@@ -708,8 +704,9 @@ class WarmKeeper(Keeper):
         if pid == 0:
             ours.close()
             birth = payload.Birth(
-                theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited, self._mask, self._umask
-            )
+                theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited,
+                self._mask, self._umask,
+            )  # fmt: skip
             # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
             for other in self._children.values():
                 other.leash.close()
