@@ -313,6 +313,7 @@ class _Child:
         self.cgroup = cgroup
         self.init: tuple[int, int] | None = None  # (pid, pidfd) of the sleeping PID 1 of a payload
         self.crash = -1
+        self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
         self.memory_files: tuple[int, int] | None = None
         self.watch: memory.Watch | None = None
         self.deadline: float | None = None
@@ -332,8 +333,9 @@ class _Child:
         elif self.memory_files is not None:
             for fd in self.memory_files:
                 os.close(fd)
-        if self.crash >= 0:
-            os.close(self.crash)
+        for fd in (self.crash, self.mounts):
+            if fd >= 0:
+                os.close(fd)
 
 
 class Keeper:
@@ -529,6 +531,9 @@ class Keeper:
                 identity.map_range(child.pid)
             elif request == b"i":
                 self._map_inner(child)
+            elif request == b"n" and len(given) == 1:
+                child.mounts = given[0]
+                return
             elif request == b"w" and len(given) == 2:
                 child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
                 return
@@ -572,7 +577,6 @@ class Keeper:
             event["accounts"] = child.cgroup.accounts()
         del self._children[child.number]
         os.close(child.pidfd)
-        child.close()
         if child.init is not None:
             child.kill()  # whatever it has left running ends with it
             self._ending[child.init[1]] = child.init[0], child.cgroup
@@ -582,6 +586,7 @@ class Keeper:
             self._wire.send(event)
         except WireError:
             pass  # the host is gone; the loop notices
+        child.close()  # last: this is when the mounts are taken apart
 
     def _buried(self, pidfd: int) -> None:
         """A sleeping PID 1 is gone, and so, by the kernel's word, is everything inside."""
