@@ -2,14 +2,16 @@
 
     python benchmarks/launch.py [--repeat 100]
 
-Both in turn, from one process that has imported everything. bubblewrap (apt install bubblewrap) gets the namespaces and
-the read-only view of the host, without an own /etc, limits, changes, or a system call filter. Also: a second command in a
+Both in turn, from one process that has imported everything; in an order that changes, since each leaves work to the kernel
+that the next one must share the processors with. bubblewrap (apt install bubblewrap) gets the namespaces and the
+read-only view of the host, without an own /etc, limits, changes, or a system call filter. Also: a second command in a
 sandbox that stands already, and a fork of a warm process.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import subprocess
 import sys
@@ -70,8 +72,10 @@ def main() -> int:
         actions["isolation: next command"] = lambda: box.run(["/bin/true"])
         actions["isolation: fork of a warm process"] = fork
         times: dict[str, list[float]] = {name: [] for name in actions}
+        order, shuffle = list(actions.items()), random.Random(0).shuffle
         for turn in range(options.repeat + 3):
-            for name, action in actions.items():
+            shuffle(order)
+            for name, action in order:
                 taken = timed(action)
                 if turn >= 3:
                     times[name].append(taken)

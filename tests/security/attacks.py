@@ -262,3 +262,11 @@ for path in ({path!r}, "/etc/passwd", "/usr/bin/true", {executable!r}):
     except OSError:
         pass
 """
+
+# A page that is shared with the keeper is a way to change what that does.
+SHARED_MEMORY = """
+for line in open("/proc/self/maps"):
+    start, rights = line.split()[:2]
+    if rights[1] == "w" and rights[3] == "s":
+        print("BREACH", line)
+"""

@@ -7,9 +7,67 @@ import os
 import resource
 import signal
 import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from isolation.backends.namespace import identity, lockdown, network, syscalls, tree
+from isolation.backends.namespace.operations import FreshOperation, Overlay
 from isolation.backends.namespace.plan import Plan
+from isolation.backends.namespace.script import Memory, Script
+
+
+class Construction:
+    """Every step that can be written down beforehand, once for a keeper (script.py). `leash` is each clone's own socket to
+    the keeper, as a number in its table.
+
+    What comes first is for a clone of a keeper that has a base; `build_fresh` and `seal` are for all.
+    """
+
+    def __init__(
+        self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, *, base: int = -1, namespaces: int = 0
+    ) -> None:
+        self._script = script = Script()
+        self._leash = script.slot()
+        script.call("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # see die_with_keeper
+        script.call("setsid")
+        if plan.cgroup is not None:
+            _write_ask(script, self._leash, b"c")
+        _write_enter_base(script, plan, base, namespaces)
+        self._fresh = script.mark()
+        if "keyring" in plan.defences:
+            _write_fresh_keyring(script)
+        script.call("umask", 0)
+        store = tree.write_fresh(script, fresh, plan.limits.disk)
+        script.call("umask", umask)
+        if plan.own_network:
+            network.write_loopback_up(script)
+            network.write_open_low_ports(script)
+        for number, value in plan.rlimits:
+            _write_rlimit(script, number, value)
+        self._seal = script.mark()
+        _write_seal(script, plan, self._leash)
+        script.finish()
+        self._store = store
+
+    def use_leash(self, leash: int) -> None:
+        """Before a clone is made."""
+        self._script.set(self._leash, leash)
+
+    def enter_and_build(self) -> int:
+        """In a clone of a keeper that has a base: everything up to `seal`. Returns a descriptor of the store."""
+        self._script.run(0, self._seal)
+        return self._script.result(self._store)
+
+    def build_fresh(self) -> int:
+        """With the base as the root: what is this sandbox's alone (keyring, files, network, limits). Returns a descriptor of
+        the store."""
+        self._script.run(self._fresh, self._seal)
+        return self._script.result(self._store)
+
+    def seal(self) -> None:
+        """The end of all privileges, for this process and its children."""
+        self._script.run(self._seal)
 
 
 def ask_keeper(leash: socket.socket, request: bytes) -> None:
@@ -41,46 +99,61 @@ def build_base(plan: Plan) -> None:
     tree.build_base(plan.base, plan.mount_point)
 
 
-def enter_base(plan: Plan, base: int) -> None:
-    """In a clone of a keeper that has a base: start from a copy of its mount namespace."""
-    leave_host_ids(plan)
-    syscalls.setns(base, syscalls.CLONE_NEWNS)
-    syscalls.unshare(syscalls.CLONE_NEWNS)
+def look_at_lowers(plan: Plan) -> dict[str, int]:
+    """Where the base stands: modes for the overlays whose owner has no id inside, by number. Raises OSError."""
+    if plan.identity.ranged:
+        return {}  # everybody has
+    found = {str(item.number): item.mode_for_guest() for item in plan.fresh if isinstance(item, Overlay)}
+    return {number: mode for number, mode in found.items() if mode is not None}
 
 
-def build_fresh(plan: Plan, umask: int) -> int:
-    """What is this sandbox's alone: keyring, files, network, limits. Returns a descriptor of its store."""
-    if "keyring" in plan.defences:
-        _fresh_keyring()
-    os.umask(0)
-    store = tree.build_fresh(plan.fresh, plan.limits.disk)
-    os.umask(umask)
-    if plan.own_network:
-        network.loopback_up()
-        network.open_low_ports()
-    for number, value in plan.rlimits:
-        _set_rlimit(number, value)
-    return store
+def with_modes(plan: Plan, modes: Mapping[str, int]) -> list[FreshOperation]:
+    """The fresh operations, with what `look_at_lowers` has seen."""
+    return [
+        replace(item, foreign_mode=modes.get(str(item.number))) if isinstance(item, Overlay) else item for item in plan.fresh
+    ]
 
 
-def seal(plan: Plan, leash: socket.socket) -> None:
-    """The end of all privileges, for this process and its children."""
+def _write_ask(script: Script, leash: Memory, request: bytes) -> None:
+    """`ask_keeper`, as steps."""
+    script.call("write", leash.value(), request, 1, only=1, about="the keeper")
+    _write_await(script, leash)
+
+
+def _write_await(script: Script, leash: Memory) -> None:
+    """The keeper answers with the same byte, or closes."""
+    script.call("read", leash.value(), script.memory(bytes(8)), 1, only=1, about="the keeper")
+
+
+def _write_enter_base(script: Script, plan: Plan, base: int, namespaces: int) -> None:
+    """Start from a copy of the base's mount namespace; and `namespaces` of its own, after the cgroup was joined, so that it
+    is the root that is seen."""
+    if plan.identity.ranged:
+        for call, *arguments in identity.BECOME_MAPPED_ROOT:
+            script.call(call, *arguments)
+    script.call("setns", base, syscalls.CLONE_NEWNS)
+    script.call("unshare", syscalls.CLONE_NEWNS | namespaces)
+
+
+def _write_seal(script: Script, plan: Plan, leash: Memory) -> None:
     # The guest's own user namespace, below the one that owns the mounts: even with capabilities in its own, it has none
     # over them.
-    syscalls.unshare(syscalls.CLONE_NEWUSER)
+    script.call("unshare", syscalls.CLONE_NEWUSER)
     who = plan.identity
     if who.ranged:
-        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)  # else its maps belong to host root
-        ask_keeper(leash, b"i")
+        script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root
+        script.call("write", leash.value(), b"i", 1, only=1, about="the keeper")
     else:
-        identity.map_own_ids(who.uid, who.gid, 0, 0)
+        identity.write_map_own_ids(script, who.uid, who.gid, 0, 0)
     if "capabilities" in plan.defences:
-        lockdown.drop_capabilities(keep_setfcap=plan.nesting and who.uid == 0)
-    lockdown.no_new_privileges()
+        lockdown.write_drop_capabilities(script, keep_setfcap=plan.nesting and who.uid == 0)
+    lockdown.write_no_new_privileges(script)
     if plan.landlock:
-        lockdown.restrict_to_root(plan.landlock)
+        lockdown.write_restrict_to_root(script, plan.landlock)
     if "seccomp" in plan.defences:
-        lockdown.filter_system_calls(plan.filter)
+        lockdown.write_filter_system_calls(script, plan.filter)
+    if who.ranged:
+        _write_await(script, leash)  # only now: what came between needs no ids, and the keeper has had its time
 
 
 def die_with_keeper() -> None:
@@ -88,17 +161,14 @@ def die_with_keeper() -> None:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _fresh_keyring() -> None:
+def _write_fresh_keyring(script: Script) -> None:
     """Keyrings are in no namespace (keyrings(7)): leave the host's session keyring. A kernel without keys has none to
     leave, and an outer sandbox may have refused the call along with all others on keys."""
-    try:
-        syscalls.join_session_keyring()
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM):
-            raise
+    join = syscalls.KEYCTL_JOIN_SESSION_KEYRING
+    script.call("keyctl", join, 0, 0, 0, 0, accept=(errno.ENOSYS, errno.EPERM), about="a session keyring")
 
 
-def _set_rlimit(number: int, value: int) -> None:
+def _write_rlimit(script: Script, number: int, value: int) -> None:
     _soft, hard = resource.getrlimit(number)
     lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(number, (lower, lower))
+    script.call("prlimit64", 0, number, script.memory(struct.pack("=QQ", lower, lower)), 0, about=f"resource limit {number}")

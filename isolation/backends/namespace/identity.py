@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from isolation.backends.namespace import syscalls
+from isolation.backends.namespace.script import Script
 
 # 65536 ids that no distribution hands out: above /etc/subuid's usual ranges (100000 up), and 64K-aligned within what
 # systemd sets aside for containers (524288 to 1879048191, systemd's UIDS-GIDS.md).
@@ -54,8 +55,12 @@ def map_range(pid: int, base: int = RANGE_BASE) -> None:
         _write(f"/proc/{pid}/{name}", f"0 {base} {RANGE_SIZE}")
 
 
+# Inside, once the range is mapped: leave the host's ids behind. System calls, as steps of a script.
+BECOME_MAPPED_ROOT = (("setresgid", 0, 0, 0), ("setgroups", 0, 0), ("setresuid", 0, 0, 0))
+
+
 def become_mapped_root() -> None:
-    """Inside, once the range is mapped: leave the host's ids behind."""
+    """`BECOME_MAPPED_ROOT`, at once."""
     os.setresgid(0, 0, 0)
     os.setgroups([])
     os.setresuid(0, 0, 0)
@@ -71,6 +76,18 @@ def map_own_ids(inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{inside_uid} {uid} 1")
     _write("/proc/self/gid_map", f"{inside_gid} {gid} 1")
+
+
+def write_map_own_ids(script: Script, inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
+    """`map_own_ids`, as steps of a script."""
+    script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)
+    for name, text in (
+        ("setgroups", "deny"), ("uid_map", f"{inside_uid} {uid} 1"), ("gid_map", f"{inside_gid} {gid} 1")
+    ):  # fmt: skip
+        path = f"/proc/self/{name}"
+        file = script.call("openat", syscalls.AT_FDCWD, path, os.O_WRONLY | os.O_CLOEXEC, 0, about=path)
+        script.call("write", file, text, len(text), only=len(text), about=path)
+        script.call("close", file)
 
 
 def _write(path: str, text: str) -> None:

@@ -21,11 +21,15 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from isolation.backends.namespace import build, environment, fds, memory, syscalls
+from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.hookspecs import FIRST_PASSED
 from isolation.wire import Message, Wire
 
+# Made by itself, once it has joined its cgroup, which so is the root that is seen. Offsets of the time namespace are for
+# children, and stay zero.
+NAMESPACES = syscalls.CLONE_NEWCGROUP | syscalls.CLONE_NEWTIME
 _SIGCHLD_MASK = 1 << (signal.SIGCHLD - 1)
 
 
@@ -35,7 +39,7 @@ class Birth:
 
     control: int  # the host's wire
     leash: socket.socket  # to the keeper, which answers what it is asked; at its end: die
-    base: int  # the mount namespace that holds the base; -1: build that, too
+    construction: Construction | None  # None: it builds the base, too
     memory_files: tuple[int, int] | None
     signal_mask: frozenset[int]  # of the host, for commands
     umask: int
@@ -62,23 +66,33 @@ def _give_up(control: Wire, error: BaseException) -> NoReturn:
 
 
 def _build(plan: Plan, birth: Birth) -> int:
-    build.die_with_keeper()
-    os.setsid()
-    if plan.cgroup is not None:
-        build.ask_keeper(birth.leash, b"c")
-    if birth.base < 0:
+    construction = birth.construction
+    if construction is not None:
+        store = construction.enter_and_build()
+    else:
+        build.die_with_keeper()
+        os.setsid()
+        if plan.cgroup is not None:
+            build.ask_keeper(birth.leash, b"c")
         build.become_root_of_namespace(plan, birth.leash)
         build.build_base(plan)
-    else:
-        build.enter_base(plan, birth.base)
-    # After the cgroup was joined, so that it is the root that is seen; offsets of the new time namespace are for
-    # children, and stay zero.
-    syscalls.unshare(syscalls.CLONE_NEWCGROUP | syscalls.CLONE_NEWTIME)
-    store = build.build_fresh(plan, birth.umask)
-    build.seal(plan, birth.leash)
+        syscalls.unshare(NAMESPACES)
+        construction = Construction(plan, build.with_modes(plan, build.look_at_lowers(plan)), birth.umask)
+        construction.use_leash(birth.leash.fileno())
+        store = construction.build_fresh()
+    _leave_mounts(birth.leash)
+    construction.seal()
     if "dumpable" in plan.defences:
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     return store
+
+
+def _leave_mounts(leash: socket.socket) -> None:
+    """Give the keeper a share in the mount namespace: to take it apart waits for the whole machine twice (RCU), and the end
+    of this process, for which the host waits, would wait with it. The keeper lets go of it then, when nobody is in it."""
+    mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    socket.send_fds(leash, [b"n"], [mounts])
+    os.close(mounts)
 
 
 def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import json
 import os
 import select
 import signal
@@ -20,9 +21,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace import build, fds, forking, identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.fds import Inherited
+from isolation.backends.namespace.operations import FreshOperation
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.errors import LaunchError, WireError
@@ -193,14 +196,11 @@ def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> Keep
     ours, theirs = Wire.pair()
     host = os.pidfd_open(os.getpid())
     mask = frozenset(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
-    # Before anything is forked: at-fork hooks that start threads would make unshare(2) and clone(2) fail or unsafe.
-    syscalls.fork_before()
     try:
-        pid = syscalls.fork()
+        pid = forking.fork()
         if pid == 0:
             _become_keeper(plan, function, theirs, ours, host, mask)
     finally:
-        syscalls.fork_after_parent()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
     os.close(host)
@@ -217,7 +217,6 @@ def _become_keeper(
 ) -> NoReturn:
     status = 1
     try:
-        syscalls.fork_after_child()
         if len(os.listdir("/proc/self/task")) > 1:
             # A hook has started threads in this fork. A fork of it, without hooks, has one; this one only waits.
             child = syscalls.fork()
@@ -314,6 +313,7 @@ class _Child:
         self.cgroup = cgroup
         self.init: tuple[int, int] | None = None  # (pid, pidfd) of the sleeping PID 1 of a payload
         self.crash = -1
+        self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
         self.memory_files: tuple[int, int] | None = None
         self.watch: memory.Watch | None = None
         self.deadline: float | None = None
@@ -333,8 +333,9 @@ class _Child:
         elif self.memory_files is not None:
             for fd in self.memory_files:
                 os.close(fd)
-        if self.crash >= 0:
-            os.close(self.crash)
+        for fd in (self.crash, self.mounts):
+            if fd >= 0:
+                os.close(fd)
 
 
 class Keeper:
@@ -347,7 +348,6 @@ class Keeper:
         self._mask = mask
         self._umask = os.umask(0)
         os.umask(self._umask)
-        self._base = -1  # a mount namespace to start from
         self._cgroups: Hierarchy | None = None
         self._children: dict[int, _Child] = {}  # by number
         self._ending: dict[int, tuple[int, Cgroup | None]] = {}  # sleeping PID 1s that were killed: pidfd → pid, cgroup
@@ -491,10 +491,13 @@ class Keeper:
         cgroup: Cgroup | None,
         memory_files: tuple[int, int] | None,
     ) -> _Child | Guest:
+        construction = self._construction(init.NAMESPACES)
+        if construction is not None:
+            construction.use_leash(theirs.fileno())
         pid, pidfd = syscalls.clone(self._init_flags())
         if pid == 0:
             ours.close()
-            init.live(self._plan, init.Birth(given[0], theirs, self._base, memory_files, self._mask, self._umask))
+            init.live(self._plan, init.Birth(given[0], theirs, construction, memory_files, self._mask, self._umask))
         child = _Child(number, pid, pidfd, ours, cgroup)
         wall = self._plan.limits.wall
         child.deadline = None if wall is None else time.monotonic() + wall
@@ -502,6 +505,10 @@ class Keeper:
 
     def _init_flags(self) -> int:
         return self._plan.clone_flags
+
+    def _construction(self, namespaces: int) -> Construction | None:
+        """How a clone becomes a sandbox, where there is a base to start from."""
+        return None
 
     def _clone_payload(
         self,
@@ -524,6 +531,9 @@ class Keeper:
                 identity.map_range(child.pid)
             elif request == b"i":
                 self._map_inner(child)
+            elif request == b"n" and len(given) == 1:
+                child.mounts = given[0]
+                return
             elif request == b"w" and len(given) == 2:
                 child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
                 return
@@ -567,7 +577,6 @@ class Keeper:
             event["accounts"] = child.cgroup.accounts()
         del self._children[child.number]
         os.close(child.pidfd)
-        child.close()
         if child.init is not None:
             child.kill()  # whatever it has left running ends with it
             self._ending[child.init[1]] = child.init[0], child.cgroup
@@ -577,6 +586,7 @@ class Keeper:
             self._wire.send(event)
         except WireError:
             pass  # the host is gone; the loop notices
+        child.close()  # last: this is when the mounts are taken apart
 
     def _buried(self, pidfd: int) -> None:
         """A sleeping PID 1 is gone, and so, by the kernel's word, is everything inside."""
@@ -617,36 +627,52 @@ class WarmKeeper(Keeper):
         self._inherited = inherited
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._sleeper = Sleeper()
+        self._base = -1  # a mount namespace to start from
+        self._fresh: list[FreshOperation] = []
+        self._constructions: dict[int, Construction] = {}
+        self._stacks = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)  # the number that a fork's own file will have
 
     def _prepare(self) -> int:
-        self._base = self._build_base()
+        self._base, modes = self._build_base()
+        self._fresh = build.with_modes(self._plan, modes)
+        for namespaces in (init.NAMESPACES, _PAYLOAD_NAMESPACES):
+            self._construction(namespaces)  # now, so that no fork's pages are copied for it
+        payload.write_stacks_to(self._stacks)
         gc.collect()
+        syscalls.malloc_trim()  # less to copy the page tables of
         gc.freeze()  # what is warm stays; without it, every fork's collections would touch, and so copy, all of it
         if "dumpable" in self._plan.defences:
             syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # its memory is that of every sleeping PID 1, too
         return sum(item.scratch for item in self._inherited)
 
-    def _build_base(self) -> int:
-        """A mount namespace with what all forks share, built by a clone."""
+    def _construction(self, namespaces: int) -> Construction:
+        if namespaces not in self._constructions:
+            self._constructions[namespaces] = Construction(
+                self._plan, self._fresh, self._umask, base=self._base, namespaces=namespaces
+            )
+        return self._constructions[namespaces]
+
+    def _build_base(self) -> tuple[int, dict[str, int]]:
+        """A mount namespace with what all forks share, built by a clone; and what that saw there (build.look_at_lowers)."""
         ours, theirs = socket.socketpair()
         pid, pidfd = syscalls.clone(syscalls.CLONE_NEWNS)
         if pid == 0:
             ours.close()
             self._be_builder(theirs)
         theirs.close()
-        answer, given, _flags, _ = socket.recv_fds(ours, 4096, 1)
+        answer, given, _flags, _ = socket.recv_fds(ours, 1 << 16, 1)
         ours.close()
         os.waitpid(pid, 0)
         os.close(pidfd)
         if not given:
             raise _error_in(answer)
-        return given[0]
+        return given[0], json.loads(answer)
 
     def _be_builder(self, leash: socket.socket) -> NoReturn:
         try:
             mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             build.build_base(self._plan)
-            socket.send_fds(leash, [b"d"], [mounts])
+            socket.send_fds(leash, [json.dumps(build.look_at_lowers(self._plan)).encode()], [mounts])
         except OSError as error:
             leash.send(f"x{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000])
         finally:
@@ -663,6 +689,8 @@ class WarmKeeper(Keeper):
     ) -> _Child | Guest:
         """A PID 1, and the payload as the second process of its namespace; whose parent, though, is this keeper."""
         wire, stdin, stdout, stderr, crash, *scratch = given
+        construction = self._construction(_PAYLOAD_NAMESPACES)
+        construction.use_leash(theirs.fileno())
         syscalls.unshare(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWTIME)  # for children
         first = pid = None
         syscalls.fork_before()
@@ -681,8 +709,9 @@ class WarmKeeper(Keeper):
         if pid == 0:
             ours.close()
             birth = payload.Birth(
-                theirs, self._base, wire, (stdin, stdout, stderr), crash, scratch, self._inherited, self._mask, self._umask
-            )
+                theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited,
+                self._mask, self._umask,
+            )  # fmt: skip
             # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
             for other in self._children.values():
                 other.leash.close()
@@ -714,6 +743,7 @@ class WarmKeeper(Keeper):
 
 
 # What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.
+_PAYLOAD_NAMESPACES = syscalls.CLONE_NEWCGROUP  # once it has joined its cgroup, which so is the root that is seen
 _INHERITED = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
 
 

@@ -3,16 +3,19 @@
 They come in two kinds. The *base* is what never changes: read-only views of the host. It is built once for a template,
 in /new while the host's tree stands at /old, and every fork starts with a copy of the finished mount namespace. The
 *fresh* part is what a guest writes to; it is made anew in each sandbox, whose root is then already `/`. Everything
-written lands in the *store*, a tmpfs of the sandbox's own: in layers/N (the uppers of overlays) or private/N.
+written lands in the *store*, a tmpfs of the sandbox's own: in layers/N (the uppers of overlays) or private/N. It is
+written down as a script of system calls (script.py), which every fork then runs.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
 
 from isolation.backends.namespace import syscalls
+from isolation.backends.namespace.script import Script
 
 OLD = "/old"
 NEW = "/new"
@@ -28,6 +31,7 @@ PRIVATE = "/private"
 # `userxattr` is what lets a user namespace keep whiteouts and opaque marks; the others say what follows from it anyway
 # and keep the kernel log quiet (kernel: Documentation/filesystems/overlayfs.rst). `volatile` skips pointless syncs.
 _OVERLAY = "userxattr,index=off,metacopy=off,xino=off"
+_COPY_AT_MOST = 1 << 30
 
 
 class Operation:
@@ -35,17 +39,29 @@ class Operation:
 
     target: str
 
-    def execute(self) -> None:
-        """Do it. Raises OSError."""
-        raise NotImplementedError
-
     def describe(self) -> str:
         """One line for `isolation run --explain`."""
         raise NotImplementedError
 
 
+class BaseOperation(Operation):
+    """A step of the base."""
+
+    def execute(self) -> None:
+        """Do it. Raises OSError."""
+        raise NotImplementedError
+
+
+class FreshOperation(Operation):
+    """A step of the fresh part."""
+
+    def write(self, script: Script, made: set[str]) -> None:
+        """Write it down. `made` are the directories that the steps before it have seen to."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Directory(Operation):
+class Directory(BaseOperation):
     """Base: an empty directory of the root itself, read-only once the root is sealed."""
 
     target: str
@@ -59,7 +75,7 @@ class Directory(Operation):
 
 
 @dataclass(frozen=True)
-class Symlink(Operation):
+class Symlink(BaseOperation):
     """Base: a symbolic link, as it stands on the host."""
 
     target: str
@@ -74,7 +90,7 @@ class Symlink(Operation):
 
 
 @dataclass(frozen=True)
-class TextFile(Operation):
+class TextFile(BaseOperation):
     """Base: a small file with content of our own."""
 
     target: str
@@ -90,7 +106,7 @@ class TextFile(Operation):
 
 
 @dataclass(frozen=True)
-class View(Operation):
+class View(BaseOperation):
     """Base: a host directory, read-only. `lower` is where it stands now, `source` where it is on the host.
 
     An overlay without an upper, not a bind: that also cuts what a read-only bind lets through. A unix socket or FIFO of
@@ -111,7 +127,7 @@ class View(Operation):
 
 
 @dataclass(frozen=True)
-class Bind(Operation):
+class Bind(BaseOperation):
     """Base: a host file or directory itself; read-only unless `writable`, where the guest's writes reach the host."""
 
     target: str
@@ -138,7 +154,7 @@ class Bind(Operation):
 
 
 @dataclass(frozen=True)
-class Lower(Operation):
+class Lower(BaseOperation):
     """Base: the lower layer of an overlay that each sandbox makes; out of the guest's sight."""
 
     target: str
@@ -153,66 +169,80 @@ class Lower(Operation):
 
 
 @dataclass(frozen=True)
-class Private(Operation):
+class Private(FreshOperation):
     """Fresh: an empty, writable directory in the store."""
 
     target: str
     number: int
     mode: int = 0o755
 
-    def execute(self) -> None:
+    def write(self, script: Script, made: set[str]) -> None:
         source = f"{STORE}{PRIVATE}/{self.number}"
-        os.mkdir(source)
-        os.chmod(source, self.mode)
-        make_directory(self.target)
-        syscalls.mount(source, self.target, "", syscalls.MS_BIND)
+        script.call("mkdirat", syscalls.AT_FDCWD, source, self.mode, about=self.describe())
+        write_directory(script, self.target, made)
+        write_mount(script, self, source, self.target, "", syscalls.MS_BIND)
+        _cover(self.target, made)
 
     def describe(self) -> str:
         return f"private  {self.target} (empty, writable, discarded)"
 
 
 @dataclass(frozen=True)
-class Overlay(Operation):
+class Overlay(FreshOperation):
     """Fresh: a host directory, copy-on-write."""
 
     target: str
     source: str
     number: int
+    foreign_mode: int | None = None  # of its root, where the owner has no id inside; else as it is on the host
 
     @property
     def lower(self) -> str:
         """Where its `Lower` is."""
         return f"{LOWER}/{self.number}"
 
-    def execute(self) -> None:
-        make_directory(self.target)
+    def write(self, script: Script, made: set[str]) -> None:
+        write_directory(script, self.target, made)
         layer = f"{STORE}{LAYERS}/{self.number}"
-        os.mkdir(layer)
-        os.mkdir(layer + "/work")
-        os.mkdir(layer + "/upper")
-        self._copy_owner(layer + "/upper")
+        for path in (layer, layer + "/work", layer + "/upper"):
+            script.call("mkdirat", syscalls.AT_FDCWD, path, 0o755, about=self.describe())
+        self._copy_status(script, layer + "/upper")
         data = f"lowerdir={self.lower},upperdir={layer}/upper,workdir={layer}/work,{_OVERLAY},volatile"
-        syscalls.mount("overlay", self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
+        write_mount(script, self, "overlay", self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
+        _cover(self.target, made)
 
-    def _copy_owner(self, upper: str) -> None:
-        """The merged root directory shows the upper's own mode and times, which must be the lower's."""
+    def _copy_status(self, script: Script, upper: str) -> None:
+        """The merged root directory shows the upper's own mode, times and owner, which must be the lower's."""
+        here = syscalls.AT_FDCWD
+        status = script.memory(bytes(256))
+        script.call("newfstatat", here, self.lower, status, 0, about=self.describe())
+        mode, uid, gid, times = (status.at(offset) for offset in syscalls.STAT_OFFSETS)
+        if self.foreign_mode is None:
+            script.call("fchownat", here, upper, uid.value(), gid.value(), 0, about=self.describe())
+            script.call("fchmodat", here, upper, mode.value(), about=self.describe())
+        else:
+            script.call("fchmodat", here, upper, self.foreign_mode, about=self.describe())
+        script.call("utimensat", here, upper, times, 0, about=self.describe())
+
+    def mode_for_guest(self) -> int | None:
+        """Where the base stands, and one id only is mapped, which is 0 while the sandbox is made: the mode for a lower
+        directory of anybody else's; None where it is of that one. Raises OSError.
+
+        The guest must not be its owner, who could write what it could not write on the host: it becomes read-only where
+        others could not write.
+        """
         status = os.stat(self.lower)
-        os.chmod(upper, stat.S_IMODE(status.st_mode))
-        os.utime(upper, ns=(status.st_atime_ns, status.st_mtime_ns))
-        try:
-            os.chown(upper, status.st_uid, status.st_gid)
-        except OSError:
-            # An owner that the user namespace does not map. The guest must not own, and so be able to write,
-            # what it could not write on the host: the directory becomes read-only where others could not write.
-            if not status.st_mode & 0o002:
-                os.chmod(upper, stat.S_IMODE(status.st_mode) & 0o555)
+        if (status.st_uid, status.st_gid) == (0, 0):
+            return None
+        mode = stat.S_IMODE(status.st_mode)
+        return mode if mode & 0o002 else mode & 0o555
 
     def describe(self) -> str:
         return f"overlay  {_from(self.target, self.source)} (copy-on-write)"
 
 
 @dataclass(frozen=True)
-class Rebind(Operation):
+class Rebind(FreshOperation):
     """Fresh: a part of the base that lies beneath something fresh, bound there."""
 
     target: str
@@ -220,81 +250,92 @@ class Rebind(Operation):
     directory: bool
     shows: Operation
 
-    def execute(self) -> None:
-        make_mount_point(self.target, directory=self.directory)
-        syscalls.mount(self.base, self.target, "", syscalls.MS_BIND | syscalls.MS_REC)
+    def write(self, script: Script, made: set[str]) -> None:
+        if self.directory:
+            write_directory(script, self.target, made)
+        else:
+            write_directory(script, os.path.dirname(self.target), made)
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC  # where it is missing
+            file = script.call("openat", syscalls.AT_FDCWD, self.target, flags, 0o644, accept_any=True)
+            script.call("close", file, accept_any=True)
+        write_mount(script, self, self.base, self.target, "", syscalls.MS_BIND | syscalls.MS_REC)
 
     def describe(self) -> str:
         return self.shows.describe()
 
 
 @dataclass(frozen=True)
-class CopiedFile(Operation):
+class CopiedFile(FreshOperation):
     """Fresh: a small host file, copied; for directories that must be shown entry by entry."""
 
     target: str
     base: str
+    mode: int = 0o644
 
-    def execute(self) -> None:
-        with open(self.base, "rb") as source, open(self.target, "wb") as copy:
-            copy.write(source.read())
-            os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(source.fileno()).st_mode) & 0o777)
+    def write(self, script: Script, made: set[str]) -> None:
+        here, about = syscalls.AT_FDCWD, self.describe()
+        source = script.call("openat", here, self.base, os.O_RDONLY | os.O_CLOEXEC, 0, about=about)
+        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+        copy = script.call("openat", here, self.target, flags, 0o600, about=about)
+        script.call("sendfile", copy, source, 0, _COPY_AT_MOST, about=about)
+        script.call("fchmod", copy, self.mode, about=about)
+        script.call("close", source)
+        script.call("close", copy)
 
     def describe(self) -> str:
         return f"copy     {self.target}"
 
 
 @dataclass(frozen=True)
-class FreshSymlink(Operation):
+class FreshSymlink(FreshOperation):
     """Fresh: a symbolic link inside something fresh."""
 
     target: str
     to: str
 
-    def execute(self) -> None:
-        make_directory(os.path.dirname(self.target))
-        os.symlink(self.to, self.target)
+    def write(self, script: Script, made: set[str]) -> None:
+        write_directory(script, os.path.dirname(self.target), made)
+        script.call("symlinkat", self.to, syscalls.AT_FDCWD, self.target, about=self.describe())
 
     def describe(self) -> str:
         return f"symlink  {self.target} -> {self.to}"
 
 
 @dataclass(frozen=True)
-class Proc(Operation):
+class Proc(FreshOperation):
     """Fresh: a /proc of the new PID namespace, without what tells of the host or its keys."""
 
     masked: tuple[str, ...]
+    directories: frozenset[str] = frozenset()  # those that are, in this kernel; the others are files, or missing
     target: str = "/proc"
 
-    def execute(self) -> None:
+    def write(self, script: Script, made: set[str]) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
-        syscalls.mount("proc", self.target, "proc", flags)
+        write_mount(script, self, "proc", self.target, "proc", flags)
         for name in self.masked:
+            # Only what is of its kind can cover it. To try both would cost more than all mounts together, for the kernel
+            # waits for an expedited RCU grace period after each that does not fit (namespace_unlock).
             path = f"{self.target}/{name}"
-            if os.path.isdir(path):
-                syscalls.mount(EMPTY, path, "", syscalls.MS_BIND)
-            elif os.path.exists(path):
-                syscalls.mount("/dev/null", path, "", syscalls.MS_BIND)
+            cover = EMPTY if name in self.directories else "/dev/null"
+            script.call("mount", cover, path, "", syscalls.MS_BIND, 0, accept=(errno.ENOENT,), about=self.describe())
 
     def describe(self) -> str:
         return f"proc     {self.target} (masked: {', '.join(self.masked) or 'nothing'})"
 
 
 @dataclass(frozen=True)
-class DevPts(Operation):
+class DevPts(FreshOperation):
     """Fresh: a devpts instance of the sandbox's own: no terminal of the host is in it."""
 
     target: str = "/dev/pts"
 
-    def execute(self) -> None:
+    def write(self, script: Script, made: set[str]) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-        syscalls.mount("devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620")
+        write_mount(script, self, "devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620")
 
     def describe(self) -> str:
         return f"devpts   {self.target} (new instance)"
 
-
-FRESH = (Private, Overlay, Rebind, CopiedFile, FreshSymlink, Proc, DevPts)
 
 
 def make_directory(path: str, mode: int = 0o755) -> None:
@@ -317,6 +358,26 @@ def make_mount_point(path: str, *, directory: bool) -> None:
     elif not os.path.lexists(path):
         make_directory(os.path.dirname(path))
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+
+
+def write_mount(
+    script: Script, operation: Operation, source: str, target: str, fstype: str, flags: int, data: str = ""
+) -> None:
+    """mount(2), as a step."""
+    script.call("mount", source, target, fstype, flags, data or 0, about=operation.describe())
+
+
+def write_directory(script: Script, path: str, made: set[str]) -> None:
+    """mkdir -p, as steps. Most exist, and one that cannot be made is missed by the step that needs it."""
+    if path not in made and path != "/":
+        write_directory(script, os.path.dirname(path), made)
+        script.call("mkdirat", syscalls.AT_FDCWD, path, 0o755, accept_any=True)
+        made.add(path)
+
+
+def _cover(target: str, made: set[str]) -> None:
+    """Something is mounted there: what was made beneath it is not to be seen any more."""
+    made -= {path for path in made if path.startswith(target + "/")}
 
 
 def _from(target: str, source: str) -> str:

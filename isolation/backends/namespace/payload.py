@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from isolation.backends.namespace import build, environment, fds, syscalls
+from isolation.backends.namespace import environment, fds, syscalls
+from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest
@@ -24,14 +25,22 @@ class Birth:
     """What a payload needs besides the plan. Descriptors are numbers in the keeper's table, which it inherits."""
 
     leash: socket.socket  # to the keeper, which answers what it is asked
-    base: int  # the mount namespace that holds the base
+    construction: Construction
     wire: int  # to the host
     stdio: Sequence[int]
-    crash: int  # where it writes the stacks of its threads
+    crash: int  # where it writes the stacks of its threads, once that is
+    stacks: int  # (see write_stacks_to)
     scratch: Sequence[int]  # private copies of unlinked files
     inherited: Sequence[Inherited]
     signal_mask: frozenset[int]  # of the host
     umask: int
+
+
+def write_stacks_to(fd: int) -> None:
+    """In the keeper, once: in it and in every fork, the stacks of all threads go to descriptor `fd` at a crash, and when it
+    gets DUMP_SIGNAL. A fork finds its own file there."""
+    faulthandler.enable(file=fd, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, file=fd, all_threads=True)
 
 
 def become(plan: Plan, birth: Birth) -> Guest:
@@ -53,21 +62,16 @@ def _give_up(birth: Birth, error: BaseException) -> NoReturn:
 
 
 def _become(plan: Plan, birth: Birth) -> Guest:
-    build.die_with_keeper()
-    os.setsid()
-    if plan.cgroup is not None:
-        build.ask_keeper(birth.leash, b"c")
-    build.enter_base(plan, birth.base)
-    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # after the cgroup was joined, so that it is the root that is seen
-    store = build.build_fresh(plan, birth.umask)
+    store = birth.construction.enter_and_build()
     if plan.watch_memory:
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         socket.send_fds(birth.leash, [b"w"], [proc, store])  # for the keeper's watch
     os.close(store)
-    build.seal(plan, birth.leash)
+    birth.construction.seal()
     os.chdir(plan.workdir)
+    os.dup2(birth.crash, birth.stacks, inheritable=False)
     if "fds" in plan.defences:
-        keep = [birth.wire, birth.crash, birth.leash.fileno()]
+        keep = [birth.wire, birth.stacks, birth.leash.fileno()]
         fds.adopt(birth.inherited, birth.stdio, birth.scratch, keep)
     birth.leash.close()
     if not plan.inherit_env:
@@ -78,6 +82,4 @@ def _become(plan: Plan, birth: Birth) -> Guest:
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
     syscalls.fork_after_child()
     signal.pthread_sigmask(signal.SIG_SETMASK, birth.signal_mask)
-    faulthandler.enable(file=birth.crash, all_threads=True)
-    faulthandler.register(DUMP_SIGNAL, file=birth.crash, all_threads=True)
     return Guest(Wire(socket.socket(fileno=birth.wire), accept_fds=True))

@@ -15,7 +15,16 @@ from isolation.backends.namespace import lockdown, seccomp, syscalls, view
 from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.backends.namespace.identity import Identity
 from isolation.backends.namespace.mountinfo import MountTable
-from isolation.backends.namespace.operations import HIDDEN, DevPts, Directory, Operation, Proc, Symlink, TextFile
+from isolation.backends.namespace.operations import (
+    HIDDEN,
+    BaseOperation,
+    DevPts,
+    Directory,
+    FreshOperation,
+    Proc,
+    Symlink,
+    TextFile,
+)
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.spec import Limits, SandboxSpec
@@ -41,8 +50,8 @@ _NAMESPACES = {
 class Plan:
     """What PID 1 of a sandbox executes."""
 
-    base: tuple[Operation, ...]
-    fresh: tuple[Operation, ...]
+    base: tuple[BaseOperation, ...]
+    fresh: tuple[FreshOperation, ...]
     staged: tuple[tuple[str, bool], ...]
     mount_point: str
     identity: Identity
@@ -183,7 +192,8 @@ def _writable_places(shown: view.View, env: dict[str, str]) -> None:
 
 
 def _kernel_places(shown: view.View, spec: SandboxSpec, defences: frozenset[str]) -> None:
-    shown.add(Proc(_MASKED if not spec.nesting and "proc-masks" in defences else ()))
+    masked = _MASKED if not spec.nesting and "proc-masks" in defences else ()
+    shown.add(Proc(masked, frozenset(name for name in masked if os.path.isdir(f"/proc/{name}"))))
     shown.add(Directory("/dev"))
     shown.add(DevPts())
     shown.private("/dev/shm", 0o1777)

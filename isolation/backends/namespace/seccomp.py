@@ -27,16 +27,15 @@ finds out at installation which calls are always allowed, and runs no filter for
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
-import os
 import platform
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.syscall_table import (
     AUDIT_ARCH,
     AUDIT_ARCH_LE,
@@ -402,29 +401,24 @@ class _Assembler:
 # --- installing ---------------------------------------------------------------------------------------
 
 
-class _SockFprog(ctypes.Structure):
-    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
-
-
-# Made here, as `install` runs in a forked child: no imports there. PyDLL keeps the GIL, see `syscalls`.
-_libc = ctypes.PyDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-_NR_SECCOMP = NUMBERS.get(platform.machine(), {}).get("seccomp", -1)
-
-
 def install(program: bytes) -> None:
     """Put the calling process, all its threads, and what they start under `program`. There is no way back.
 
     Needs no_new_privs (or CAP_SYS_ADMIN), see seccomp(2).
     """
+    script = Script()
+    write_install(script, program)
+    script.finish()
+    script.run()
+
+
+def write_install(script: Script, program: bytes) -> None:
+    """`install`, as a step. Raises OSError for bytes that cannot be a program."""
     length, rest = divmod(len(program), 8)
     if rest or not 0 < length <= _BPF_MAXINSNS:
         raise OSError(errno.EINVAL, f"seccomp: {len(program)} bytes are no filter program")
-    fprog = _SockFprog(length, program)  # holds a reference to `program`, whose bytes the kernel copies
-    number, flags = ctypes.c_long(_NR_SECCOMP), ctypes.c_ulong(_SECCOMP_FILTER_FLAG_TSYNC)
-    result = _libc.syscall(number, ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER), flags, ctypes.byref(fprog))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"seccomp(SECCOMP_SET_MODE_FILTER): {os.strerror(code)}")
-    if result > 0:
-        raise OSError(errno.ESRCH, f"seccomp: thread {result} has another filter, so none was set")
+    fprog = script.memory(struct.pack("=HHIQ", length, 0, 0, 0))  # struct sock_fprog
+    script.point(fprog.at(8), script.memory(program))
+    # A positive result is the number of a thread that has another filter, so that none was set.
+    about = "seccomp(SECCOMP_SET_MODE_FILTER)"
+    script.call("seccomp", _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC, fprog, only=0, about=about)

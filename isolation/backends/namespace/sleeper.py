@@ -15,12 +15,12 @@ and signals from inside do not reach a PID 1 without handlers.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import platform
 import signal
 import struct
 
 from isolation.backends.namespace import syscalls
+from isolation.backends.namespace.machinecode import MachineCode
 
 _CODE = {
     "x86_64": bytes.fromhex(
@@ -66,13 +66,12 @@ class Sleeper:
     """Makes sleeping PID 1s for one keeper. Their stack is shared: they never return, and all hold the same."""
 
     def __init__(self) -> None:
-        self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-        self._code.write(_CODE[platform.machine()])
+        self._code = MachineCode(_CODE[platform.machine()])
         self._stack = ctypes.create_string_buffer(_STACK)
         self._argument = ctypes.create_string_buffer(struct.pack("=4Q", _SIG_IGN, 0, 0, 0))
 
     def clone(self) -> tuple[int, int]:
         """A sleeping PID 1 for the namespace that the caller's next child is born into: (pid, pidfd). Raises OSError."""
-        code = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
         top = (ctypes.addressof(self._stack) + _STACK - 64) & ~0xF
-        return syscalls.clone_function(code, top, syscalls.CLONE_VM | signal.SIGCHLD, ctypes.addressof(self._argument))
+        flags = syscalls.CLONE_VM | signal.SIGCHLD
+        return syscalls.clone_function(self._code.address, top, flags, ctypes.addressof(self._argument))

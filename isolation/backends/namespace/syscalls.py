@@ -62,6 +62,8 @@ _NUMBERS: dict[str, dict[str, int]] = {
     "aarch64": {"capset": 91, "clone": 220, "keyctl": 219, "pivot_root": 41, "signalfd4": 74},
 }
 _NR = _NUMBERS.get(_MACHINE, {})
+# struct stat: where mode, uid, gid and the two times are that utimensat(2) takes (<asm/stat.h>, <asm-generic/stat.h>).
+STAT_OFFSETS = (24, 28, 32, 72) if _MACHINE == "x86_64" else (16, 24, 28, 72)
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
 _NR_CLOSE_RANGE = 436
@@ -154,7 +156,7 @@ def fork_before() -> None:
 
 
 def fork() -> int:
-    """glibc's fork(3), with its own handlers (malloc, stdio) and without Python's. -1 is an OSError."""
+    """glibc's fork(3), with its own handlers (malloc, stdio) and without Python's: see forking.py. -1 is an OSError."""
     pid = int(_libc.fork())
     if pid < 0:
         raise _fail("fork")
@@ -283,6 +285,12 @@ def landlock_restrict_self(ruleset: int) -> None:
         raise _fail("landlock_restrict_self")
 
 
+def mprotect(address: int, size: int, protection: int) -> None:
+    """mprotect(2) of whole pages."""
+    if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(protection)):
+        raise _fail("mprotect", hex(protection))
+
+
 def clear_memory(start: int, end: int) -> None:
     """Overwrite the calling process's own bytes from `start` to `end` with zeroes."""
     ctypes.memset(start, 0, end - start)
@@ -291,3 +299,10 @@ def clear_memory(start: int, end: int) -> None:
 def clearenv() -> None:
     """clearenv(3): the C library forgets the environment that it started with."""
     _libc.clearenv()
+
+
+def malloc_trim() -> None:
+    """malloc_trim(3): give unused memory back to the kernel. Only glibc has it."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))

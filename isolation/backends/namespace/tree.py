@@ -25,13 +25,15 @@ from isolation.backends.namespace.operations import (
     PRIVATE,
     PROC,
     STORE,
-    Operation,
+    BaseOperation,
+    FreshOperation,
 )
+from isolation.backends.namespace.script import Result, Script
 
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 
 
-def build_base(operations: Sequence[Operation], mount_point: str) -> None:
+def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
     """In a new mount namespace that is a copy of the host's: change into the new root. Raises OSError."""
     # Mount events must not travel to the host; a new user namespace has made everything slave already, and private
     # keeps the detaching below from travelling anywhere either (bubblewrap).
@@ -61,21 +63,25 @@ def build_base(operations: Sequence[Operation], mount_point: str) -> None:
         raise OSError("the working directory is outside of the sandbox's root")
 
 
-def build_fresh(operations: Sequence[Operation], store_size: int | None) -> int:
-    """In a mount namespace with the base as its root: what this sandbox writes to. Returns a descriptor of the store."""
+def write_fresh(script: Script, operations: Sequence[FreshOperation], store_size: int | None) -> Result:
+    """What a sandbox writes to, to be made in a mount namespace with the base as its root. The result is a descriptor of
+    its store."""
+    here = syscalls.AT_FDCWD
     size = f",size={store_size},nr_inodes={max(4096, store_size // 2048)}" if store_size else ""
-    syscalls.mount("isolation", STORE, "tmpfs", _FLAGS, f"mode=0755{size}")
-    os.mkdir(STORE + LAYERS)
-    os.mkdir(STORE + PRIVATE)
-    store = os.open(STORE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    _execute(operations)
+    script.call("mount", "isolation", STORE, "tmpfs", _FLAGS, f"mode=0755{size}", about="the store")
+    script.call("mkdirat", here, STORE + LAYERS, 0o755)
+    script.call("mkdirat", here, STORE + PRIVATE, 0o755)
+    store = script.call("openat", here, STORE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0)
+    made: set[str] = set()
+    for operation in operations:
+        operation.write(script, made)
     # Covered, not detached: the guest's own user namespace can do neither, and detaching waits for the whole machine
     # (synchronize_rcu).
-    syscalls.mount(EMPTY, HIDDEN, "", syscalls.MS_BIND)
+    script.call("mount", EMPTY, HIDDEN, "", syscalls.MS_BIND, 0)
     return store
 
 
-def _execute(operations: Sequence[Operation]) -> None:
+def _execute(operations: Sequence[BaseOperation]) -> None:
     for operation in operations:
         try:
             operation.execute()

@@ -13,11 +13,12 @@ from itertools import count
 from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.operations import (
     BASE,
-    FRESH,
     OLD,
+    BaseOperation,
     Bind,
     CopiedFile,
     Directory,
+    FreshOperation,
     FreshSymlink,
     Lower,
     Operation,
@@ -50,26 +51,26 @@ class View:
         self._lowers: dict[int, str] = {}
         self.staged: list[tuple[str, bool]] = []
 
-    def operations(self) -> tuple[list[Operation], list[Operation]]:
+    def operations(self) -> tuple[list[BaseOperation], list[FreshOperation]]:
         """(base, fresh), each in an order in which every directory exists before what lies in it."""
-        base: list[Operation] = []
-        fresh: list[Operation] = []
+        base: list[BaseOperation] = []
+        fresh: list[FreshOperation] = []
         for target in sorted(self._operations, key=_by_depth):
             operation = self._operations[target]
             if isinstance(operation, Symlink) and self._covering(os.path.dirname(target)) is not None:
                 continue  # met before the directory was shown that has it
             parent = self._fresh_parent(target)
-            if isinstance(operation, FRESH):
+            if isinstance(operation, FreshOperation):
                 if isinstance(operation, Overlay):
                     base.append(Lower(operation.lower, self._lowers[operation.number]))
                 elif isinstance(operation, CopiedFile):
                     number = next(self._numbers)
                     base.append(Bind(f"{BASE}/{number}", "", operation.base, directory=False))
-                    operation = CopiedFile(target, f"{BASE}/{number}")
+                    operation = replace(operation, base=f"{BASE}/{number}")
                 if parent is None:
                     base.append(Directory(target))
                 fresh.append(operation)
-            elif parent is None:
+            elif parent is None and isinstance(operation, BaseOperation):
                 base.append(operation)
             elif isinstance(operation, (ReadOnly, Bind)):
                 place = f"{BASE}/{next(self._numbers)}"
@@ -85,7 +86,7 @@ class View:
     def _fresh_parent(self, target: str) -> Operation | None:
         for parent in _parents(os.path.dirname(target)):
             operation = self._operations.get(parent)
-            if operation is not None and isinstance(operation, FRESH):
+            if operation is not None and isinstance(operation, FreshOperation):
                 return operation
         return None
 
@@ -192,7 +193,8 @@ class View:
                     self._overlay(entry.path, inside, owned=owned, writable=writable, explicit=True)
             elif entry.is_file() and os.access(entry.path, os.R_OK):
                 if owned and writable and entry.stat().st_size <= _COPY_AT_MOST:
-                    self.add(CopiedFile(inside, self._lower(entry.path, owned=owned)))
+                    mode = entry.stat().st_mode & 0o777
+                    self.add(CopiedFile(inside, self._lower(entry.path, owned=owned), mode))
                 else:
                     self.bind(entry.path, inside)
 

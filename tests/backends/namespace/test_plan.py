@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from isolation.backends.namespace import fds, operations, syscalls
 from isolation.backends.namespace.cgroup import Hierarchy, oom_kills
 from isolation.backends.namespace.mountinfo import MountPoint, MountTable
-from isolation.backends.namespace.operations import Bind, Lower, Overlay, Private, Proc, Rebind, Symlink
+from isolation.backends.namespace.operations import Bind, FreshOperation, Lower, Overlay, Private, Proc, Rebind, Symlink
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.namespace.plan import make_plan
+from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.view import View
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
@@ -37,11 +39,35 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return made
 
 
-def test_overlay(calls: list[tuple[Any, ...]]) -> None:
-    Overlay("/project", "/home/me/project", 3).execute()
-    data = next(call[5] for call in calls if call[0] == "mount")
+def written(operation: FreshOperation) -> list[tuple[Any, ...]]:
+    """What a fresh operation writes down: names of system calls, and their arguments."""
+    script = Script()
+    operation.write(script, set())
+    return [(step.name, *step.arguments) for step in script.steps]
+
+
+def test_overlay() -> None:
+    steps = written(Overlay("/project", "/home/me/project", 3))
+    data = next(step[5] for step in steps if step[0] == "mount")
     assert data.startswith("lowerdir=/.isolation/lower/3,upperdir=/.isolation/store/layers/3/upper,workdir=")
     assert "userxattr" in data
+    assert [step[0] for step in steps].index("fchownat") < [step[0] for step in steps].index("utimensat")
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "shown"), [((0, 0), 0o755, None), ((5, 0), 0o750, 0o550), ((0, 5), 0o777, 0o777), ((5, 5), 0o700, 0o500)]
+)
+def test_a_directory_of_somebody_else_is_not_the_guests_to_write(
+    owner: tuple[int, int], mode: int, shown: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = Overlay("/project", "/home/you/project", 3)
+    found = os.stat_result((0o40000 | mode, 1, 1, 2, *owner, 0, 0, 0, 0))
+    monkeypatch.setattr(os, "stat", lambda path: found)
+    assert overlay.mode_for_guest() == shown
+    if shown is not None:
+        steps = written(replace(overlay, foreign_mode=shown))
+        assert "fchownat" not in [step[0] for step in steps]
+        assert next(step[3] for step in steps if step[0] == "fchmodat") == shown
 
 
 def test_view_escapes_what_overlayfs_reads(calls: list[tuple[Any, ...]]) -> None:
@@ -59,11 +85,17 @@ def test_bind(calls: list[tuple[Any, ...]], writable: bool, device: bool, read_o
     assert attributes & syscalls.MOUNT_ATTR_NOSUID
 
 
-def test_proc_is_masked(calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os.path, "isdir", lambda path: path.endswith("scsi"))
-    monkeypatch.setattr(os.path, "exists", lambda path: path.endswith("keys"))
-    Proc(("scsi", "keys", "absent")).execute()
-    assert [call[1:3] for call in calls] == [("proc", "/proc"), ("/.isolation/empty", "/proc/scsi"), ("/dev/null", "/proc/keys")]
+def test_proc_is_masked() -> None:
+    steps = written(Proc(("scsi", "keys"), frozenset({"scsi"})))
+    assert [step[1:3] for step in steps] == [("proc", "/proc"), ("/.isolation/empty", "/proc/scsi"), ("/dev/null", "/proc/keys")]
+
+
+def test_a_directory_is_made_once_and_again_where_something_has_covered_it() -> None:
+    script, made = Script(), set[str]()
+    for operation in (Private("/a/b", 1), Private("/a/b/c", 2), Private("/a/d", 3), Private("/a", 4), Private("/a/b", 5)):
+        operation.write(script, made)
+    shown = [step.arguments[1] for step in script.steps if step.name == "mkdirat" and not str(step.arguments[1]).startswith("/.")]
+    assert shown == ["/a", "/a/b", "/a/b/c", "/a/d", "/a/b"]
 
 
 def table(*paths: str) -> MountTable:
@@ -208,4 +240,5 @@ def test_descriptors_are_classified(tmp_path: Path) -> None:
 
 
 def test_names_of_operations_do_not_collide() -> None:
-    assert len({operation.__name__ for operation in operations.FRESH}) == len(operations.FRESH)
+    kinds = [*operations.BaseOperation.__subclasses__(), *operations.FreshOperation.__subclasses__()]
+    assert len({kind.__name__ for kind in kinds}) == len(kinds) > 10
