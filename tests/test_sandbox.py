@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -195,6 +196,19 @@ def test_pids_limit(project: Path) -> None:
             assert process.stdout is not None
             made = int(process.stdout.readline())
             assert 10 <= made <= 16
+
+
+def test_sandboxes_do_not_share_a_pids_limit(project: Path) -> None:
+    """All at once, and each with most of what it may have."""
+    spec = of(project, limits=Limits(pids=12))
+    with contextlib.ExitStack() as stack:
+        boxes = [stack.enter_context(Sandbox(spec)) for _ in range(4)]
+        script = "for i in 1 2 3 4 5 6 7 8; do sleep 60 & done; echo started; wait"
+        for box in boxes:
+            process = box.popen(["sh", "-c", script], stdout=PIPE)
+            stack.callback(process.close)
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"started\n"
 
 
 def test_disk_limit(project: Path) -> None:

@@ -43,8 +43,6 @@ class Construction:
         if plan.own_network:
             network.write_loopback_up(script)
             network.write_open_low_ports(script)
-        for number, value in plan.rlimits:
-            _write_rlimit(script, number, value)
         self._seal = script.mark()
         _write_seal(script, plan, self._leash)
         script.finish()
@@ -139,6 +137,10 @@ def _write_seal(script: Script, plan: Plan, leash: Memory) -> None:
     # The guest's own user namespace, below the one that owns the mounts: even with capabilities in its own, it has none
     # over them.
     script.call("unshare", syscalls.CLONE_NEWUSER)
+    # Only now: a user namespace is bound to the limits of who makes it, and counts all processes below its parent, which
+    # is to say those of every sandbox of this keeper.
+    for number, value in plan.rlimits:
+        _write_rlimit(script, number, value)
     who = plan.identity
     if who.ranged:
         script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root
