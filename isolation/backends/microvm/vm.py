@@ -116,9 +116,10 @@ class Vm:
             vm.qmp.send("migrate-incoming", {"uri": "fd:state"})
             ours.sendall(state.devices)
             ours.shutdown(socket.SHUT_WR)
-        except OSError as error:
+        except (OSError, QmpError) as error:
+            words = vm.last_words()
             vm.close()
-            raise LaunchError(f"the machine could not be restored: {error.strerror}") from error
+            raise LaunchError(f"the machine could not be restored: {error}{words}") from error
         except BaseException:
             vm.close()
             raise

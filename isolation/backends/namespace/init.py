@@ -102,7 +102,13 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
     for fd in (0, 1, 2):
         os.dup2(null, fd, inheritable=False)
     leash = birth.leash.fileno()
-    fds.close_all_but({0, 1, 2, birth.control, leash, signals, store, *(birth.memory_files or ())})
+    memory_files = birth.memory_files
+    fds.close_all_but({0, 1, 2, birth.control, leash, signals, store, *(memory_files or ())})
+    # The numbers from FIRST_PASSED up are for commands; a keeper with many sandboxes has given us such.
+    leash, signals, store = _low(leash), _low(signals), _low(store)
+    control = Wire(socket.socket(fileno=_low(control.sock.detach())), accept_fds=True)
+    if memory_files is not None:
+        memory_files = (_low(memory_files[0]), _low(memory_files[1]))
     if "environment" in plan.defences:
         environment.scrub()
     syscalls.set_name("isolation-init")
@@ -111,11 +117,11 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
     control.send({"event": "ready"}, fds=[store])
     if plan.limits.memory is not None:
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        server.watch = memory.Watch(plan.limits.memory, birth.memory_files, proc, store, kills=plan.watch_memory)
+        server.watch = memory.Watch(plan.limits.memory, memory_files, proc, store, kills=plan.watch_memory)
     else:
         os.close(store)
     poller = select.poll()
-    for fd in (birth.control, leash, signals):
+    for fd in (control.fileno(), leash, signals):
         poller.register(fd, select.POLLIN)
     while True:
         ready = [fd for fd, _events in poller.poll(server.poll_interval())]
@@ -124,12 +130,21 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
         if signals in ready:
             os.read(signals, 1024)
             server.reap()
-        if birth.control in ready:
+        if control.fileno() in ready:
             if not control.fill():
                 os._exit(0)
             while (message := control.next_message()) is not None:
                 server.handle(message)
         server.look_at_memory()
+
+
+def _low(fd: int) -> int:
+    """The same, with a number below FIRST_PASSED."""
+    if fd < FIRST_PASSED:
+        return fd
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
 
 
 def _default_signals() -> None:
