@@ -6,29 +6,41 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+# For the microVM backend; the kernel and the rest are fetched by 'isolation microvm setup', as any user.
+QEMU = qemu-system-$(shell uname -m)
+PACKAGE = $(if $(filter x86_64,$(shell uname -m)),qemu-system-x86,qemu-system-arm)
+
+.PHONY: demo test lint bench clean machine
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/installed
+machine: $(VENV)/installed
+	@command -v $(QEMU) >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGE); } || \
+	    { echo "the microVM backend needs QEMU: sudo apt-get install --no-install-recommends $(PACKAGE)"; exit 1; }
+	$(VENV)/bin/isolation microvm setup
+
+demo: machine
 	$(VENV)/bin/isolation doctor
 	cd examples/leaky && $(CURDIR)/$(VENV)/bin/pytest -q --isolation
 	cd examples/hostile && $(CURDIR)/$(VENV)/bin/pytest -q --isolation --tb=line || true
+	cd examples/leaky && $(CURDIR)/$(VENV)/bin/pytest -q --isolation=microvm
 	$(RUN) benchmarks/suites.py itsdangerous pluggy
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-test: lint
+test: lint machine
 	$(RUN) -m pytest tests
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/per_test.py
 	$(RUN) benchmarks/launch.py
+	$(RUN) benchmarks/microvm.py
 	$(RUN) benchmarks/suites.py
 
 clean:
