@@ -31,7 +31,7 @@ _HEADER = struct.Struct(">BII")
 _COUNT = struct.Struct(">I")
 _DATA, _END, _CREDIT, _REFUSE = range(4)
 
-_IN = select.POLLIN | select.POLLHUP | select.POLLERR
+_IN = select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
 class MuxError(WireError):
@@ -60,6 +60,7 @@ class Stream:
         self.urgent = False
         self.last = False  # the other end has sent its last byte
         self.polite = sink >= 0 and not _never_blocks(sink)
+
 
 class Mux:
     """One end. `fd` (a socket, or a character device) must be non-blocking; it is not closed here.
@@ -158,6 +159,11 @@ class Mux:
         return not any(stream.arrived for number in numbers if (stream := self._streams.get(number)) is not None)
 
     @property
+    def unsent(self) -> int:
+        """Bytes that the other end has not taken yet."""
+        return len(self._out)
+
+    @property
     def idle(self) -> bool:
         """All frames have left."""
         return not self._out
@@ -186,7 +192,8 @@ class Mux:
         for fd in extra:
             wanted[fd] = select.POLLIN
         room = len(self._out) < _JAMMED
-        for stream in self._streams.values():
+        asked = list(self._streams.values())  # what begins below may have a descriptor with the number of another's
+        for stream in asked:
             if stream.source >= 0 and stream.sending and stream.credit > 0 and room:
                 wanted[stream.source] = wanted.get(stream.source, 0) | select.POLLIN
             if stream.sink >= 0 and stream.arrived:
@@ -196,10 +203,10 @@ class Mux:
         ready = dict(poller.poll(None if timeout is None else max(0, timeout) * 1000))
         if ready.get(self.fd, 0) & _IN:
             self._receive()
-        for stream in list(self._streams.values()):
+        for stream in asked:
             if stream.sink >= 0 and stream.arrived and ready.get(stream.sink, 0):
                 self._pass_on(stream)
-            if stream.source >= 0 and stream.sending and ready.get(stream.source, 0) & _IN:
+            if stream.source >= 0 and stream.sending and ready.get(stream.source, 0) & _IN and len(self._out) < _JAMMED:
                 self._take(stream)
         self.flush()
         return {fd for fd in extra if ready.get(fd, 0)}

@@ -32,7 +32,9 @@ _CHUNK = 1 << 16
 
 
 def encode(message: Message, data: bytes = b"") -> bytes:
-    """One frame. Raises WireError when it is larger than any other end takes."""
+    """One frame. Raises WireError when it is larger than any other end takes, or has a "data" of its own."""
+    if "data" in message:
+        raise WireError("the key 'data' of a message is for raw bytes, which are given beside it")
     text = json.dumps(message, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     if len(text) > MAX_JSON or len(data) > MAX_DATA:
         raise WireError(f"a message of {len(text)} + {len(data)} bytes is too large for the wire")
@@ -46,6 +48,7 @@ class Decoder:
         self._max_json = max_json
         self._max_data = max_data
         self._buffer = bytearray()
+        self.json_size = 0  # bytes of JSON in the last message
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived."""
@@ -75,8 +78,11 @@ class Decoder:
             raise WireError(f"the other end sent something that is not JSON: {error}") from error
         if not isinstance(message, dict):
             raise WireError("the other end sent JSON that is not an object")
+        if "data" in message:
+            raise WireError("the other end sent as JSON what must be raw bytes")
         if data:
             message["data"] = data
+        self.json_size = json_size
         return message
 
 

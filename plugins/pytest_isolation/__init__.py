@@ -1,1 +1,4 @@
-"""`pytest --isolation`: every test in its own fresh, sealed sandbox."""
+"""`pytest --isolation`: every test in its own fresh, sealed sandbox.
+
+PYTEST_DONT_REWRITE: see the package `isolation`.
+"""

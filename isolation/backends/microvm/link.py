@@ -23,10 +23,12 @@ from isolation.wire import Decoder, Message, encode
 Ends = tuple[int, int, int]  # a stream's number, its source and its sink
 
 _MESSAGES_AT_MOST = 20_000  # that nobody has asked for yet
-_BYTES_AT_MOST = 64 << 20
+_BYTES_AT_MOST = 128 << 20  # of them in this process's memory, in which JSON takes several times its length
+_JSON_COSTS = 8
 _JSON_AT_MOST = 4 << 20
 _DATA_AT_MOST = 32 << 20
 _CONSOLE_AT_MOST = 64 << 10
+_UNREAD_AT_MOST = 16 << 20  # bytes for a machine that does not read
 _PING_AFTER = 10.0  # s of silence
 _LOST_AFTER = 60.0  # s without an answer to it
 
@@ -35,8 +37,16 @@ class Link:
     """Begins with the machine, and ends with it: `ended` is called in its thread, once, with the reason."""
 
     def __init__(
-        self, agent: socket.socket, console: socket.socket, stderr: int, ended: Callable[[str], None]
+        self,
+        agent: socket.socket,
+        console: socket.socket,
+        stderr: int,
+        ended: Callable[[str], None],
+        *,
+        ping_after: float = _PING_AFTER,
+        lost_after: float = _LOST_AFTER,
     ) -> None:
+        """`stderr`, a descriptor, is the link's from now on, as are the sockets."""
         agent.setblocking(False)
         console.setblocking(False)
         os.set_blocking(stderr, False)
@@ -48,7 +58,7 @@ class Link:
         self._decoder = Decoder(_JSON_AT_MOST, _DATA_AT_MOST)
         self._mux.open(CONTROL, deliver=self._decoder.feed, urgent=True)
         self._lock = threading.Condition()
-        self._todo: collections.deque[Callable[[], None]] = collections.deque()
+        self._todo: collections.deque[tuple[Callable[[], None], Sequence[Ends]]] = collections.deque()
         self._inbox: collections.deque[tuple[Message, int]] = collections.deque()
         self._inbox_bytes = 0
         self._held: list[tuple[Message, tuple[int, ...]]] = []
@@ -58,8 +68,11 @@ class Link:
         self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._heard = time.monotonic()
-        self._pinged = False
+        self._pinged: float | None = None  # when
         self._watched = False
+        self._ping_after = ping_after
+        self._lost_after = lost_after
+        self._hung_up = False
         self.console = bytearray()
         self.errors = bytearray()
         self.deadline: float | None = None
@@ -71,11 +84,14 @@ class Link:
         """Readable when `receive` has something."""
         return self._news
 
-    def say(self, message: Message, streams: Sequence[Ends] = (), *, outputs: tuple[int, ...] = (), mark: bytes = b"") -> None:
+    def say(
+        self, message: Message, streams: Sequence[Ends] = (), *, outputs: tuple[int, ...] = (), mark: bytes = b""
+    ) -> None:
         """Queue a message, and begin the streams that it speaks of; their descriptors are the link's from now on.
 
         The word of the end of the command that it starts (its "id") waits until all that came on `outputs` was passed on.
-        `mark` wakes an agent that waits for it, which then takes the message before all else. Raises SandboxClosed when the machine has ended.
+        `mark` wakes an agent that waits for it, which then takes the message before all else. Raises SandboxClosed when the
+        machine has ended.
         """
 
         def begin() -> None:
@@ -89,13 +105,7 @@ class Link:
             for number, source, sink in streams:
                 self._mux.open(number, source=source, sink=sink)
 
-        try:
-            self.do(begin)
-        except SandboxClosed:
-            for _number, source, sink in streams:
-                for fd in {source, sink} - {-1}:
-                    os.close(fd)
-            raise
+        self.do(begin, streams)
 
     def watch(self) -> None:
         """From now on, silence means that the machine hangs."""
@@ -105,13 +115,26 @@ class Link:
 
         self.do(begin)
 
-    def do(self, action: Callable[[], None]) -> None:
-        """Have something done by the thread."""
+    def give_up(self, reason: str) -> None:
+        """End the machine: its agent is there, and does not do what it is asked to."""
+
+        def end() -> None:
+            raise MuxError(reason)
+
+        try:
+            self.do(end)
+        except SandboxClosed:
+            pass
+
+    def do(self, action: Callable[[], None], streams: Sequence[Ends] = ()) -> None:
+        """Have something done by the thread; the descriptors of `streams` are closed if it cannot. Raises SandboxClosed."""
         with self._lock:
-            if self._over is not None:
-                raise SandboxClosed(f"the sandbox has ended: {self._over}")
-            self._todo.append(action)
-        os.eventfd_write(self._wake, 1)
+            if self._over is None:
+                self._todo.append((action, streams))
+                os.eventfd_write(self._wake, 1)
+                return
+        _close(streams)
+        raise SandboxClosed(f"the sandbox has ended: {self._over}")
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """The agent's next message; None when there will be none. Raises TimeoutError."""
@@ -126,6 +149,11 @@ class Link:
                 self._clear_news()
             return message
 
+    def wait(self, timeout: float) -> None:
+        """Until there is a message, or the end, or `timeout` seconds have passed."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._inbox or self._over is not None, timeout)
+
     @property
     def over(self) -> str | None:
         """Why it has ended; None while it lives."""
@@ -136,12 +164,18 @@ class Link:
 
         Nothing is closed before `hang_up`: QEMU would tell the guest, and that is a change, too.
         """
-        self._stop = True
-        os.eventfd_write(self._wake, 1)
+        with self._lock:
+            self._stop = True
+            if self._over is None:
+                os.eventfd_write(self._wake, 1)
         self.join()
 
     def hang_up(self) -> None:
         """Close this side's ends."""
+        with self._lock:
+            if self._hung_up:
+                return
+            self._hung_up = True
         self._drain_console()
         self._agent.close()
         self._console.close()
@@ -152,7 +186,7 @@ class Link:
             self._thread.join(timeout)
 
     def close_news(self) -> None:
-        """Give back the descriptor that tells of messages. The last call."""
+        """Give back the descriptor that tells of messages; `fileno` has none any more."""
         with self._lock:
             if self._news >= 0:
                 os.close(self._news)
@@ -169,7 +203,7 @@ class Link:
         try:
             reason = self._loop()
         except MuxError as error:
-            reason = str(error)
+            reason = self._last_messages() or str(error)
         except WireError as error:
             reason = f"its agent does not keep to the protocol: {error}"
         except Exception as error:
@@ -184,11 +218,22 @@ class Link:
                 with self._lock:
                     for message, _streams in self._held:
                         self._put(message, 0)
+                    self._held.clear()
                     self._over = reason
                     os.close(self._wake)
                     if self._news >= 0:
                         os.eventfd_write(self._news, 1)
                     self._lock.notify_all()
+                for _action, streams in self._todo:  # nobody can add to them now
+                    _close(streams)
+
+    def _last_messages(self) -> str:
+        """Take what came together with the end. Returns what is wrong with it, if anything is."""
+        try:
+            self._take_all()
+        except WireError as error:
+            return f"its agent does not keep to the protocol: {error}"
+        return ""
 
     def _loop(self) -> str:
         extra = [self._wake, self._console.fileno(), self._stderr]
@@ -202,13 +247,18 @@ class Link:
                 if self._stop:
                     return "the machine was stopped"
                 while self._todo:
-                    self._todo.popleft()()
-            while (message := self._decoder.next_message()) is not None:
-                self._heard, self._pinged = time.monotonic(), False
-                self._take(message)
+                    self._todo.popleft()[0]()
+            self._take_all()
             self._release()
+            if self._mux.unsent > _UNREAD_AT_MOST:
+                return "its agent does not read what it is told"
             if reason := self._too_late():
                 return reason
+
+    def _take_all(self) -> None:
+        while (message := self._decoder.next_message()) is not None:
+            self._heard, self._pinged = time.monotonic(), None
+            self._take(message)
 
     def _take(self, message: Message) -> None:
         event = message.get("event")
@@ -217,10 +267,12 @@ class Link:
         if event == "pong":
             return
         number = message.get("id")
-        if event == "exit" and isinstance(number, int) and number in self._outputs:
-            self._held.append((message, self._outputs.pop(number)))
-            return
-        size = len(message.get("data", b"")) + 200
+        if event in ("exit", "unspawned") and isinstance(number, int) and number in self._outputs:
+            streams = self._outputs.pop(number)
+            if event == "exit":
+                self._held.append((message, streams))
+                return
+        size = len(message.get("data", b"")) + self._decoder.json_size * _JSON_COSTS + 200
         with self._lock:
             self._put(message, size)
             if len(self._inbox) > _MESSAGES_AT_MOST or self._inbox_bytes > _BYTES_AT_MOST:
@@ -246,7 +298,7 @@ class Link:
     def _patience(self) -> float | None:
         ends = [self.deadline] if self.deadline is not None else []
         if self._watched:
-            ends.append(self._heard + (_LOST_AFTER if self._pinged else _PING_AFTER))
+            ends.append(self._heard + self._ping_after if self._pinged is None else self._pinged + self._lost_after)
         return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _too_late(self) -> str:
@@ -254,10 +306,11 @@ class Link:
         if self.deadline is not None and now >= self.deadline:
             self.timed_out = True
             return "timed out at its wall-clock limit"
-        if self._watched and now >= self._heard + (_LOST_AFTER if self._pinged else _PING_AFTER):
-            if self._pinged:
-                return f"its kernel or agent has not answered for {_LOST_AFTER:g} s"
-            self._pinged = True
+        if self._watched and self._pinged is not None and now >= self._pinged + self._lost_after:
+            return f"its kernel or agent has not answered for {self._lost_after:g} s"
+        if self._watched and self._pinged is None and now >= self._heard + self._ping_after:
+            # Counted from the question, not from when it was last heard: this process may have been stopped meanwhile.
+            self._pinged = now
             self._mux.write(CONTROL, encode({"op": "ping"}))
         return ""
 
@@ -277,6 +330,12 @@ def first_order(message: Message) -> bytes:
     return len(text).to_bytes(4, "big") + text
 
 
+def _close(streams: Sequence[Ends]) -> None:
+    for _number, source, sink in streams:
+        for fd in {source, sink} - {-1}:
+            os.close(fd)
+
+
 def _collect(fd: int, kept: bytearray) -> bool:
     try:
         data = os.read(fd, 1 << 14)
@@ -292,9 +351,13 @@ def _collect(fd: int, kept: bytearray) -> bool:
 def text_of(data: bytes | bytearray, lines: int = 6) -> str:
     """The last lines of a console or of QEMU's errors, for people: no control characters."""
     text = bytes(data).decode("utf-8", "replace").replace("\r", "")
-    clean = ["".join(c if c.isprintable() else "?" for c in line) for line in text.split("\n") if line.strip()]
-    own = [line for line in clean if line.startswith("isolation-")]  # of init and the agent, which say it best
+    found = [clean(line) for line in text.split("\n") if line.strip()]
+    own = [line for line in found if line.startswith("isolation-")]  # of init and the agent, which say it best
     if own:
         return own[-1]
-    return "; ".join(clean[-lines:])
+    return "; ".join(found[-lines:])
 
+
+def clean(value: object, most: int = 500) -> str:
+    """Something that the guest or QEMU said, for a message of this side's: short, and no control characters."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:most])

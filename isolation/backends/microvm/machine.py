@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pty
+import select
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from isolation.backends.microvm import boot
-from isolation.backends.microvm.link import Ends
+from isolation.backends.microvm.link import Ends, clean
 from isolation.backends.microvm.plan import Plan, now, seed
 from isolation.backends.microvm.vm import Vm
 from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed
@@ -23,6 +24,11 @@ from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message
 
 _PREPARE_PATIENCE = 60.0  # s
+_ANSWER_PATIENCE = 90.0  # s, for an agent that answers pings, and not this
+_PIPE_BUF = 4096  # what POLLOUT promises of a pipe (pipe(7))
+_LOOK_AGAIN = 0.1  # s; another thread may have read the news that this one waits for
+_CHANGES_AT_MOST = 200_000
+_HUGE = 1 << 62  # no size, and no time, is as large
 
 
 class MicrovmMachine(Machine):
@@ -78,12 +84,15 @@ class MicrovmMachine(Machine):
                 "op": "spawn", "id": number, "argv": list(argv), "env": dict(env), "cwd": cwd, "streams": streams,
                 "terminal": terminal, "tty": tty, "window": window,
             }  # fmt: skip
-            self._say(order, ends, outputs=(terminal, streams[1], streams[2]))
-            message = self._event("spawned", "unspawned", number=number)
-            if message["event"] == "unspawned":
+            try:
+                self._say(order, ends, outputs=(terminal, streams[1], streams[2]))
+                message = self._event("spawned", "unspawned", number=number)
+                if message["event"] == "unspawned":
+                    raise self._not_started(argv[0], cwd, message)
+            except BaseException:
                 if master is not None:
                     os.close(master)
-                raise self._not_started(argv[0], cwd, message)
+                raise
             self._started[number] = time.monotonic()
             return number, master
 
@@ -92,7 +101,7 @@ class MicrovmMachine(Machine):
         return self._streams
 
     def _not_started(self, command: str, cwd: str, message: Message) -> LaunchError:
-        number, what = message.get("errno"), str(message.get("what"))[:500]
+        number, what = message.get("errno"), clean(message.get("what"))
         if message.get("cwd"):
             return LaunchError(f"the working directory {cwd!r} does not exist inside the sandbox")
         if number in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
@@ -107,17 +116,26 @@ class MicrovmMachine(Machine):
 
     def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while number not in self._exits:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                try:
-                    message = self.vm.link.receive(left)
-                except TimeoutError:
-                    return None
-                if message is None:
-                    return self._verdict_of_end(), self._usage(number, None)
-                self._note(message)
-            message = self._exits[number]
+        while True:
+            with self._lock:
+                while number not in self._exits:
+                    try:
+                        message = self.vm.link.receive(0)
+                    except TimeoutError:
+                        break
+                    if message is None:
+                        return self._verdict_of_end(), self._usage(number, None)
+                    self._note(message)
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return None
+                else:
+                    message = self._exits[number]
+                    break
+            # Not with the lock: another thread may want to end it.
+            left = _LOOK_AGAIN if deadline is None else min(_LOOK_AGAIN, deadline - time.monotonic())
+            if left <= 0:
+                return None
+            self.vm.link.wait(left)
         return verdict_of_exit(message), self._usage(number, message)
 
     def fileno(self) -> int:
@@ -138,12 +156,16 @@ class MicrovmMachine(Machine):
             if mode == "wb":
                 ours, theirs = theirs, ours
             os.set_blocking(theirs, False)
+            os.set_blocking(ours, False)
             ends = (stream, -1, theirs) if mode == "rb" else (stream, theirs, -1)
-            self._say({"op": "open", "path": path, "mode": mode, "stream": stream}, [ends])
-            message = self._event("opened", number=stream, key="stream")
-            if "errno" in message:
+            try:
+                self._say({"op": "open", "path": path, "mode": mode, "stream": stream}, [ends])
+                message = self._event("opened", number=stream, key="stream")
+                if "errno" in message:
+                    raise GuestError(f"{path}: {clean(message.get('what'))} (inside the sandbox)")
+            except BaseException:
                 os.close(ours)
-                raise GuestError(f"{path}: {str(message.get('what'))[:500]} (inside the sandbox)")
+                raise
         size = message.get("size")
         if mode == "rb":
             return cast(BinaryIO, _Incoming(self, ours, path, size if isinstance(size, int) else 0))
@@ -155,13 +177,18 @@ class MicrovmMachine(Machine):
                 return self._changes
             if self._closed:
                 raise SandboxClosed("the sandbox is closed, and what it wrote is gone")
-            found: list[Change] = []
+            found: dict[tuple[str, str, str], Change] = {}
             self._say({"op": "changes"})
             while True:
                 message = self._event("changes")
-                found += [change for row in message.get("changes", ()) if (change := _change(row)) is not None]
-                if not message.get("more") or len(found) > 200_000:
-                    return sorted(found)
+                rows = message.get("changes")
+                for row in rows if isinstance(rows, list) else ():
+                    if (change := _change(row)) is not None:
+                        found[change.path, change.kind, change.type] = change
+                if not message.get("more"):
+                    return sorted(found.values())
+                if not rows or len(found) > _CHANGES_AT_MOST:
+                    raise self._not_answered("goes on about changes without end")
 
     def close(self) -> None:
         if self._closed:
@@ -174,20 +201,34 @@ class MicrovmMachine(Machine):
         self.vm.link.say(message, ends, outputs=outputs)
 
     def _event(self, *kinds: str, number: int | None = None, key: str = "id") -> Message:
-        """The next event of one of these kinds; exits that come before it are kept."""
+        """The next event of one of these kinds; exits that come before it are kept. An agent that does not speak it loses its
+        machine."""
+        deadline = time.monotonic() + _ANSWER_PATIENCE
         while True:
-            message = self.vm.link.receive()
+            try:
+                message = self.vm.link.receive(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise self._not_answered("has not done what it was asked to") from None
             if message is None:
                 raise SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}")
             if message["event"] in kinds and (number is None or message.get(key) == number):
                 return message
             if message["event"] == "failed":
-                raise LaunchError(f"the machine's agent failed: {str(message.get('what'))[:500]}")
+                raise LaunchError(f"the machine's agent failed: {clean(message.get('what'))}")
             self._note(message)
+            if time.monotonic() >= deadline:
+                raise self._not_answered("speaks of other things than it was asked for")
+
+    def _not_answered(self, what: str) -> SandboxClosed:
+        self.vm.link.give_up(f"its agent {what}")
+        self.vm.link.join(_PREPARE_PATIENCE)
+        return SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}")
 
     def _note(self, message: Message) -> None:
-        if message["event"] == "exit" and isinstance(message.get("id"), int):
-            self._exits[message["id"]] = message
+        """An exit, of what was started here: the numbers are the guest's word."""
+        number = message.get("id")
+        if message["event"] == "exit" and isinstance(number, int) and 0 < number <= self._numbers:
+            self._exits.setdefault(number, {name: message.get(name) for name in ("status", "oom", "usage")})
 
     def _verdict_of_end(self) -> Verdict:
         """Why the whole machine is gone."""
@@ -198,7 +239,10 @@ class MicrovmMachine(Machine):
 
 
 def prepare(plan: Plan, *, keep: bool = False) -> Vm:
-    """A machine of `plan`, as far as nothing of the guest's runs in it yet. With `keep` it can be saved. Raises LaunchError."""
+    """A machine of `plan`, as far as nothing of the guest's runs in it yet. With `keep` it can be saved.
+
+    Raises LaunchError.
+    """
     state = boot.state(plan)
     vm = Vm.restore(state, keep=keep, drives=[*state.drives[: state.hardware.layers], *plan.slots(state.hardware)])
     try:
@@ -214,11 +258,20 @@ def prepare(plan: Plan, *, keep: bool = False) -> Vm:
 
 
 class _Stream(io.RawIOBase):
+    """`fd` does not block: an agent that gives or takes nothing must not keep the host."""
+
     def __init__(self, machine: MicrovmMachine, fd: int, path: str) -> None:
         super().__init__()
         self._machine = machine
         self._fd = fd
         self._path = path
+
+    def _await(self, event: int) -> None:
+        poller = select.poll()
+        poller.register(self._fd, event)
+        if not poller.poll(_ANSWER_PATIENCE * 1000):
+            self._machine.vm.link.give_up("its agent does not go on with a file")
+            raise GuestError(f"{self._path}: the sandbox did not go on for {_ANSWER_PATIENCE:g} s")
 
     def fileno(self) -> int:
         return self._fd
@@ -240,6 +293,7 @@ class _Incoming(_Stream):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        self._await(select.POLLIN)
         count = os.readv(self._fd, [buffer])
         self._left -= count
         if count == 0 and self._left > 0 and self._machine.vm.link.over is not None:
@@ -256,8 +310,9 @@ class _Outgoing(_Stream):
         return True
 
     def write(self, data: Any) -> int:
+        self._await(select.POLLOUT)
         try:
-            return os.write(self._fd, data)
+            return os.write(self._fd, memoryview(data)[:_PIPE_BUF])
         except BrokenPipeError:
             raise GuestError(f"{self._path}: it could not be written (inside the sandbox)") from None
 
@@ -272,8 +327,13 @@ class _Outgoing(_Stream):
 def _change(row: object) -> Change | None:
     """One line of the agent's account, if it is one."""
     match row:
-        case [str(path), ("added" | "changed" | "deleted") as kind, ("file" | "directory" | "symlink" | "other") as type_, size]:
-            return Change(path, kind, type_, size if isinstance(size, int) and not isinstance(size, bool) else None)
+        case [
+            str(path),
+            ("added" | "changed" | "deleted") as kind,
+            ("file" | "directory" | "symlink" | "other") as type_,
+            size,
+        ]:
+            return Change(path, kind, type_, size if type(size) is int and 0 <= size < _HUGE else None)
     return None
 
 
@@ -305,6 +365,6 @@ def verdict_of_end(vm: Vm, *, closed: bool) -> Verdict:
 def usage_of(wall: float, message: Message | None) -> Usage:
     """From an exit's account, as far as it is one."""
     match (message or {}).get("usage"):
-        case [int() | float() as user, int() | float() as system, int() as peak]:
-            return Usage(wall, float(user), float(system), peak)
+        case [user, system, peak] if all(type(part) in (int, float) and 0 <= part < _HUGE for part in (user, system, peak)):
+            return Usage(wall, float(user), float(system), int(peak))
     return Usage(wall)

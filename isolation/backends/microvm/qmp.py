@@ -13,13 +13,15 @@ import socket
 import time
 from typing import Any
 
+from isolation.backends.microvm.link import clean
 from isolation.errors import LaunchError
 
 _AT_MOST = 1 << 20  # bytes of one answer; more is not QEMU's
+_KEPT_AT_MOST = 100  # answers that nobody has asked for
 
 
 class QmpError(LaunchError):
-    """QEMU refused a command, or is gone."""
+    """QEMU refused a command, says nonsense, or is gone."""
 
 
 class Qmp:
@@ -48,16 +50,18 @@ class Qmp:
             if "return" in message:
                 return message["return"]
             if "error" in message:
-                raise QmpError(f"QEMU refused: {message['error'].get('desc', message['error'])}")
+                raise _refusal(message["error"])
 
     def wait_for(self, event: str, timeout: float) -> None:
         """Until QEMU tells of `event`; answers that come before it are kept. Raises QmpError for an error among them."""
         deadline = time.monotonic() + timeout
         while (message := self._message(deadline)).get("event") != event:
             if "error" in message:
-                raise QmpError(f"QEMU refused: {message['error'].get('desc', message['error'])}")
+                raise _refusal(message["error"])
             if "return" in message:
                 self._kept.append(message)
+                if len(self._kept) > _KEPT_AT_MOST:
+                    raise QmpError("QEMU says more than it should")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None) -> Any:
         """Send a command and return what it returns. Raises QmpError."""
@@ -70,7 +74,10 @@ class Qmp:
     def _message(self, deadline: float) -> dict[str, Any]:
         while (end := self._buffer.find(b"\n")) < 0:
             poller = select.poll()
-            poller.register(self._sock, select.POLLIN)
+            try:
+                poller.register(self._sock, select.POLLIN)
+            except ValueError:
+                raise QmpError("QEMU is gone") from None  # closed here, when it had ended
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise QmpError("QEMU does not answer")
             try:
@@ -82,12 +89,19 @@ class Qmp:
             self._buffer += data
             if len(self._buffer) > _AT_MOST:
                 raise QmpError("QEMU says more than it should")
+        if time.monotonic() > deadline:
+            raise QmpError("QEMU does not answer")  # it speaks of other things all the time
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise QmpError("QEMU says something that is not JSON") from error
         if not isinstance(message, dict):
             raise QmpError("QEMU says something that is not QMP")
         return message
+
+
+def _refusal(error: object) -> QmpError:
+    words = error.get("desc", error) if isinstance(error, dict) else error
+    return QmpError(f"QEMU refused: {clean(words)}")

@@ -11,6 +11,8 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
+import stat
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +21,10 @@ from typing import Any
 
 from isolation.backends.microvm import memory, qemu
 from isolation.backends.microvm.qemu import Hardware
-from isolation.backends.microvm.vm import State
+from isolation.backends.microvm.vm import STATE_AT_MOST, State
 from isolation.errors import LaunchError
 
-_FORMAT = 1
+_FORMAT = 2
 _NAMES = {
     "format": "was written by another version of isolation-kit",
     "qemu": "was saved by another QEMU",
@@ -35,7 +37,9 @@ _NAMES = {
     "host": "was saved on another kind of host (processor, or its clock rate)",
     "payload": "holds another payload",
 }
-_CHUNK = 4 << 20
+_BLOCK = 1 << 16
+_ABOUT_AT_MOST = 16 << 20  # bytes of snapshot.json
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not keep anybody
 
 
 class SnapshotError(LaunchError):
@@ -91,10 +95,16 @@ class Snapshot:
     key: Key
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write it to a new directory, for this user only: it holds all that was in the machine's memory. Raises LaunchError."""
+        """Write it to a new directory, for this user only: it holds all that was in the machine's memory.
+
+        Raises SnapshotError; nothing is left then.
+        """
         path = Path(directory)
         try:
             path.mkdir(mode=0o700)
+        except OSError as error:
+            raise SnapshotError(f"the snapshot could not be written to {path}: {error.strerror}") from error
+        try:
             (path / "devices").write_bytes(self.state.devices)
             fd = os.open(path / "memory", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -110,47 +120,79 @@ class Snapshot:
                 "memory": check,
             }
             (path / "snapshot.json").write_text(json.dumps(about), encoding="ascii")
-        except OSError as error:
-            raise SnapshotError(f"the snapshot could not be written to {path}: {error.strerror}") from error
+        except BaseException as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise SnapshotError(f"the snapshot could not be written to {path}: {error.strerror}") from error
+            raise
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, key: Key, drives: Sequence[int]) -> Snapshot:
         """Read it back; its drives are given anew. Raises SnapshotError, with the reason, when it does not fit or is damaged."""
         path = Path(directory)
         try:
-            about: Any = json.loads((path / "snapshot.json").read_text(encoding="ascii"))
+            _check_owner(path)
+            about: Any = json.loads(_read(path / "snapshot.json", _ABOUT_AT_MOST))
             saved = {str(name): str(value) for name, value in about["key"].items()}
             if why := key.differs_from(saved):
                 raise SnapshotError(f"the snapshot in {path} {why}; make it again")
-            hardware = Hardware(**about["hardware"])
-            devices = (path / "devices").read_bytes()
+            # The key holds the hardware, too, and that is known to be as it should.
+            hardware = Hardware(**json.loads(saved["hardware"]))
             mark = bytes.fromhex(about["mark"])
-            source = os.open(path / "memory", os.O_RDONLY | os.O_CLOEXEC)
+            checks = [int(about["devices"]), int(about["memory"])]
+            devices = _read(path / "devices", STATE_AT_MOST)
+            source = os.open(path / "memory", _READ)
         except FileNotFoundError as error:
             raise SnapshotError(f"there is no snapshot in {path} ({error.filename} is missing)") from error
         except OSError as error:
             raise SnapshotError(f"the snapshot in {path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SnapshotError(f"the snapshot in {path} is damaged ({error}); make it again") from error
         try:
+            status = os.fstat(source)
+            whole = stat.S_ISREG(status.st_mode) and status.st_size == hardware.memory and len(mark) == 16
+            if not whole or zlib.crc32(devices) != checks[0]:
+                raise SnapshotError(f"the snapshot in {path} is damaged; make it again")
             ram = memory.empty(hardware.memory)
             try:
-                whole = os.fstat(source).st_size == hardware.memory and len(mark) == 16
-                if not whole or _copy(source, ram) != about["memory"] or zlib.crc32(devices) != about["devices"]:
+                if _copy(source, ram) != checks[1]:
                     raise SnapshotError(f"the snapshot in {path} is damaged; make it again")
                 memory.seal(ram)
             except BaseException:
                 os.close(ram)
                 raise
+        except OSError as error:
+            raise SnapshotError(f"the snapshot in {path} cannot be read: {error.strerror}") from error
         finally:
             os.close(source)
         return cls(State(hardware, ram, devices, tuple(drives), mark), key)
 
 
+def _check_owner(path: Path) -> None:
+    """What is in it becomes the memory of machines, and QEMU's own: only who could change those anyway may have written it."""
+    status = os.stat(path)
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise SnapshotError(f"the snapshot in {path} can be written by other users; chmod go-w, or make it again")
+
+
+def _read(path: Path, most: int) -> bytes:
+    with open(os.open(path, _READ), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path.name} is not a file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} is too large")
+    return data
+
+
 def _copy(source: int, target: int) -> int:
-    """Copy what is allocated; returns a checksum over it and where it lay, which finds damage, not malice."""
+    """Copy what is allocated; returns a checksum, which finds damage, not malice.
+
+    It is over blocks that are not wholly zeros, and where they lie: file systems differ in which holes they keep.
+    """
     size = os.fstat(source).st_size
     check = position = 0
+    last = -1  # the last block in the checksum
     with mmap.mmap(source, size, prot=mmap.PROT_READ) as pages, memoryview(pages) as view:
         while position < size:
             try:
@@ -158,20 +200,20 @@ def _copy(source: int, target: int) -> int:
             except OSError:
                 break  # ENXIO: only a hole is left
             position = os.lseek(source, begin, os.SEEK_HOLE)
-            while begin < position:
-                end = min(begin + _CHUNK, position)
-                with view[begin:end] as part:
-                    # Blocks of zeros are skipped, since a file system may keep other holes than memory has.
-                    for place in range(0, end - begin, 1 << 16):
-                        with part[place : place + (1 << 16)] as block:
-                            if block != _ZEROS[: len(block)]:
-                                check = zlib.crc32(block, check ^ ((begin + place) >> 16))
-                                os.pwrite(target, block, begin + place)
-                begin = end
+            for number in range(begin // _BLOCK, -(-position // _BLOCK)):
+                start = number * _BLOCK
+                with view[start : start + _BLOCK] as block:
+                    if block == _ZEROS[: len(block)]:
+                        continue
+                    if number > last:
+                        check = zlib.crc32(block, check ^ number)
+                        last = number
+                with view[max(start, begin) : min(start + _BLOCK, position)] as part:
+                    os.pwrite(target, part, max(start, begin))
     return check
 
 
-_ZEROS = bytes(1 << 16)
+_ZEROS = bytes(_BLOCK)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isolation.backends.microvm import memory, qemu
-from isolation.backends.microvm.link import Link, text_of
+from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.qemu import Boot, Descriptors, Hardware
 from isolation.backends.microvm.qmp import Qmp, QmpError
 from isolation.errors import LaunchError, SandboxClosed
@@ -20,8 +20,9 @@ from isolation.spec import Limits, Mount, SandboxSpec
 from isolation.wire import Message
 
 _RESTORE_PATIENCE = 30.0  # s; a restore takes less than 0.1
-_STATE_AT_MOST = 64 << 20
+_SAVE_PATIENCE = 60.0  # s; it takes some milliseconds
 _QEMU_PROCESSES = 64
+STATE_AT_MOST = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class State:
 class Vm:
     """A machine that runs, or will in a moment."""
 
-    def __init__(self, hardware: Hardware, drives: Sequence[int], ram: int, *, shared: bool, boot: Boot | None) -> None:
+    def __init__(
+        self, hardware: Hardware, drives: Sequence[int], ram: int, *, owns_ram: bool, shared: bool, boot: Boot | None
+    ) -> None:
+        """With `owns_ram`, the descriptor of the memory is this machine's, whatever comes of it."""
         self.hardware = hardware
         self.drives = tuple(drives)
         self.born = time.monotonic()
@@ -53,36 +57,46 @@ class Vm:
         self._lock = threading.Lock()
         self._closed = False
         self._saving = False
-        self._owns_ram = True
+        self._owns_ram = owns_ram
+        self._owner = os.getpid()
         self._running = False
         self._unanswered = 0  # QMP commands of the restore, whose answers nobody has read
-        found = qemu.find()
         descriptors = Descriptors()
-        pairs = [socket.socketpair() for _ in range(3)]
+        pairs: list[tuple[socket.socket, socket.socket]] = []
+        box: Sandbox | None = None
         try:
+            found = qemu.find()
+            pairs += [socket.socketpair() for _ in range(3)]
             argv = qemu.command(
                 found, hardware, descriptors, qmp=pairs[0][1].fileno(), agent=pairs[1][1].fileno(),
                 console=pairs[2][1].fileno(), memory=ram, drives=drives, shared=shared, boot=boot,
             )  # fmt: skip
-            self._box = Sandbox(_spec(hardware))
-            self._process: Process = self._box.popen(argv, stderr=PIPE, pass_fds=descriptors.fds)
+            self._box = box = Sandbox(_spec(hardware))
+            self._process: Process = box.popen(argv, stderr=PIPE, pass_fds=descriptors.fds)
+            assert self._process.stderr is not None
+            stderr = os.dup(self._process.stderr.fileno())
+            self._process.close()
+            self.qmp = Qmp(pairs[0][0])
+            self.link = Link(pairs[1][0], pairs[2][0], stderr, self._ended)
         except BaseException:
             for ours, _theirs in pairs:
                 ours.close()
+            if box is not None:
+                box.close()
+            if owns_ram:
+                os.close(ram)
             raise
         finally:
             for _ours, theirs in pairs:
                 theirs.close()
-        assert self._process.stderr is not None
-        stderr = os.dup(self._process.stderr.fileno())
-        self._process.close()
-        self.qmp = Qmp(pairs[0][0])
-        self.link = Link(pairs[1][0], pairs[2][0], stderr, self._ended)
 
     @classmethod
     def boot(cls, hardware: Hardware, drives: Sequence[int], boot: Boot, patience: float) -> Vm:
-        """A machine that starts from nothing; returns when its agent has spoken. Raises LaunchError, after `patience` seconds."""
-        vm = cls(hardware, drives, memory.empty(hardware.memory), shared=True, boot=boot)
+        """A machine that starts from nothing; returns when its agent has spoken.
+
+        Raises LaunchError, after `patience` seconds.
+        """
+        vm = cls(hardware, drives, memory.empty(hardware.memory), owns_ram=True, shared=True, boot=boot)
         try:
             vm.expect("booted", timeout=patience)
         except BaseException:
@@ -99,16 +113,16 @@ class Vm:
         ram = state.memory
         if keep:
             ram = memory.empty(state.hardware.memory)
-            memory.copy(state.memory, ram)
-        try:
-            vm = cls(state.hardware, state.drives if drives is None else drives, ram, shared=keep, boot=None)
-        except BaseException:
-            if keep:
+            try:
+                memory.copy(state.memory, ram)
+            except BaseException:
                 os.close(ram)
-            raise
-        vm._owns_ram, vm._unanswered = keep, 4
+                raise
+        vm = cls(state.hardware, state.drives if drives is None else drives, ram, owns_ram=keep, shared=keep, boot=None)
+        vm._unanswered = 4
         ours, theirs = socket.socketpair()
         try:
+            ours.settimeout(_RESTORE_PATIENCE)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(state.devices) + (64 << 10))
             vm.qmp.send("qmp_capabilities")
             vm.qmp.send("migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": True}]})
@@ -147,30 +161,44 @@ class Vm:
         if message is None:
             raise LaunchError(f"the machine ended while it was being made ({self.link.over}){self.last_words()}")
         if message["event"] == "failed":
-            raise LaunchError(f"the machine could not be prepared: {str(message.get('what'))[:2000]}")
+            raise LaunchError(f"the machine could not be prepared: {clean(message.get('what'), 2000)}")
         if message["event"] not in events:
-            raise LaunchError(f"the machine's agent says {message['event']!r} instead of {events[0]!r}")
+            raise LaunchError(f"the machine's agent says {clean(message['event'], 50)!r} instead of {events[0]!r}")
         return message
 
     def save(self) -> State:
         """Keep this machine as it is, asleep; it is gone after that. Raises LaunchError."""
         mark = secrets.token_bytes(16)
-        self.link.say({"op": "snapshot", "mark": mark.hex()})
-        self.expect("quiet", timeout=60.0)
-        self._saving = True
-        self.link.stop()
         try:
+            self.link.say({"op": "snapshot", "mark": mark.hex()})
+        except SandboxClosed:
+            raise LaunchError(f"the machine ended before it was saved ({self.link.over}){self.last_words()}") from None
+        self.expect("quiet", timeout=_SAVE_PATIENCE)
+        ram = -1
+        try:
+            with self._lock:
+                if self._closed:
+                    raise LaunchError(f"the machine ended as it was being saved{self.last_words()}")
+                self._saving = True
+                ram = os.dup(self._ram)
+            self.link.stop()
             devices = self._migrate()
-            os_ram = os.dup(self._ram)
-        finally:
+            self._saving = False
+            self.close()  # sealing needs that nobody has it mapped
+            memory.seal(ram)
+        except BaseException:
             self._saving = False
             self.close()
+            if ram >= 0:
+                os.close(ram)
+            raise
+        finally:
             self.link.hang_up()
-        memory.seal(os_ram)
-        return State(self.hardware, os_ram, devices, self.drives, mark)
+        return State(self.hardware, ram, devices, self.drives, mark)
 
     def _migrate(self) -> bytes:
         ours, theirs = socket.socketpair()
+        deadline = time.monotonic() + _SAVE_PATIENCE
         try:
             if self._unanswered:
                 for _command in range(self._unanswered):
@@ -184,12 +212,12 @@ class Vm:
             theirs.close()
             self.qmp.execute("migrate", {"uri": "fd:out"})
             devices = bytearray()
-            ours.settimeout(60.0)
+            ours.settimeout(_SAVE_PATIENCE)
             while data := ours.recv(1 << 16):
                 devices += data
-                if len(devices) > _STATE_AT_MOST:
+                if len(devices) > STATE_AT_MOST or time.monotonic() > deadline:
                     raise LaunchError("the state of the machine's devices is larger than any can be")
-            while (status := self.qmp.execute("query-migrate").get("status")) in ("active", "setup", "device"):
+            while (status := self._migration()) in ("active", "setup", "device") and time.monotonic() < deadline:
                 time.sleep(0.001)
             if status != "completed":
                 raise LaunchError(f"the machine could not be saved: QEMU says {status!r}")
@@ -199,6 +227,10 @@ class Vm:
             ours.close()
             theirs.close()
         return bytes(devices)
+
+    def _migration(self) -> str:
+        answer = self.qmp.execute("query-migrate")
+        return clean(answer.get("status")) if isinstance(answer, dict) else "nothing"
 
     def last_words(self) -> str:
         """What QEMU or the guest's kernel complained about, to be put behind a message."""
@@ -224,6 +256,8 @@ class Vm:
             self._clear()
 
     def _clear(self) -> None:
+        if os.getpid() != self._owner:
+            return  # a fork of the process whose machine it is
         with self._lock:
             if self._closed:
                 return

@@ -15,6 +15,7 @@ and signals from inside do not reach a PID 1 without handlers.
 from __future__ import annotations
 
 import ctypes
+import errno
 import platform
 import signal
 import struct
@@ -68,10 +69,18 @@ class Sleeper:
     def __init__(self) -> None:
         self._code = MachineCode(_CODE[platform.machine()])
         self._stack = ctypes.create_string_buffer(_STACK)
+        self._flags = syscalls.CLONE_VM | signal.SIGCHLD
         self._argument = ctypes.create_string_buffer(struct.pack("=4Q", _SIG_IGN, 0, 0, 0))
 
     def clone(self) -> tuple[int, int]:
         """A sleeping PID 1 for the namespace that the caller's next child is born into: (pid, pidfd). Raises OSError."""
         top = (ctypes.addressof(self._stack) + _STACK - 64) & ~0xF
-        flags = syscalls.CLONE_VM | signal.SIGCHLD
-        return syscalls.clone_function(self._code.address, top, flags, ctypes.addressof(self._argument))
+        about = ctypes.addressof(self._argument)
+        try:
+            return syscalls.clone_function(self._code.address, top, self._flags, about)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._flags & syscalls.CLONE_VM:
+                raise
+        # Older kernels (6.1, say) let nobody be born into a new time namespace who shares memory with who stays outside.
+        self._flags &= ~syscalls.CLONE_VM
+        return syscalls.clone_function(self._code.address, top, self._flags, about)

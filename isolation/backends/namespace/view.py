@@ -155,6 +155,9 @@ class View:
             if os.path.exists(real) and not self.shows(target):
                 self.bind(real, target)
             return
+        present = self._operations.get(target)
+        if isinstance(present, Overlay) and present.source == real and not writable:
+            return  # met again within something that is shown read-only, and is split because of it
         covering = self._covering(target)
         if not explicit and covering is not None and self._is_as_good(covering, owned=owned, writable=writable):
             return
