@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from _common import median, table
@@ -126,7 +125,8 @@ def main() -> int:
     rows: list[list[str]] = []
 
     def row(what: str, values: list[float], unit: str = "ms", factor: float = 1000) -> None:
-        rows.append([what, f"{median(values) * factor:.1f} {unit}", f"{min(values) * factor:.1f}", f"{max(values) * factor:.1f}"])
+        middle, best, worst = (value * factor for value in (median(values), min(values), max(values)))
+        rows.append([what, f"{middle:.1f} {unit}", f"{best:.1f}", f"{worst:.1f}"])
 
     with tempfile.TemporaryDirectory() as directory:
         project = Path(directory)

@@ -1,7 +1,7 @@
 """Isolated execution: sandboxes that can be forked while they are warm.
 
-PYTEST_DONT_REWRITE: in a virtual machine this package is imported before pytest is, which would warn that it comes too late to
-rewrite assertions, of which there are none.
+PYTEST_DONT_REWRITE: in a virtual machine this package is imported before pytest is, which would warn that it comes too
+late to rewrite assertions, of which there are none.
 """
 
 from __future__ import annotations

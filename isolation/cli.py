@@ -1,4 +1,4 @@
-"""The command line: `isolation run`, `isolation doctor`, `isolation backends`, and what backends bring (`isolation microvm`).
+"""The command line: `isolation run`, `doctor`, `backends`, and what backends bring (`isolation microvm`).
 
 Exit codes of `run` are those of timeout(1) and `docker run`: the command's own; 128+signal; 124 when it took too long, 137
 when it ran out of memory; 125 when the sandbox could not be made, 126 and 127 when the command could not be executed
@@ -141,7 +141,8 @@ def _add_run(commands: Any) -> None:
     )
     add = run.add_argument
     add("--backend", metavar="NAME", default="auto", help="which one (default: the first that works here)")
-    add("--network", metavar="MODE", default="none", help="none: own loopback only (default); nat (microvm): outgoing only; host: none at all")
+    modes = "none: own loopback only (default); nat (microvm): outgoing only; host (namespace): no isolation at all"
+    add("--network", metavar="MODE", default="none", help=modes)
     add("--memory", metavar="SIZE", help="of all its processes together")
     add("--pids", metavar="N", help="how many processes and threads it may have")
     add("--cpus", metavar="N", help="cores, e.g. 0.5")

@@ -355,7 +355,7 @@ class Sandbox:
         return self.backend.template(self.spec, payload, config)
 
     def load_template(self, directory: str | os.PathLike[str], payload: str, config: Any = None) -> Template:
-        """A template of this spec that `Template.save` has kept. Raises LaunchError, saying what differs, if it does not fit."""
+        """A template of this spec that `Template.save` has kept. Raises LaunchError, saying what differs, if any."""
         if SNAPSHOT not in self.backend.features():
             raise FeatureMissing(f"the {self.backend.name} backend cannot keep a warm sandbox on disk")
         return self.backend.load(self.spec, payload, config, os.fspath(directory))

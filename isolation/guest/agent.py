@@ -1,7 +1,7 @@
 """PID 1 of a virtual machine: does what the host asks, over one virtio-serial port.
 
-Stream 0 of the multiplexed port carries messages; the others, numbered by the host, are what the programs read and write. It is
-single-threaded, and never waits for the guest's programs.
+Stream 0 of the multiplexed port carries messages; the others, numbered by the host, are what the programs read and write.
+It is single-threaded, and never waits for the guest's programs.
 """
 
 from __future__ import annotations

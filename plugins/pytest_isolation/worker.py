@@ -13,7 +13,6 @@ import pytest
 from isolation.guest import Guest
 from pytest_isolation import reports
 
-
 COLLECTOR = "isolation-controller"
 PAYLOAD = "pytest_isolation.worker:main"
 
@@ -118,7 +117,7 @@ def order_for(config: pytest.Config) -> dict[str, Any]:
 
 
 def main(guest: Guest) -> None:
-    """The payload where this process cannot be forked: pytest, started anew in the sandbox, which collects and then waits."""
+    """The payload where the host cannot be forked: pytest, started anew in the sandbox, which collects and waits."""
     status = pytest.main(guest.config["args"], plugins=[_Collector(guest)])
     raise SystemExit(int(status) or 1)  # it came to an end by itself, and so has no test to run
 

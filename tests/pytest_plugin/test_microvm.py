@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from conftest import machines
-
 from pytest_plugin.test_outcomes import SUITE, outcome_lines, shape, without_noise
 
 pytestmark = pytest.mark.usefixtures("microvm_ready")
@@ -71,9 +70,8 @@ def test_every_test_is_a_machine_of_its_own(pytester: pytest.Pytester) -> None:
         def test_in_a_machine(): assert os.uname().release != HOST
         def test_sandbox(sandbox):
             assert sandbox.run(["echo", "a container in a machine"]).stdout == b"a container in a machine\\n"
-        HOST = "%s"
-        """
-        % os.uname().release
+        HOST = "HOST"
+        """.replace('"HOST"', repr(os.uname().release))
     )
     result = pytester.runpytest_subprocess(
         "--isolation=microvm", "-rA", "-p", "no:cacheprovider", "--isolation-memory=300M", "--isolation-timeout=60s"

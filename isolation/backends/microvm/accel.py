@@ -43,7 +43,7 @@ def why_not() -> str:
         return "there is no /dev/kvm"
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return "/dev/kvm is not this user's to open (add the user to the group kvm, or chmod 666 /dev/kvm)"
-    if os.geteuid() == 0 and not os.stat(_DEVICE).st_mode & 0o006 == 0o006:
+    if os.geteuid() == 0 and os.stat(_DEVICE).st_mode & 0o006 != 0o006:
         return "QEMU does not run as root, and /dev/kvm is for root and its group only (chmod 666 /dev/kvm)"
     if os.path.isdir("/sys/module/kvm_pvm") and not any(
         os.path.isdir(f"/sys/module/{name}") for name in ("kvm_intel", "kvm_amd")

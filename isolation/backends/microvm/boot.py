@@ -36,7 +36,8 @@ def state(wanted: Plan) -> State:
 def key_of(wanted: Plan) -> Key:
     """Everything that a booted machine depends on."""
     image = wanted.images.initramfs()
-    return Key.of(wanted.hardware, wanted.images.kernel.digest, image.name, [layer.key for layer in wanted.layers], wanted.python)
+    layers = [layer.key for layer in wanted.layers]
+    return Key.of(wanted.hardware, wanted.images.kernel.digest, image.name, layers, wanted.python)
 
 
 def drives(wanted: Plan) -> list[int]:
@@ -79,7 +80,8 @@ def boot(wanted: Plan, patience: float = _PATIENCE) -> State:
     hardware = wanted.hardware
     kernel = os.open(wanted.images.kernel.image, os.O_RDONLY | os.O_CLOEXEC)
     image = os.open(wanted.images.initramfs(), os.O_RDONLY | os.O_CLOEXEC)
-    words = initramfs.arguments(layers=hardware.layers, size="75%", python=wanted.python, library_path=os.environ.get("LD_LIBRARY_PATH", ""))
+    libraries = os.environ.get("LD_LIBRARY_PATH", "")
+    words = initramfs.arguments(layers=hardware.layers, size="75%", python=wanted.python, library_path=libraries)
     try:
         start = Boot(kernel, image, f"{qemu.kernel_arguments(hardware)} {words}")
         return Vm.boot(hardware, drives(wanted), start, patience).save()

@@ -201,8 +201,8 @@ class MicrovmMachine(Machine):
         self.vm.link.say(message, ends, outputs=outputs)
 
     def _event(self, *kinds: str, number: int | None = None, key: str = "id") -> Message:
-        """The next event of one of these kinds; exits that come before it are kept. An agent that does not speak it loses its
-        machine."""
+        """The next event of one of these kinds; exits that come before it are kept. An agent that does not speak it loses
+        its machine."""
         deadline = time.monotonic() + _ANSWER_PATIENCE
         while True:
             try:

@@ -161,7 +161,7 @@ def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
             "kept": kept,
             "links": links,
             "home": home,
-            "mounts": [_mount(mount, tree, hardware, slot) for slot, (mount, tree) in enumerate(zip(mounts, trees, strict=True))],
+            "mounts": [_mount(mounts[slot], tree, hardware, slot) for slot, tree in enumerate(trees)],
         },
     }
     if not _beneath(os.path.realpath(spec.workdir), [*seen, *(path for path, _mode in private)]) and spec.workdir != "/":

@@ -44,7 +44,7 @@ def _sandbox() -> Check:
     result = found.probe() if found is not None else None
     if result is None or not result.works:
         why = result.reason if result else "not installed"
-        return Check("namespace backend", False, f"does not work: {why}", "QEMU runs in a namespace sandbox; mend that first")
+        return Check("namespace backend", False, f"does not work: {why}", "QEMU runs in one; mend that first")
     return Check("namespace backend", True, "works; QEMU runs in it")
 
 

@@ -60,7 +60,8 @@ def find() -> Qemu:
     if version < (7, 0, 0):
         raise BackendUnavailable(f"{path} is version {done.stdout.split()[3]}; 7.0 or later is needed")
     status = os.stat(os.path.realpath(path))
-    return Qemu(path, version, f"{os.path.realpath(path)} {'.'.join(map(str, version))} {status.st_size} {status.st_mtime_ns}")
+    identity = [os.path.realpath(path), ".".join(map(str, version)), str(status.st_size), str(status.st_mtime_ns)]
+    return Qemu(path, version, " ".join(identity))
 
 
 class Descriptors:

@@ -128,7 +128,7 @@ class Snapshot:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, key: Key, drives: Sequence[int]) -> Snapshot:
-        """Read it back; its drives are given anew. Raises SnapshotError, with the reason, when it does not fit or is damaged."""
+        """Read it back; its drives are given anew. Raises SnapshotError, with the reason, if it does not fit."""
         path = Path(directory)
         try:
             _check_owner(path)
@@ -169,7 +169,7 @@ class Snapshot:
 
 
 def _check_owner(path: Path) -> None:
-    """What is in it becomes the memory of machines, and QEMU's own: only who could change those anyway may have written it."""
+    """What is in it becomes the memory of machines, and QEMU's own: only who could change those may have written it."""
     status = os.stat(path)
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
         raise SnapshotError(f"the snapshot in {path} can be written by other users; chmod go-w, or make it again")
