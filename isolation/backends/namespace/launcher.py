@@ -7,6 +7,7 @@ or by `release`.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -60,6 +61,9 @@ def keeper_for(plan: Plan) -> KeeperProcess:
             return keeper.start(plan)
         process = keeper.start(plan, keeper.commands_only)
         process.shared = True
+        if not _keepers:
+            atexit.unregister(release)
+            atexit.register(release)  # it would end with this process anyway, but not without a ResourceWarning
         _keepers.append((plan, process))
         while len(_keepers) > _KEEPERS_AT_MOST:
             _keepers.pop(0)[1].retire()
