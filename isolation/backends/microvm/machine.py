@@ -26,6 +26,7 @@ from isolation.wire import Message
 _PREPARE_PATIENCE = 60.0  # s
 _ANSWER_PATIENCE = 90.0  # s, for an agent that answers pings, and not this
 _PIPE_BUF = 4096  # what POLLOUT promises of a pipe (pipe(7))
+_NOTES_AT_ONCE = 1000
 _LOOK_AGAIN = 0.1  # s; another thread may have read the news that this one waits for
 _CHANGES_AT_MOST = 200_000
 _HUGE = 1 << 62  # no size, and no time, is as large
@@ -118,25 +119,29 @@ class MicrovmMachine(Machine):
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                while number not in self._exits:
-                    try:
-                        message = self.vm.link.receive(0)
-                    except TimeoutError:
-                        break
-                    if message is None:
-                        return self._verdict_of_end(), self._usage(number, None)
-                    self._note(message)
-                    if deadline is not None and time.monotonic() >= deadline:
-                        return None
-                else:
+                alive = number in self._exits or self._take_notes()
+                if number in self._exits:
                     message = self._exits[number]
-                    break
+                    return verdict_of_exit(message), self._usage(number, message)
+                if not alive:
+                    return self._verdict_of_end(), self._usage(number, None)
             # Not with the lock: another thread may want to end it.
             left = _LOOK_AGAIN if deadline is None else min(_LOOK_AGAIN, deadline - time.monotonic())
             if left <= 0:
                 return None
             self.vm.link.wait(left)
-        return verdict_of_exit(message), self._usage(number, message)
+
+    def _take_notes(self) -> bool:
+        """Of all messages that there are, within reason; False when there will be none."""
+        for _ in range(_NOTES_AT_ONCE):
+            try:
+                message = self.vm.link.receive(0)
+            except TimeoutError:
+                return True
+            if message is None:
+                return False
+            self._note(message)
+        return True
 
     def fileno(self) -> int:
         return self.vm.link.fileno()

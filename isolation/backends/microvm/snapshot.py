@@ -114,7 +114,6 @@ class Snapshot:
                 os.close(fd)
             about = {
                 "key": dict(self.key.parts),
-                "hardware": asdict(self.state.hardware),
                 "mark": self.state.mark.hex(),
                 "devices": zlib.crc32(self.state.devices),
                 "memory": check,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import select
+import signal
+import socket
+import struct
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from isolation.backends.microvm import boot, machine
-from isolation.backends.microvm.link import Link, text_of
+from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.plan import Plan, now, seed
 from isolation.backends.microvm.snapshot import Key, Snapshot
 from isolation.backends.microvm.vm import State, Vm
-from isolation.errors import LaunchError, SandboxClosed, SpecError
+from isolation.errors import LaunchError, SandboxClosed, SpecError, WireError
 from isolation.guest import warm
 from isolation.result import Ended, Usage, Verdict
 from isolation.template import Fork, Template
@@ -28,7 +32,9 @@ _STREAMS = (1, 2, 3)  # its wire, stdout and stderr
 _JSON_AT_MOST = 4 << 20
 _DATA_AT_MOST = 32 << 20
 _PATIENCE = 2  # s, with a guest that does not read
+_CONFIG_PATIENCE = 60  # s, with a machine that does not take the configuration
 _STACKS_WAIT = 3.0  # s, for the stacks of a process that is about to be ended
+_STACKS_AT_MOST = 256 << 10
 _SCRATCH_AT_MOST = 16 << 20
 _OUTPUT_AT_MOST = 64 << 10
 
@@ -39,16 +45,43 @@ class _Streams:
     def __init__(self) -> None:
         ours, self._theirs = Wire.pair()
         self._theirs.setblocking(False)
-        ours.settimeout(None)
+        # A guest that does not read must not keep the host waiting.
+        self.patience(ours, _PATIENCE)
         self.sock = ours
         self.stdout, self._stdout = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.stderr, self._stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._connected = False
 
     def connect(self, link: Link, message: Message, *, mark: bytes = b"") -> None:
         """Say `message`, with which the agent begins to use them, and hand over the other ends."""
+        self._connected = True
         fd = self._theirs.detach()
         ends = [(_STREAMS[0], fd, fd), (_STREAMS[1], -1, self._stdout), (_STREAMS[2], -1, self._stderr)]
+        self._stdout = self._stderr = -1
         link.say(message, ends, outputs=_STREAMS, mark=mark)
+
+    def close_unused(self) -> None:
+        """The other ends, if no machine ever got them."""
+        if not self._connected:
+            self._connected = True
+            self._theirs.close()
+            os.close(self._stdout)
+            os.close(self._stderr)
+
+    @staticmethod
+    def patience(sock: socket.socket, seconds: int) -> None:
+        """How long a message may wait to be sent."""
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", seconds, 0))
+
+    def close(self) -> None:
+        """The host's ends, and the others if nobody has got them."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self._theirs.close()
+        for fd in {self.stdout, self.stderr, self._stdout, self._stderr} - {-1}:
+            os.close(fd)
+        self.stdout = self.stderr = self._stdout = self._stderr = -1
 
 
 class MicrovmTemplate(Template):
@@ -60,7 +93,8 @@ class MicrovmTemplate(Template):
         self._state = state
         self._ahead = ahead
         self._spares: collections.deque[MicrovmFork] = collections.deque()
-        self._closing: list[MicrovmFork] = []
+        self._living: list[MicrovmFork] = []  # every machine that is not known to be gone
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -68,16 +102,23 @@ class MicrovmTemplate(Template):
     def make(cls, plan: Plan, payload: str, config: Any, *, path: list[str], ahead: int = 1) -> MicrovmTemplate:
         """Start `payload` in a new machine, and save it when it is warm. Raises LaunchError with what it wrote."""
         vm = machine.prepare(plan, keep=True)
-        streams = _Streams()
+        streams: _Streams | None = None
         try:
+            streams = _Streams()
             argv = warm.argv(plan.python, path, payload)
             streams.connect(vm.link, {"op": "template", "id": _PAYLOAD, "argv": argv, "streams": list(_STREAMS)})
+            vm.link.watch()
+            streams.patience(streams.sock, _CONFIG_PATIENCE)
             Wire(streams.sock).send({"config": config})
             _until_warm(vm, streams)
             state = vm.save()
+        except (SandboxClosed, WireError) as error:
+            raise LaunchError(f"the template could not be made: {vm.link.over or error}{vm.last_words()}") from error
         finally:
             vm.close()
-            _close_streams(streams)
+            vm.link.close_news()
+            if streams is not None:
+                streams.close()
         return cls(plan, template_key(plan, payload, config), state, ahead=ahead)
 
     @classmethod
@@ -91,29 +132,43 @@ class MicrovmTemplate(Template):
         with self._lock:
             fork = self._spares.popleft() if self._spares else None
         if fork is None or fork.ended:
+            if fork is not None:
+                fork.close()
             fork = self._prepare()
         try:
             fork.begin(job, reseed=reseed)
         except LaunchError:
             fork.close()
             fork = self._prepare()  # one that was made ahead may have died of something that has passed
-            fork.begin(job, reseed=reseed)
+            try:
+                fork.begin(job, reseed=reseed)
+            except BaseException:
+                fork.close()
+                raise
+        except BaseException:
+            fork.close()
+            raise
         while len(self._spares) < self._ahead:
-            spare = self._prepare()
+            try:
+                spare = self._prepare()
+            except (LaunchError, SandboxClosed):
+                break  # who asks for it will be told
             with self._lock:
                 self._spares.append(spare)
         return fork
 
     def branch(self, job: Any = None) -> Template:
         """A fork that becomes a template itself: the payload gets `job`, and is saved when it asks for forks again."""
-        vm = Vm.restore(self._state, keep=True)
-        fork = MicrovmFork(vm, self._state.mark)
+        vm = self._restore(keep=True)
         try:
-            fork.begin(job, reseed=True)
-            _until_warm(vm, fork.streams)
-            state = vm.save()
+            fork = MicrovmFork(vm, self._state.mark)
+            try:
+                fork.begin(job, reseed=True)
+                _until_warm(vm, fork.streams)
+                state = vm.save()
+            finally:
+                fork.close()
         finally:
-            fork.close()
             vm.close()
         parts = dict(self._key.parts)
         parts["payload"] += " " + json.dumps(job, sort_keys=True)
@@ -123,23 +178,47 @@ class MicrovmTemplate(Template):
         Snapshot(self._state, self._key).save(Path(directory))
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        while self._spares:
-            self._spares.popleft().close()
-        for fork in self._closing:
+        if os.getpid() != self._owner:
+            return  # a fork of the process whose template it is
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            spares, self._spares = list(self._spares), collections.deque()
+            living, self._living = self._living, []
+        for fork in spares:
+            fork.close()
+        for fork in living:
+            fork.vm.kill()
+        for fork in living:
             fork.vm.close()
-        self._closing.clear()
         self._state.close()
 
     def _prepare(self) -> MicrovmFork:
-        if self._closed:
+        vm = self._restore(keep=False)
+        try:
+            fork = MicrovmFork(vm, self._state.mark)
+            with self._lock:
+                self._living = [other for other in self._living if not other.gone]
+                if not self._closed:
+                    self._living.append(fork)
+                    return fork
+            fork.close()
             raise SandboxClosed("the template is closed")
-        self._closing = [fork for fork in self._closing if not fork.gone]
-        fork = MicrovmFork(Vm.restore(self._state), self._state.mark)
-        self._closing.append(fork)
-        return fork
+        except BaseException:
+            vm.close()
+            raise
+
+    def _restore(self, *, keep: bool) -> Vm:
+        """With a descriptor of the memory of its own: another thread may close the template meanwhile."""
+        with self._lock:
+            if self._closed:
+                raise SandboxClosed("the template is closed")
+            state = dataclasses.replace(self._state, memory=os.dup(self._state.memory))
+        try:
+            return Vm.restore(state, keep=keep)
+        finally:
+            state.close()
 
 
 def template_key(plan: Plan, payload: str, config: Any) -> Key:
@@ -169,7 +248,7 @@ def _until_warm(vm: Vm, streams: _Streams) -> None:
         if message["event"] == "warm":
             return
         if message["event"] == "failed":
-            raise LaunchError(f"the template could not be started: {str(message.get('what'))[:2000]}")
+            raise LaunchError(f"the template could not be started: {clean(message.get('what'), 2000)}")
         if message["event"] == "exit":
             for fd in (streams.stdout, streams.stderr):
                 _collect(fd, output)
@@ -186,12 +265,6 @@ def _collect(fd: int, kept: bytearray) -> bool:
     kept += data
     del kept[:-_OUTPUT_AT_MOST]
     return bool(data)
-
-
-def _close_streams(streams: _Streams) -> None:
-    streams.sock.close()
-    os.close(streams.stdout)
-    os.close(streams.stderr)
 
 
 class MicrovmFork(Fork):
@@ -256,6 +329,9 @@ class MicrovmFork(Fork):
         if self._verdict is None and verdict.ended in (Ended.TIMED_OUT, Ended.OUT_OF_MEMORY):
             self._ask_for_stacks(at_once=True)
         self._verdict = self._verdict or verdict
+        # Of the machine, only the payload: what it had written can be asked for until `close`.
+        with contextlib.suppress(SandboxClosed):
+            self.vm.link.say({"op": "signal", "id": _PAYLOAD, "signal": signal.SIGKILL, "group": True})
 
     def usage(self) -> Usage:
         self.wait()
@@ -264,7 +340,7 @@ class MicrovmFork(Fork):
     def stacks(self) -> str:
         if self._stacks is None:
             self._ask_for_stacks(at_once=False)
-        dumps = [dump for dump in (self._stacks or b"").split(warm.STACKS_MARK) if dump.strip(b"\0 \n")]
+        dumps = [dump for dump in (self._stacks or b"")[-_STACKS_AT_MOST:].split(warm.STACKS_MARK) if dump.strip(b"\0 \n")]
         return dumps[-1].decode("utf-8", "replace") if dumps else ""
 
     def scratch_index(self, inode: int) -> int | None:
@@ -272,21 +348,19 @@ class MicrovmFork(Fork):
 
     def scratch(self, index: int) -> bytes:
         answer = self._ask({"op": "deleted", "inode": index, "most": _SCRATCH_AT_MOST}, "deleted")
-        return bytes(answer.get("data", b"")) if answer else b""
+        return _data(answer)[:_SCRATCH_AT_MOST]
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self.vm.kill()
-        with contextlib.suppress(OSError):
-            self._wire.close()
-        os.close(self.stdout)
-        os.close(self.stderr)
+        self.vm.link.close_news()
+        self.streams.close()
 
     def _ask_for_stacks(self, *, at_once: bool) -> None:
         answer = self._ask({"op": "stacks", "now": at_once}, "stacks")
-        self._stacks = bytes(answer.get("data", b"")) if answer else b""
+        self._stacks = _data(answer)
 
     def _ask(self, message: Message, event: str) -> Message | None:
         try:
@@ -305,9 +379,13 @@ class MicrovmFork(Fork):
                 message = self.vm.link.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 return None
-            if message is None or message["event"] == event:
+            if message is None or (message["event"] == event and (event != "exit" or message.get("id") == _PAYLOAD)):
                 return message
-            if message["event"] == "exit":
+            if message["event"] == "exit" and message.get("id") == _PAYLOAD:
                 self._exit = message
+            if deadline is not None and time.monotonic() >= deadline:
+                return None  # it speaks of other things all the time
 
 
+def _data(message: Message | None) -> bytes:
+    return bytes(message.get("data", b"")) if message is not None else b""
