@@ -349,17 +349,15 @@ class Mux:
         while stream.arrived:
             if stream.polite and not _writable(stream.sink):
                 return
-            view = memoryview(stream.arrived)[: _POLITE if stream.polite else _CHUNK]
             try:
-                count = os.write(stream.sink, view)
+                with memoryview(stream.arrived) as view:  # released before `arrived` is cleared
+                    count = os.write(stream.sink, view[: _POLITE if stream.polite else _CHUNK])
             except BlockingIOError:
                 return
             except OSError:
                 self._frame(_REFUSE, stream.number)
                 self._stop_receiving(stream)
                 return
-            finally:
-                view.release()
             del stream.arrived[:count]
             self._give_back(stream, count)
         if stream.last:

@@ -136,11 +136,20 @@ class Agent:
             self._tree.limit(message["disk"])
         self._tree.build(message["tree"], user["uid"], user["gid"])
         self._renew(message)
+        if message["nat"]:
+            self._connect_outwards()
         for name, value in message["sysctl"].items():
             _write(f"/proc/sys/{name}", value)
         self._cgroup.limit(message["limits"])
         self._tree.seal()
         self._say({"event": "ready", "workdir": os.path.isdir(self._workdir)})
+
+    def _connect_outwards(self) -> None:
+        """QEMU's user networking has these addresses wherever it runs (QEMU: docs/system/devices/net)."""
+        linux.interface_up(b"eth0")
+        linux.interface_address(b"eth0", "10.0.2.15", "255.255.255.0")
+        linux.default_route("10.0.2.2")
+        self._tree.own_file("/etc/resolv.conf", "nameserver 10.0.2.3\n")
 
     def _op_ping(self, message: Message) -> None:
         self._say({"event": "pong"})

@@ -33,7 +33,11 @@ _RNDADDENTROPY = 0x40085203  # random(4)
 _RNDRESEEDCRNG = 0x5207
 _SIOCGIFFLAGS = 0x8913  # netdevice(7)
 _SIOCSIFFLAGS = 0x8914
+_SIOCSIFADDR = 0x8916
+_SIOCSIFNETMASK = 0x891C
+_SIOCADDRT = 0x890B
 _IFF_UP = 1
+_RTF_UP_GATEWAY = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -99,3 +103,22 @@ def interface_up(name: bytes) -> None:
         request = struct.pack("16sH22x", name, 0)
         (flags,) = struct.unpack("16xH22x", fcntl.ioctl(sock, _SIOCGIFFLAGS, request))
         fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | _IFF_UP))
+
+
+def interface_address(name: bytes, address: str, netmask: str) -> None:
+    """Give an interface an IPv4 address (netdevice(7)). Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for request, value in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, netmask)):
+            fcntl.ioctl(sock, request, struct.pack("16s16s8x", name, _sockaddr(value)))
+
+
+def default_route(gateway: str) -> None:
+    """Send everything else by `gateway` (struct rtentry of linux/route.h). Raises OSError."""
+    nowhere = _sockaddr("0.0.0.0")
+    entry = struct.pack("=8x16s16s16sH62x", nowhere, _sockaddr(gateway), nowhere, _RTF_UP_GATEWAY)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCADDRT, entry)
+
+
+def _sockaddr(address: str) -> bytes:
+    return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(address))

@@ -89,6 +89,22 @@ def test_every_test_is_a_machine_of_its_own(pytester: pytest.Pytester) -> None:
     assert not (pytester.path / "left").exists()
 
 
+def test_containers_in_a_machine(pytester: pytest.Pytester) -> None:
+    """The other order: one machine, and in it every test in a namespace fork; on the machine's kernel, not on the host's."""
+    pytester.makepyfile(
+        "import os, pathlib\n"
+        f"def test_one(): assert os.uname().release != {os.uname().release!r}; pathlib.Path('left').touch()\n"
+        "def test_two(): assert not os.path.exists('left')\n"
+        "def test_three(): assert 0\n"
+    )
+    command = [sys.executable, "-m", "isolation", "run", "--backend", "microvm", "--"]
+    command += [sys.executable, "-m", "pytest", "--isolation", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "isolation: namespace, a fresh sandbox" in done.stdout
+    assert "1 failed, 2 passed" in done.stdout, done.stdout
+
+
 def test_what_is_not_collected_inside_is_said(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         "import os, pytest\n@pytest.mark.parametrize('n', [os.uname().release])\ndef test_x(n): pass\ndef test_y(): pass\n"
