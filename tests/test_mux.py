@@ -234,9 +234,14 @@ def test_an_end_in_the_middle_of_a_frame(raw: Raw) -> None:
 def test_overdrawn_credit_is_an_error(raw: Raw) -> None:
     out, sink = pipe()
     raw.mux.open(2, sink=sink)
+    flood = frame(DATA, 2, bytes(32 << 10))
+
+    def say_it_all() -> None:
+        for _ in range(2 * WINDOW // len(flood)):
+            raw.say(flood)
+
     with pytest.raises(MuxError, match="more on stream 2"):
-        for _ in range(2 * WINDOW // (32 << 10)):
-            raw.say(frame(DATA, 2, bytes(32 << 10)))
+        say_it_all()
     os.close(out)
 
 
