@@ -37,8 +37,17 @@ def leftovers(mark: bytes) -> set[str]:
     return found
 
 
-def machines() -> set[int]:
-    """Every QEMU process there is."""
+def machines(host: int) -> set[int]:
+    """Every QEMU process below `host`; its sandbox and its keeper are between the two."""
+    return {pid for pid in _qemu_processes() if host in _above(pid)}
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those of them that are QEMU processes still."""
+    return pids & _qemu_processes()
+
+
+def _qemu_processes() -> set[int]:
     found = set()
     for name in os.listdir("/proc"):
         try:
@@ -49,15 +58,26 @@ def machines() -> set[int]:
     return found
 
 
+def _above(pid: int) -> set[int]:
+    found: set[int] = set()
+    while pid > 1:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        found.add(pid)
+    return found
+
+
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fails a test that leaves a process of this one, or a cgroup, behind."""
     mine = Path("/proc/self/cmdline").read_bytes()
-    before, running = leftovers(mine), machines()
+    before, running = leftovers(mine), machines(os.getpid())
     yield
     launcher.release()
     assert leftovers(mine) - before == set()
-    assert machines() - running == set()
+    assert machines(os.getpid()) - running == set()
 
 
 @pytest.fixture

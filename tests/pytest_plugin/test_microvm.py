@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import machines
+from conftest import alive, machines
 from pytest_plugin.test_outcomes import SUITE, outcome_lines, shape, without_noise
 
 pytestmark = pytest.mark.usefixtures("microvm_ready")
@@ -125,15 +125,15 @@ def test_an_error_in_the_worker_is_told(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize("delay", [1.0, 4.0, 9.0])
 def test_killed_at_any_moment(pytester: pytest.Pytester, delay: float) -> None:
     path = pytester.makepyfile("import pytest\n@pytest.mark.parametrize('n', range(500))\ndef test_x(n): pass\n")
-    before = machines()
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "--isolation=microvm", path.name], cwd=pytester.path, stdout=subprocess.DEVNULL
     )
     time.sleep(delay)
+    running = machines(process.pid)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10
-    while machines() - before and time.monotonic() < deadline:
+    while alive(running) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert machines() - before == set()
+    assert alive(running) == set()
     assert not list(Path(pytester.path).glob("**/*.part"))
