@@ -315,11 +315,15 @@ class _Outgoing(_Stream):
         return True
 
     def write(self, data: Any) -> int:
-        self._await(select.POLLOUT)
+        left = memoryview(data).cast("B")
+        size = len(left)
         try:
-            return os.write(self._fd, memoryview(data)[:_PIPE_BUF])
+            while left:  # all of it: shutil.copyfileobj, for one, does not look at what is returned
+                self._await(select.POLLOUT)
+                left = left[os.write(self._fd, left[:_PIPE_BUF]) :]
         except BrokenPipeError:
             raise GuestError(f"{self._path}: it could not be written (inside the sandbox)") from None
+        return size
 
     def close(self) -> None:
         if self.closed:

@@ -21,11 +21,12 @@ class Construction:
     """Every step that can be written down beforehand, once for a keeper (script.py). `leash` is each clone's own socket to
     the keeper, as a number in its table.
 
-    What comes first is for a clone of a keeper that has a base; `build_fresh` and `seal` are for all.
+    What comes first is for a clone of a keeper that has a base; `build_fresh` and `seal` are for all. `first`: the clone is
+    the sandbox's own PID 1.
     """
 
     def __init__(
-        self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, *, base: int = -1, namespaces: int = 0
+        self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, *, base: int = -1, namespaces: int = 0, first: bool
     ) -> None:
         self._script = script = Script()
         self._leash = script.slot()
@@ -44,7 +45,7 @@ class Construction:
             network.write_loopback_up(script)
             network.write_open_low_ports(script)
         self._seal = script.mark()
-        _write_seal(script, plan, self._leash)
+        _write_seal(script, plan, self._leash, first=first)
         script.finish()
         self._store = store
 
@@ -133,14 +134,15 @@ def _write_enter_base(script: Script, plan: Plan, base: int, namespaces: int) ->
     script.call("unshare", syscalls.CLONE_NEWNS | namespaces)
 
 
-def _write_seal(script: Script, plan: Plan, leash: Memory) -> None:
+def _write_seal(script: Script, plan: Plan, leash: Memory, *, first: bool) -> None:
     # The guest's own user namespace, below the one that owns the mounts: even with capabilities in its own, it has none
     # over them.
     script.call("unshare", syscalls.CLONE_NEWUSER)
     # Only now: a user namespace is bound to the limits of who makes it, and counts all processes below its parent, which
     # is to say those of every sandbox of this keeper.
     for number, value in plan.rlimits:
-        _write_rlimit(script, number, value)
+        # PID 1 of a sandbox for commands is one of the processes that are counted; that of a fork is above.
+        _write_rlimit(script, number, value + int(number == resource.RLIMIT_NPROC and first))
     who = plan.identity
     if who.ranged:
         script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root

@@ -77,7 +77,7 @@ def _build(plan: Plan, birth: Birth) -> int:
         build.become_root_of_namespace(plan, birth.leash)
         build.build_base(plan)
         syscalls.unshare(NAMESPACES)
-        construction = Construction(plan, build.with_modes(plan, build.look_at_lowers(plan)), birth.umask)
+        construction = Construction(plan, build.with_modes(plan, build.look_at_lowers(plan)), birth.umask, first=True)
         construction.use_leash(birth.leash.fileno())
         store = construction.build_fresh()
     _leave_mounts(birth.leash)

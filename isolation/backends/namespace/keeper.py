@@ -648,8 +648,9 @@ class WarmKeeper(Keeper):
     def _construction(self, namespaces: int) -> Construction:
         if namespaces not in self._constructions:
             self._constructions[namespaces] = Construction(
-                self._plan, self._fresh, self._umask, base=self._base, namespaces=namespaces
-            )
+                self._plan, self._fresh, self._umask, base=self._base, namespaces=namespaces,
+                first=namespaces == init.NAMESPACES,
+            )  # fmt: skip
         return self._constructions[namespaces]
 
     def _build_base(self) -> tuple[int, dict[str, int]]:

@@ -218,9 +218,8 @@ def _enforcement(limits: Limits) -> tuple[Hierarchy | None, tuple[tuple[int, int
     """By what each limit is held: (cgroups, rlimits, PID 1 watches memory). Raises FeatureMissing."""
     rlimits = [(resource.RLIMIT_CORE, 0)]
     if limits.pids is not None:
-        # Counted per user namespace since Linux 5.14, and so for this sandbox alone; PID 1 is ours. Cheaper than a cgroup,
-        # and as strict.
-        rlimits.append((resource.RLIMIT_NPROC, limits.pids + 1))
+        # Counted per user namespace since Linux 5.14, and so for this sandbox alone. Cheaper than a cgroup, and as strict.
+        rlimits.append((resource.RLIMIT_NPROC, limits.pids))
     wanted = {name for name, value in (("memory", limits.memory), ("cpu", limits.cpus)) if value is not None}
     hierarchy = Hierarchy.find() if wanted else None
     if hierarchy is not None and not all(hierarchy.can(name) for name in wanted):
