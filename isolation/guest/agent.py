@@ -61,6 +61,7 @@ class Agent:
         self._port = port
         self._wakeup, signals = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.signal(signal.SIGCHLD, lambda *_about: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which Python handles, and so would reach PID 1
         signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
         self._tree = Tree()
         self._user = User(0, 0)

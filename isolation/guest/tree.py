@@ -16,6 +16,7 @@ from isolation.result import Change
 HIDDEN = "/.isolation"  # the agent's own; mode 0700
 _RW = f"{HIDDEN}/rw"
 _DEV = f"{HIDDEN}/dev"
+_NOBODYS = 65533
 _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 _LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
 
@@ -31,6 +32,7 @@ class Tree:
     def kernel_places(self) -> None:
         """/dev with harmless devices only, /proc/sys and /sys as far as programs read them."""
         os.makedirs(_DEV, exist_ok=True)
+        os.chown(HIDDEN, _NOBODYS, _NOBODYS)  # the guest's programs may be root's, if without capabilities
         linux.mount("/dev", _DEV, flags=linux.MS_MOVE)
         linux.mount("dev", "/dev", "tmpfs", linux.MS_NOSUID | linux.MS_NOEXEC, "mode=755,size=64k")
         for name, (major, minor) in _DEVICES.items():
