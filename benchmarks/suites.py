@@ -278,7 +278,10 @@ def fetch(suite: Suite, options: Options) -> Path:
         rmtree(unpacked)
     (archive,) = download.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(unpacked, filter="data")
+        if hasattr(tarfile, "data_filter"):
+            tar.extractall(unpacked, filter="data")
+        else:  # Python before 3.11.4; the archive is PyPI's
+            tar.extractall(unpacked)
     (top,) = unpacked.iterdir()
     top.rename(source)
     unpacked.rmdir()

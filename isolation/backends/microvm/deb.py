@@ -23,19 +23,43 @@ _AT_MOST = 4 << 30  # bytes; the largest kernel packages are below 1 GiB
 
 def unpack(package: Path, target: Path) -> None:
     """Put the files of `package` into the directory `target`, which is made. Owners are not kept, and nothing is
-    written outside (tarfile's "data" filter, PEP 706). Raises LaunchError for a broken package."""
+    written outside. Raises LaunchError for a broken package."""
     try:
         with open(package, "rb") as file:
             name, member = _data(file, package)
             with _decompressed(name, member, package) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
                 os.makedirs(target)
-                archive.extractall(target, filter="data")
+                _extract(archive, target)
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
         raise LaunchError(f"the package {package} is damaged ({error}): remove it, and try again") from error
     except OSError as error:
         if error.errno is None:  # of bz2 and gzip, about their input
             raise LaunchError(f"the package {package} is damaged ({error}): remove it, and try again") from error
         raise
+
+
+def _extract(archive: tarfile.TarFile, target: Path) -> None:
+    """By tarfile's "data" filter (PEP 706), which came with Python 3.11.4; before, files and directories with harmless names,
+    and links to what lies beside them (libraries have such). Raises tarfile.TarError for a member that would lie outside."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(target, filter="data")
+        return
+    for member in archive:
+        parts = member.name.split("/")
+        if member.name.startswith("/") or ".." in parts:
+            raise tarfile.TarError(f"{member.name!r} would lie outside")
+        path = target / member.name
+        if member.isdir():
+            path.mkdir(parents=True, exist_ok=True)
+        elif member.issym() and "/" not in member.linkname and member.linkname != "..":
+            path.symlink_to(member.linkname)
+        elif member.isfile():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = archive.extractfile(member)
+            assert content is not None
+            with content, open(path, "xb") as file:
+                shutil.copyfileobj(content, file)
+            path.chmod(member.mode & 0o755)
 
 
 def _data(file: IO[bytes], package: Path) -> tuple[str, bytes]:
