@@ -39,8 +39,8 @@ def unpack(package: Path, target: Path) -> None:
 
 
 def _extract(archive: tarfile.TarFile, target: Path) -> None:
-    """By tarfile's "data" filter (PEP 706), which came with Python 3.11.4; before, files and directories with harmless names,
-    and links to what lies beside them (libraries have such). Raises tarfile.TarError for a member that would lie outside."""
+    """By tarfile's "data" filter (PEP 706), which came with Python 3.11.4; before, files and directories with harmless
+    names, and links to what lies beside them (libraries have such). Raises TarError for a member that would lie outside."""
     if hasattr(tarfile, "data_filter"):
         archive.extractall(target, filter="data")
         return
