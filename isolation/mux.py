@@ -38,6 +38,10 @@ class MuxError(WireError):
     """The other end does not keep to the protocol, or is gone."""
 
 
+class Gone(MuxError):
+    """The other end is gone."""
+
+
 class Stream:
     """One stream. `source` is where its bytes come from on this side, `sink` where arriving ones go; -1 for neither."""
 
@@ -178,7 +182,7 @@ class Mux:
             except OSError as error:
                 if self._patient:
                     return
-                raise MuxError(f"the other end is gone ({error.strerror})") from error
+                raise Gone(f"the other end is gone ({error.strerror})") from error
             del self._out[:count]
 
     def step(self, timeout: float | None = None, extra: Sequence[int] = ()) -> set[int]:
@@ -285,12 +289,12 @@ class Mux:
                 if self._patient:
                     time.sleep(_AGAIN)
                     break
-                raise MuxError(f"the other end is gone ({error.strerror})") from error
+                raise Gone(f"the other end is gone ({error.strerror})") from error
             if not data:
                 if self._patient:
                     time.sleep(_AGAIN)  # poll(2) reports its absence all the time
                     break
-                raise MuxError("the other end is gone")
+                raise Gone("the other end is gone")
             self._in += data
             self._frames()
             if len(data) < _POLITE:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from isolation.errors import SandboxClosed, WireError
 from isolation.guest.agent import CONTROL
-from isolation.mux import Mux, MuxError
+from isolation.mux import Gone, Mux, MuxError
 from isolation.wire import Decoder, Message, encode
 
 Ends = tuple[int, int, int]  # a stream's number, its source and its sink
@@ -202,8 +202,10 @@ class Link:
         reason = "the machine was stopped"
         try:
             reason = self._loop()
+        except Gone:
+            reason = self._last_messages() or "its virtual machine is gone"
         except MuxError as error:
-            reason = self._last_messages() or str(error)
+            reason = str(error)
         except WireError as error:
             reason = f"its agent does not keep to the protocol: {error}"
         except Exception as error:

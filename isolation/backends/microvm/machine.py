@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -147,11 +148,11 @@ class MicrovmMachine(Machine):
         return self.vm.link.fileno()
 
     def signal(self, number: int, signum: int, *, group: bool) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(SandboxClosed):  # ended already
             self._say({"op": "signal", "id": number, "signal": int(signum), "group": group})
 
     def resize(self, number: int, terminal: int, window: tuple[int, int]) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(SandboxClosed):
             self._say({"op": "resize", "id": number, "window": list(window)})
 
     def open(self, path: str, mode: str) -> BinaryIO:
@@ -200,10 +201,12 @@ class MicrovmMachine(Machine):
             return
         self._closed = True
         self.vm.close()
-        self.vm.link.close_news()
 
     def _say(self, message: Message, ends: Sequence[Ends] = (), *, outputs: tuple[int, ...] = ()) -> None:
-        self.vm.link.say(message, ends, outputs=outputs)
+        try:
+            self.vm.link.say(message, ends, outputs=outputs)
+        except SandboxClosed:
+            raise SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}") from None
 
     def _event(self, *kinds: str, number: int | None = None, key: str = "id") -> Message:
         """The next event of one of these kinds; exits that come before it are kept. An agent that does not speak it loses

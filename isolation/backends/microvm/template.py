@@ -116,7 +116,6 @@ class MicrovmTemplate(Template):
             raise LaunchError(f"the template could not be made: {vm.link.over or error}{vm.last_words()}") from error
         finally:
             vm.close()
-            vm.link.close_news()
             if streams is not None:
                 streams.close()
         return cls(plan, template_key(plan, payload, config), state, ahead=ahead)

@@ -249,6 +249,7 @@ class Vm:
         """End it; returns when it is gone."""
         self._clear()
         self.link.join(10.0)
+        self.link.close_news()
 
     def _ended(self, _reason: str) -> None:
         """In the link's thread."""

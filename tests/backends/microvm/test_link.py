@@ -287,7 +287,7 @@ def test_an_end_at_every_point(cut: int) -> None:
     if cut < 0:
         assert agent.link.receive(30) is not None
     assert agent.link.receive(30) is None
-    assert "gone" in agent.over()
+    assert "virtual machine is gone" in agent.over()
     agent.close()
 
 
