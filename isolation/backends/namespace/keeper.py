@@ -54,6 +54,7 @@ class KeeperProcess:
         self._spares: list[tuple[int, Wire]] = []
         self._retired = False
         self._lock = threading.RLock()
+        self._closing = threading.Lock()  # who finds it dead closes it, and that may be two threads at once
 
     def new_init(self, *, ahead: bool) -> tuple[int, Wire]:
         """A sandbox for commands that is being made, or (with `ahead`) was made before it was needed: its number, and the
@@ -167,17 +168,18 @@ class KeeperProcess:
 
     def close(self) -> None:
         """End the keeper and all its sandboxes; returns when they are gone."""
-        if self.pidfd < 0:
-            return
-        while self._spares:
-            self._spares.pop()[1].close()
-        self.wire.close()
-        try:
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        except ChildProcessError:
-            pass  # somebody else's waitpid(-1) was quicker
-        os.close(self.pidfd)
-        self.pidfd = -1
+        with self._closing:
+            if self.pidfd < 0:
+                return
+            while self._spares:
+                self._spares.pop()[1].close()
+            self.wire.close()
+            try:
+                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            except ChildProcessError:
+                pass  # somebody else's waitpid(-1) was quicker
+            os.close(self.pidfd)
+            self.pidfd = -1
 
 
 def commands_only(guest: Guest) -> None:
