@@ -64,6 +64,7 @@ class Vm:
         descriptors = Descriptors()
         pairs: list[tuple[socket.socket, socket.socket]] = []
         box: Sandbox | None = None
+        stderr = -1
         try:
             found = qemu.find()
             pairs += [socket.socketpair() for _ in range(3)]
@@ -83,8 +84,9 @@ class Vm:
                 ours.close()
             if box is not None:
                 box.close()
-            if owns_ram:
-                os.close(ram)
+            for fd in (stderr, ram if owns_ram else -1):
+                if fd >= 0:
+                    os.close(fd)
             raise
         finally:
             for _ours, theirs in pairs:
