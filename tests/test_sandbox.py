@@ -338,3 +338,31 @@ def test_kill_minus_nine_of_the_host(project: Path, backend: str) -> None:
     while leftovers(program.encode()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert leftovers(program.encode()) == set()
+
+
+def test_one_thread_waits_and_another_kills() -> None:
+    with Sandbox() as box:
+        process = box.popen(["sleep", "1000"])
+        found: list[object] = []
+        waiter = threading.Thread(target=lambda: found.append(process.wait()), daemon=True)
+        waiter.start()
+        time.sleep(0.3)
+        killer = threading.Thread(target=process.kill, daemon=True)
+        killer.start()
+        killer.join(60)
+        assert not killer.is_alive()
+        waiter.join(60)
+        assert found
+        process.close()
+
+
+def test_a_fork_of_the_host_closes_nothing() -> None:
+    with Sandbox() as box:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                box.close()
+            finally:
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert box.run(["echo", "alive"]).stdout == b"alive\n"

@@ -19,7 +19,10 @@ from isolation.backends.namespace.plan import Plan
 from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
 from isolation.hookspecs import Machine
 from isolation.result import Change, Ended, Usage, Verdict
-from isolation.wire import Message, Wire
+from isolation.wire import Message, Wire, wait_readable
+
+_NOTES_AT_ONCE = 1000
+_LOOK_AGAIN = 0.1  # s
 
 _HINTS = {
     errno.ENOSPC: "the kernel's limit on namespaces is reached; raise sysctl user.max_user_namespaces (and its like)",
@@ -52,6 +55,7 @@ class NamespaceMachine(Machine):
         self._started: dict[int, float] = {}
         self._last: Message | None = None  # the keeper's last word
         self._closed = False
+        self._owner = os.getpid()
         self._keeper: KeeperProcess = launcher.keeper_for(plan)
         # The time of a wall-clock limit begins with the clone, so that none is made ahead.
         self._number, self._control = self._keeper.new_init(ahead=plan.limits.wall is None)
@@ -103,20 +107,35 @@ class NamespaceMachine(Machine):
 
     def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._lock:
-            while number not in self._exits:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                try:
-                    message = self._control.receive(left)
-                except TimeoutError:
-                    return None
-                except WireError:
-                    message = None
-                if message is None:
+        while True:
+            with self._lock:
+                alive = number in self._exits or self._take_notes()
+                if number in self._exits:
+                    message = self._exits[number]
+                    return verdict_of_exit(message), self._usage(number, message)
+                if not alive:
                     return self._verdict_of_end(), self._usage(number, None)
-                self._note(message)
-            message = self._exits[number]
-        return verdict_of_exit(message), self._usage(number, message)
+                fd = self._control.fileno()
+            # Not with the lock: another thread may want to end it, or may read the news that this one waits for.
+            left = _LOOK_AGAIN if deadline is None else min(_LOOK_AGAIN, deadline - time.monotonic())
+            if left <= 0:
+                return None
+            if fd >= 0:
+                wait_readable(fd, left)
+
+    def _take_notes(self) -> bool:
+        """Of all messages that there are, within reason; False when there will be none."""
+        for _ in range(_NOTES_AT_ONCE):
+            try:
+                message = self._control.receive(0) if self._control.fileno() >= 0 else None
+            except TimeoutError:
+                return True
+            except WireError:
+                message = None
+            if message is None:
+                return False
+            self._note(message)
+        return True
 
     def fileno(self) -> int:
         return self._control.fileno()
@@ -145,8 +164,8 @@ class NamespaceMachine(Machine):
         return changes.of_store(self._store, self.plan.fresh)
 
     def close(self) -> None:
-        if self._closed:
-            return
+        if self._closed or os.getpid() != self._owner:
+            return  # closed already, or a fork of the process whose sandbox it is
         self._closed = True
         self._control.close()
         self._keeper.done_with(self._number)
