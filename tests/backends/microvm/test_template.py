@@ -23,16 +23,20 @@ from isolation.template import Template
 pytestmark = pytest.mark.usefixtures("microvm_ready")
 
 WARM = """
-import os, random, socket, ssl, subprocess, sys, threading, time, uuid
+import os, random, socket, subprocess, sys, threading, time, uuid
 from pathlib import Path
 try:
     import numpy
 except ImportError:
     numpy = None
+try:
+    import ssl
+except ImportError:  # a Python without it
+    ssl = None
 
 def values():
     found = {
-        "urandom": os.urandom(8).hex(), "random": random.random(), "uuid": str(uuid.uuid4()), "ssl": ssl.RAND_bytes(8).hex(),
+        "urandom": os.urandom(8).hex(), "random": random.random(), "uuid": str(uuid.uuid4()), "ssl": ssl and ssl.RAND_bytes(8).hex(),
         "child": subprocess.run([sys.executable, "-c", "import random; print(random.random())"], capture_output=True).stdout.decode(),
         "hostname": socket.gethostname(), "machine-id": Path("/etc/machine-id").read_text() if os.path.exists("/etc/machine-id") else "",
     }
