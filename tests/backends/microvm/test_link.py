@@ -41,6 +41,7 @@ class Agent:
 
     def __init__(self, *, ping_after: float = 30.0, lost_after: float = 30.0) -> None:
         ours, self.agent = socket.socketpair()
+        self.agent.settimeout(60)  # a duplicate of it does not block, and they share that
         console, self.console = socket.socketpair()
         stderr, self.stderr = os.pipe()
         self.reasons: list[str] = []
