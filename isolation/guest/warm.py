@@ -30,9 +30,11 @@ class WarmPayload:
         stderr, its_stderr = os.pipe2(os.O_CLOEXEC)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._crash = os.open(f"{HIDDEN}/rw/stacks", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_APPEND, 0o600)
+        # What this interpreter needs to find its own library, so does the payload's, which is the same one.
+        libraries = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         try:
             self.pid = start(
-                order["argv"], env, workdir, user, [null, its_stdout, its_stderr],
+                order["argv"], libraries | env, workdir, user, [null, its_stdout, its_stderr],
                 given=[its_wire.fileno(), its_control.fileno(), self._crash], cgroup=cgroup,
             )  # fmt: skip
         finally:
