@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import pty
@@ -19,7 +18,8 @@ from isolation.backends.microvm import boot
 from isolation.backends.microvm.link import Ends, clean
 from isolation.backends.microvm.plan import Plan, now, seed
 from isolation.backends.microvm.vm import Vm
-from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed
+from isolation.backends.refusal import not_started
+from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed
 from isolation.hookspecs import Machine
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message
@@ -104,17 +104,7 @@ class MicrovmMachine(Machine):
 
     def _not_started(self, command: str, cwd: str, message: Message) -> LaunchError:
         number, what = message.get("errno"), clean(message.get("what"))
-        if message.get("cwd"):
-            return LaunchError(f"the working directory {cwd!r} does not exist inside the sandbox")
-        if number in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
-            verb = "is not" if number == errno.ENOENT else "cannot be executed"
-            hint = ""
-            if command.startswith("/") and os.path.exists(command):
-                hint = f"; it exists on the host: show it with Mount({command!r}) or --mount"
-            error = CommandNotFound(f"{command!r} {verb} in the sandbox ({what}){hint}")
-            error.missing = number == errno.ENOENT
-            return error
-        return LaunchError(f"{command!r} could not be started: {what}")
+        return not_started(command, cwd, number, what, what, missing_cwd=bool(message.get("cwd")))
 
     def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from isolation.backends.namespace import changes, launcher
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan
-from isolation.errors import CommandNotFound, FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
+from isolation.backends.refusal import not_started
+from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
 from isolation.hookspecs import Machine
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message, Wire, wait_readable
@@ -88,22 +89,11 @@ class NamespaceMachine(Machine):
             self._send(request, [*given, *pass_fds])
             message = self._event("spawned", "unspawned")
             if message["event"] == "unspawned":
-                raise self._not_started(argv[0], cwd, message)
+                raise not_started(
+                    argv[0], cwd, message["errno"], message["what"], failure(message), missing_cwd=message["cwd"]
+                )
             self._started[number] = time.monotonic()
             return number, self._control.take_fds(1)[0] if tty else None
-
-    def _not_started(self, command: str, cwd: str, message: Message) -> LaunchError:
-        if message["cwd"]:
-            return LaunchError(f"the working directory {cwd!r} does not exist inside the sandbox")
-        if message["errno"] in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR):
-            what = "is not" if message["errno"] == errno.ENOENT else "cannot be executed"
-            hint = ""
-            if command.startswith("/") and os.path.exists(command):
-                hint = f"; it exists on the host: show it with Mount({command!r}) or --mount"
-            error = CommandNotFound(f"{command!r} {what} in the sandbox ({message['what']}){hint}")
-            error.missing = message["errno"] == errno.ENOENT
-            return error
-        return LaunchError(f"{command!r} could not be started: {failure(message)}")
 
     def wait(self, number: int, timeout: float | None) -> tuple[Verdict, Usage] | None:
         deadline = None if timeout is None else time.monotonic() + timeout
