@@ -76,6 +76,17 @@ class Fork(abc.ABC):
         self.close()
 
 
+class Branch(Fork):
+    """A fork on its way to be a template one level deeper."""
+
+    @abc.abstractmethod
+    def template(self, timeout: float | None = None) -> Template | None:
+        """The template, once its payload has asked for forks; None when it has not in time.
+
+        Raises LaunchError when it has ended instead; `wait` says how. `filenos` tell of this, too.
+        """
+
+
 class Template(abc.ABC):
     """A warm sandbox that waits to be forked."""
 
@@ -87,9 +98,20 @@ class Template(abc.ABC):
         Raises LaunchError when it cannot be made, FeatureMissing.
         """
 
-    def branch(self, job: Any = None) -> Template:
-        """A fork that becomes a template one level deeper: its payload gets `job`, and calls `guest.forks()` again."""
+    def branch(self, job: Any = None) -> Branch:
+        """A fork that becomes a template one level deeper: its payload gets `job`, and asks for forks again.
+
+        Raises LaunchError. Closing the branch, or its template, ends both, and all forks of it.
+        """
         raise FeatureMissing("this backend cannot make a template of a fork")
+
+    def advance(self, job: Any = None) -> Branch:
+        """Let the template of a branch go on itself: its payload gets `job`, as a fork would, and asks for forks again.
+
+        Forks of it that still live see undefined files: close them first. This object is of no use from here on, but for the
+        branch's `template`, which may be it.
+        """
+        raise FeatureMissing("this template cannot go on: it is a copy of what goes on elsewhere")
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Keep it in a new directory, for `Sandbox.load`. Feature "snapshot"."""

@@ -8,13 +8,16 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from isolation.backends.namespace import identity, lockdown, network, syscalls, tree
 from isolation.backends.namespace.operations import FreshOperation, Overlay
-from isolation.backends.namespace.plan import Plan
+from isolation.backends.namespace.plan import Plan, compiled_leaf_filter, compiled_template_filter
 from isolation.backends.namespace.script import Memory, Script
+
+Answer = Callable[[int], object]  # of a keeper, to the process with this pid
+_FORKS_OF_TEMPLATE = 16  # whose limits of processes may be used up at the same time
 
 
 class Construction:
@@ -22,32 +25,41 @@ class Construction:
     the keeper, as a number in its table.
 
     What comes first is for a clone of a keeper that has a base; `build_fresh` and `seal` are for all. `first`: the clone is
-    the sandbox's own PID 1.
+    the sandbox's own PID 1. `template`: what is made will be forked itself.
     """
 
     def __init__(
-        self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, *, base: int = -1, namespaces: int = 0, first: bool
+        self,
+        plan: Plan,
+        fresh: Sequence[FreshOperation],
+        umask: int,
+        *,
+        base: int = -1,
+        namespaces: int = 0,
+        first: bool,
+        template: bool = False,
     ) -> None:
         self._script = script = Script()
         self._leash = script.slot()
         script.call("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # see die_with_keeper
         script.call("setsid")
         if plan.cgroup is not None:
-            _write_ask(script, self._leash, b"c")
+            write_ask(script, self._leash, b"c")
         _write_enter_base(script, plan, base, namespaces)
         self._fresh = script.mark()
         if "keyring" in plan.defences:
             _write_fresh_keyring(script)
         script.call("umask", 0)
-        store = tree.write_fresh(script, fresh, plan.limits.disk)
+        self._store = tree.write_fresh(script, fresh, plan.limits.disk)
+        self._mounts = tree.write_open_mounts(script) if template else None
+        tree.write_cover(script)
         script.call("umask", umask)
         if plan.own_network:
             network.write_loopback_up(script)
             network.write_open_low_ports(script)
         self._seal = script.mark()
-        _write_seal(script, plan, self._leash, first=first)
+        _write_seal(script, plan, self._leash, first=first, template=template)
         script.finish()
-        self._store = store
 
     def use_leash(self, leash: int) -> None:
         """Before a clone is made."""
@@ -63,6 +75,11 @@ class Construction:
         the store."""
         self._script.run(self._fresh, self._seal)
         return self._script.result(self._store)
+
+    def mounts(self) -> int:
+        """For a template: a descriptor of its mount namespace, as its forks want it."""
+        assert self._mounts is not None
+        return self._script.result(self._mounts)
 
     def seal(self) -> None:
         """The end of all privileges, for this process and its children."""
@@ -91,6 +108,13 @@ def leave_host_ids(plan: Plan) -> None:
         identity.become_mapped_root()
 
 
+def write_leave_host_ids(script: Script, plan: Plan) -> None:
+    """`leave_host_ids`, as steps."""
+    if plan.identity.ranged:
+        for call, *arguments in identity.BECOME_MAPPED_ROOT:
+            script.call(call, *arguments)
+
+
 def build_base(plan: Plan) -> None:
     """In a new mount namespace: the part of the tree that never changes. Raises OSError."""
     leave_host_ids(plan)
@@ -113,7 +137,7 @@ def with_modes(plan: Plan, modes: Mapping[str, int]) -> list[FreshOperation]:
     ]
 
 
-def _write_ask(script: Script, leash: Memory, request: bytes) -> None:
+def write_ask(script: Script, leash: Memory, request: bytes) -> None:
     """`ask_keeper`, as steps."""
     script.call("write", leash.value(), request, 1, only=1, about="the keeper")
     _write_await(script, leash)
@@ -127,37 +151,69 @@ def _write_await(script: Script, leash: Memory) -> None:
 def _write_enter_base(script: Script, plan: Plan, base: int, namespaces: int) -> None:
     """Start from a copy of the base's mount namespace; and `namespaces` of its own, after the cgroup was joined, so that it
     is the root that is seen."""
-    if plan.identity.ranged:
-        for call, *arguments in identity.BECOME_MAPPED_ROOT:
-            script.call(call, *arguments)
+    write_leave_host_ids(script, plan)
     script.call("setns", base, syscalls.CLONE_NEWNS)
     script.call("unshare", syscalls.CLONE_NEWNS | namespaces)
 
 
-def _write_seal(script: Script, plan: Plan, leash: Memory, *, first: bool) -> None:
-    # The guest's own user namespace, below the one that owns the mounts: even with capabilities in its own, it has none
-    # over them.
+class Seal:
+    """The end of all privileges for a fork of a fork, which has entered its namespaces, and so holds them all again, but for
+    what its template has given up for good: no_new_privs, Landlock and the filter are inherited."""
+
+    def __init__(self, plan: Plan, *, template: bool) -> None:
+        self._script = script = Script()
+        self._leash = script.slot()
+        # The template's is higher (see _write_limits), and what a user namespace is made with is for all of its siblings.
+        _write_inner_user_namespace(script, plan, self._leash)
+        _write_limits(script, plan, first=False, template=template)
+        if "capabilities" in plan.defences:
+            lockdown.write_drop_capabilities(script, keep_setfcap=False)
+        if "seccomp" in plan.defences and not template:
+            lockdown.write_filter_system_calls(script, compiled_leaf_filter())
+        if plan.identity.ranged:
+            _write_await(script, self._leash)
+        script.finish()
+
+    def run(self, leash: int) -> None:
+        """In the fork. Raises OSError."""
+        self._script.set(self._leash, leash)
+        self._script.run()
+
+
+def _write_seal(script: Script, plan: Plan, leash: Memory, *, first: bool, template: bool) -> None:
+    _write_inner_user_namespace(script, plan, leash)
+    _write_limits(script, plan, first=first, template=template)
+    if "capabilities" in plan.defences:
+        lockdown.write_drop_capabilities(script, keep_setfcap=plan.nesting and plan.identity.uid == 0)
+    lockdown.write_no_new_privileges(script)
+    if plan.landlock:
+        lockdown.write_restrict_to_root(script, plan.landlock)
+    if "seccomp" in plan.defences:
+        lockdown.write_filter_system_calls(script, compiled_template_filter() if template else plan.filter)
+    if plan.identity.ranged:
+        _write_await(script, leash)  # only now: what came between needs no ids, and the keeper has had its time
+
+
+def _write_inner_user_namespace(script: Script, plan: Plan, leash: Memory) -> None:
+    """The guest's own, below the one that owns the mounts: even with capabilities in its own, it has none over them."""
     script.call("unshare", syscalls.CLONE_NEWUSER)
-    # Only now: a user namespace is bound to the limits of who makes it, and counts all processes below its parent, which
-    # is to say those of every sandbox of this keeper.
-    for number, value in plan.rlimits:
-        # PID 1 of a sandbox for commands is one of the processes that are counted; that of a fork is above.
-        _write_rlimit(script, number, value + int(number == resource.RLIMIT_NPROC and first))
     who = plan.identity
     if who.ranged:
         script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root
         script.call("write", leash.value(), b"i", 1, only=1, about="the keeper")
     else:
         identity.write_map_own_ids(script, who.uid, who.gid, 0, 0)
-    if "capabilities" in plan.defences:
-        lockdown.write_drop_capabilities(script, keep_setfcap=plan.nesting and who.uid == 0)
-    lockdown.write_no_new_privileges(script)
-    if plan.landlock:
-        lockdown.write_restrict_to_root(script, plan.landlock)
-    if "seccomp" in plan.defences:
-        lockdown.write_filter_system_calls(script, plan.filter)
-    if who.ranged:
-        _write_await(script, leash)  # only now: what came between needs no ids, and the keeper has had its time
+
+
+def _write_limits(script: Script, plan: Plan, *, first: bool, template: bool) -> None:
+    """Only behind the user namespace: one is bound to the limits of who makes it, and counts all processes below its parent,
+    which is to say those of every sandbox of this keeper."""
+    for number, value in plan.rlimits:
+        if number == resource.RLIMIT_NPROC:
+            # PID 1 of a sandbox for commands is one of the processes that are counted; that of a fork is above. For a
+            # template's forks, what it is bound to itself is the bound of them all together.
+            value = value * _FORKS_OF_TEMPLATE if template else value + int(first)
+        _write_rlimit(script, number, value)
 
 
 def die_with_keeper() -> None:

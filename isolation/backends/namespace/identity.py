@@ -52,7 +52,7 @@ def _has_capabilities() -> bool:
 def map_range(pid: int, base: int = RANGE_BASE) -> None:
     """Write the maps of a process in a new user namespace; for real root, from outside."""
     for name in ("uid_map", "gid_map"):
-        _write(f"/proc/{pid}/{name}", f"0 {base} {RANGE_SIZE}")
+        write_map(f"/proc/{pid}/{name}", f"0 {base} {RANGE_SIZE}")
 
 
 # Inside, once the range is mapped: leave the host's ids behind. System calls, as steps of a script.
@@ -73,9 +73,9 @@ def map_own_ids(inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
     belong to root while the process is not dumpable.
     """
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
-    _write("/proc/self/setgroups", "deny")
-    _write("/proc/self/uid_map", f"{inside_uid} {uid} 1")
-    _write("/proc/self/gid_map", f"{inside_gid} {gid} 1")
+    write_map("/proc/self/setgroups", "deny")
+    write_map("/proc/self/uid_map", f"{inside_uid} {uid} 1")
+    write_map("/proc/self/gid_map", f"{inside_gid} {gid} 1")
 
 
 def write_map_own_ids(script: Script, inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
@@ -90,7 +90,8 @@ def write_map_own_ids(script: Script, inside_uid: int, inside_gid: int, uid: int
         script.call("close", file)
 
 
-def _write(path: str, text: str) -> None:
+def write_map(path: str, text: str) -> None:
+    """One of the files uid_map, gid_map and setgroups, at once, as the kernel wants it."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode("ascii"))

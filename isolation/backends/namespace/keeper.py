@@ -7,35 +7,22 @@ the host, so that neither `kill -9` nor a forgotten duplicate of its socket keep
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import gc
-import json
 import os
-import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, forking, identity, init, memory, payload, stage, syscalls
-from isolation.backends.namespace.build import Construction
-from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
-from isolation.backends.namespace.fds import Inherited
-from isolation.backends.namespace.operations import FreshOperation
+from isolation.backends.namespace import build, fds, forking, identity, stage, syscalls
 from isolation.backends.namespace.plan import Plan
-from isolation.backends.namespace.sleeper import Sleeper
+from isolation.backends.namespace.serving import Keeper
+from isolation.backends.namespace.warmkeeper import WarmKeeper
 from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest
 from isolation.wire import Message, Wire, wait_readable
-
-STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
-_NS_GET_PARENT = 0xB702  # ioctl_ns(2)
-_DUMPS_AT_MOST = 100
-_DUMP_INTERVAL = 0.25  # s, near the memory limit
 
 
 class KeeperProcess:
@@ -111,13 +98,35 @@ class KeeperProcess:
 
     def _first_word(self) -> int:
         if self._scratch is None:
-            ready = self.wire.receive()
-            if ready is None or ready.get("event") != "ready":
-                what = ready["what"] if ready else "the process that should make it died"
+            try:
+                count = self.ready(None)
+            except LaunchError:
                 self.close()
-                raise LaunchError(f"the sandbox could not be prepared: {what}")
-            self._scratch = int(ready["scratch"])
+                raise
+            assert count is not None
+            self._scratch = count
         return self._scratch
+
+    def ready(self, timeout: float | None) -> int | None:
+        """Wait until forks can be made; how many private files each wants, or None when it is not yet so far.
+
+        Raises LaunchError when it never will be.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            while True:
+                try:
+                    message = self.wire.receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                except TimeoutError:
+                    return None
+                except WireError:
+                    message = None
+                if message is not None and message["event"] == "ready":
+                    return int(message["scratch"])
+                if message is None or message["event"] == "failed":
+                    what = message["what"] if message else "the process that should make it died"
+                    raise LaunchError(f"the sandbox could not be prepared: {what}")
+                self._note(message)
 
     def request(self, message: Message, given: Sequence[int] = ()) -> None:
         """Ask for a clone, or for the end of one. Raises LaunchError when the keeper is gone."""
@@ -302,461 +311,3 @@ def _open_stdio() -> None:
             os.fstat(fd)
         except OSError:
             os.open("/dev/null", os.O_RDWR)
-
-
-class _Child:
-    """A sandbox, as its keeper knows it."""
-
-    def __init__(self, number: int, pid: int, pidfd: int, leash: socket.socket, cgroup: Cgroup | None) -> None:
-        self.number = number
-        self.pid = pid  # of its payload, or of its PID 1 where it is one for commands
-        self.pidfd = pidfd
-        self.leash = leash
-        self.cgroup = cgroup
-        self.init: tuple[int, int] | None = None  # (pid, pidfd) of the sleeping PID 1 of a payload
-        self.crash = -1
-        self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
-        self.memory_files: tuple[int, int] | None = None
-        self.watch: memory.Watch | None = None
-        self.deadline: float | None = None
-        self.timed_out = False
-        self.dumps = 0
-        self.next_dump = 0.0
-        self.out_of_memory = False
-
-    def kill(self) -> None:
-        """End everything inside: the death of a PID 1 is that of its whole namespace (pid_namespaces(7))."""
-        signal.pidfd_send_signal(self.init[1] if self.init else self.pidfd, signal.SIGKILL)
-
-    def close(self) -> None:
-        self.leash.close()
-        if self.watch is not None:
-            self.watch.close()
-        elif self.memory_files is not None:
-            for fd in self.memory_files:
-                os.close(fd)
-        for fd in (self.crash, self.mounts):
-            if fd >= 0:
-                os.close(fd)
-
-
-class Keeper:
-    """Serves one plan's sandboxes to one host. This one makes sandboxes for commands."""
-
-    def __init__(self, plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> None:
-        self._plan = plan
-        self._wire = wire
-        self._host = host
-        self._mask = mask
-        self._umask = os.umask(0)
-        os.umask(self._umask)
-        self._cgroups: Hierarchy | None = None
-        self._children: dict[int, _Child] = {}  # by number
-        self._ending: dict[int, tuple[int, Cgroup | None]] = {}  # sleeping PID 1s that were killed: pidfd → pid, cgroup
-
-    def serve(self) -> Guest | None:
-        """Until the host is gone; then None. In each forked payload it returns, too: that fork's guest."""
-        try:
-            scratch = self._prepare()
-        except OSError as error:
-            self._wire.send({"event": "failed", "errno": error.errno, "what": error.strerror or str(error)})
-            return None
-        self._wire.send({"event": "ready", "scratch": scratch})
-        try:
-            return self._loop()
-        except WireError:
-            return None
-        finally:
-            self._end_all()
-
-    def _prepare(self) -> int:
-        """What is done once. Returns how many private files a fork wants."""
-        plan = self._plan
-        if plan.staged:
-            stage.prepare(plan.staged, plan.mount_point)
-        if plan.cgroup is not None:
-            plan.cgroup.sweep()
-            self._cgroups = plan.cgroup.subtree()
-        return 0
-
-    def _loop(self) -> Guest | None:
-        while True:
-            message = self._next_message()
-            if message is None:
-                return None
-            if message["op"] == "fork":
-                guest = self._fork(message)
-                if guest is not None:
-                    return guest
-            elif (child := self._children.get(message["id"])) is not None:
-                if message["op"] == "kill":
-                    child.kill()
-                elif message["op"] == "dump":
-                    self._dump(child)
-
-    def _next_message(self) -> Message | None:
-        """The host's next wish; meanwhile, what the sandboxes want and do. None when the host is gone."""
-        while True:
-            message = self._wire.next_message()
-            if message is not None:
-                return message
-            poller = select.poll()
-            waiting: dict[int, Callable[[], None]] = {}
-            for child in self._children.values():
-                waiting[child.pidfd] = lambda child=child: self._ended(child)  # type: ignore[misc]
-                if child.leash.fileno() >= 0:
-                    waiting[child.leash.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
-            for pidfd in self._ending:
-                waiting[pidfd] = lambda pidfd=pidfd: self._buried(pidfd)  # type: ignore[misc]
-            for fd in (self._wire.fileno(), self._host, *waiting):
-                poller.register(fd, select.POLLIN)
-            ready = [fd for fd, _events in poller.poll(self._patience())]
-            if self._host in ready:
-                return None
-            for fd in ready:
-                if fd in waiting and self._is_current(fd):
-                    waiting[fd]()
-            if self._wire.fileno() in ready and not self._wire.fill():
-                return None
-
-    def _is_current(self, fd: int) -> bool:
-        """What one event did may have ended what another was about."""
-        return fd in self._ending or any(fd in (child.pidfd, child.leash.fileno()) for child in self._children.values())
-
-    def _patience(self) -> float | None:
-        """Milliseconds until something must be looked at. Ends what is over its wall-clock or memory limit."""
-        now = time.monotonic()
-        patience: list[float] = []
-        for child in self._children.values():
-            if child.deadline is not None:
-                if child.deadline <= now:
-                    child.deadline, child.timed_out = None, True
-                    child.kill()
-                else:
-                    patience.append((child.deadline - now) * 1000 + 1)
-            if child.watch is not None:
-                patience.append(child.watch.interval)
-                state = child.watch.look()
-                if state == "near" and now >= child.next_dump:
-                    self._dump(child)
-                elif state == "over" and not child.out_of_memory:
-                    child.out_of_memory = True
-                    self._dump(child)
-                    time.sleep(0.02)  # a moment for the stacks to be written
-                    child.kill()
-        return min(patience, default=None)
-
-    def _dump(self, child: _Child) -> None:
-        """Have a payload write the stacks of its threads, behind those of earlier times."""
-        if child.init is not None and child.dumps < _DUMPS_AT_MOST:
-            child.dumps += 1
-            child.next_dump = time.monotonic() + _DUMP_INTERVAL
-            try:
-                os.write(child.crash, STACKS_MARK)
-                signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
-            except OSError:
-                pass  # the file is the guest's, too, who may have grown it beyond all bounds; or it is gone
-
-    def _fork(self, message: Message) -> Guest | None:
-        number = message["id"]
-        given = self._wire.take_fds(message["fds"])
-        cgroup = None
-        memory_files = None
-        ours, theirs = socket.socketpair()
-        try:
-            if self._cgroups is not None:
-                cgroup = self._cgroups.create(number, self._plan.limits)
-                memory_files = cgroup.open_memory_files() if self._plan.limits.memory is not None else None
-            make = self._clone_payload if message.get("payload") else self._clone_init
-            made = make(number, given, ours, theirs, cgroup, memory_files)
-            if isinstance(made, Guest):
-                return made
-        except OSError as error:
-            self._unforked(number, error)
-            ours.close()
-            if cgroup is not None:
-                cgroup.remove()
-        else:
-            made.memory_files = memory_files
-            self._children[number] = made
-        theirs.close()
-        for fd in given:
-            os.close(fd)
-        return None
-
-    def _clone_init(
-        self,
-        number: int,
-        given: list[int],
-        ours: socket.socket,
-        theirs: socket.socket,
-        cgroup: Cgroup | None,
-        memory_files: tuple[int, int] | None,
-    ) -> _Child | Guest:
-        construction = self._construction(init.NAMESPACES)
-        if construction is not None:
-            construction.use_leash(theirs.fileno())
-        pid, pidfd = syscalls.clone(self._init_flags())
-        if pid == 0:
-            ours.close()
-            init.live(self._plan, init.Birth(given[0], theirs, construction, memory_files, self._mask, self._umask))
-        child = _Child(number, pid, pidfd, ours, cgroup)
-        wall = self._plan.limits.wall
-        child.deadline = None if wall is None else time.monotonic() + wall
-        return child
-
-    def _init_flags(self) -> int:
-        return self._plan.clone_flags
-
-    def _construction(self, namespaces: int) -> Construction | None:
-        """How a clone becomes a sandbox, where there is a base to start from."""
-        return None
-
-    def _clone_payload(
-        self,
-        number: int,
-        given: list[int],
-        ours: socket.socket,
-        theirs: socket.socket,
-        cgroup: Cgroup | None,
-        memory_files: tuple[int, int] | None,
-    ) -> _Child | Guest:
-        raise OSError(errno.ENOTSUP, "this keeper makes sandboxes for commands only")
-
-    def _answer(self, child: _Child) -> None:
-        """What a process cannot do for itself while it builds its sandbox."""
-        request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
-        try:
-            if request == b"c" and child.cgroup is not None:
-                child.cgroup.add(child.pid)
-            elif request == b"m":
-                identity.map_range(child.pid)
-            elif request == b"i":
-                self._map_inner(child)
-            elif request == b"n" and len(given) == 1:
-                child.mounts = given[0]
-                return
-            elif request == b"w" and len(given) == 2:
-                child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
-                return
-            else:
-                child.leash.close()
-                if request[:1] == b"x":
-                    self._unforked(child.number, _error_in(request))
-                return
-            child.leash.send(request)
-        except OSError as error:
-            self._unforked(child.number, error)
-            child.kill()
-
-    def _map_inner(self, child: _Child) -> None:
-        """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
-        host root's rights to its cgroups, does not enter: a child does."""
-        users = os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-        parent = fcntl.ioctl(users, _NS_GET_PARENT)
-        pid, pidfd = syscalls.clone(0)
-        if pid == 0:
-            try:
-                syscalls.setns(parent, syscalls.CLONE_NEWUSER)
-                identity.map_range(child.pid, 0)
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        for fd in (users, parent, pidfd):
-            os.close(fd)
-
-    def _unforked(self, number: int, error: OSError) -> None:
-        what = error.strerror or str(error)
-        self._wire.send({"event": "unforked", "id": number, "errno": error.errno, "what": what})
-
-    def _ended(self, child: _Child) -> None:
-        """A payload is gone, or a PID 1 for commands."""
-        _pid, status, usage = os.wait4(child.pid, 0)
-        event: Message = {"event": "exit" if child.init else "ended", "id": child.number, "status": status}
-        event["usage"] = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024]
-        event["timed_out"], event["oom"] = child.timed_out, child.out_of_memory
-        if child.cgroup is not None:
-            event["accounts"] = child.cgroup.accounts()
-        del self._children[child.number]
-        os.close(child.pidfd)
-        if child.init is not None:
-            child.kill()  # whatever it has left running ends with it
-            self._ending[child.init[1]] = child.init[0], child.cgroup
-        elif child.cgroup is not None:
-            child.cgroup.remove()
-        try:
-            self._wire.send(event)
-        except WireError:
-            pass  # the host is gone; the loop notices
-        child.close()  # last: this is when the mounts are taken apart
-
-    def _buried(self, pidfd: int) -> None:
-        """A sleeping PID 1 is gone, and so, by the kernel's word, is everything inside."""
-        pid, cgroup = self._ending.pop(pidfd)
-        os.waitpid(pid, 0)
-        os.close(pidfd)
-        if cgroup is not None:
-            cgroup.remove()
-
-    def _end_all(self) -> None:
-        for child in list(self._children.values()):
-            child.kill()
-        for child in list(self._children.values()):
-            self._ended(child)
-        for pidfd in list(self._ending):
-            self._buried(pidfd)
-        self._remove_cgroups()
-
-    def _remove_cgroups(self) -> None:
-        if self._cgroups is not None:
-            self._cgroups.remove()
-
-
-class WarmKeeper(Keeper):
-    """Makes forks of itself: root of the user namespace that owns them, and PID 1 above theirs."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        wire: Wire,
-        host: int,
-        mask: frozenset[int],
-        cgroups: Hierarchy | None,
-        inherited: list[Inherited],
-    ) -> None:
-        super().__init__(plan, wire, host, mask)
-        self._cgroups = cgroups
-        self._inherited = inherited
-        self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        self._sleeper = Sleeper()
-        self._base = -1  # a mount namespace to start from
-        self._fresh: list[FreshOperation] = []
-        self._constructions: dict[int, Construction] = {}
-        self._stacks = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)  # the number that a fork's own file will have
-
-    def _prepare(self) -> int:
-        self._base, modes = self._build_base()
-        self._fresh = build.with_modes(self._plan, modes)
-        for namespaces in (init.NAMESPACES, _PAYLOAD_NAMESPACES):
-            self._construction(namespaces)  # now, so that no fork's pages are copied for it
-        payload.write_stacks_to(self._stacks)
-        gc.collect()
-        syscalls.malloc_trim()  # less to copy the page tables of
-        gc.freeze()  # what is warm stays; without it, every fork's collections would touch, and so copy, all of it
-        if "dumpable" in self._plan.defences:
-            syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # its memory is that of every sleeping PID 1, too
-        return sum(item.scratch for item in self._inherited)
-
-    def _construction(self, namespaces: int) -> Construction:
-        if namespaces not in self._constructions:
-            self._constructions[namespaces] = Construction(
-                self._plan, self._fresh, self._umask, base=self._base, namespaces=namespaces,
-                first=namespaces == init.NAMESPACES,
-            )  # fmt: skip
-        return self._constructions[namespaces]
-
-    def _build_base(self) -> tuple[int, dict[str, int]]:
-        """A mount namespace with what all forks share, built by a clone; and what that saw there (build.look_at_lowers)."""
-        ours, theirs = socket.socketpair()
-        pid, pidfd = syscalls.clone(syscalls.CLONE_NEWNS)
-        if pid == 0:
-            ours.close()
-            self._be_builder(theirs)
-        theirs.close()
-        answer, given, _flags, _ = socket.recv_fds(ours, 1 << 16, 1)
-        ours.close()
-        os.waitpid(pid, 0)
-        os.close(pidfd)
-        if not given:
-            raise _error_in(answer)
-        return given[0], json.loads(answer)
-
-    def _be_builder(self, leash: socket.socket) -> NoReturn:
-        try:
-            mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-            build.build_base(self._plan)
-            socket.send_fds(leash, [json.dumps(build.look_at_lowers(self._plan)).encode()], [mounts])
-        except OSError as error:
-            leash.send(f"x{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000])
-        finally:
-            os._exit(0)
-
-    def _clone_payload(
-        self,
-        number: int,
-        given: list[int],
-        ours: socket.socket,
-        theirs: socket.socket,
-        cgroup: Cgroup | None,
-        memory_files: tuple[int, int] | None,
-    ) -> _Child | Guest:
-        """A PID 1, and the payload as the second process of its namespace; whose parent, though, is this keeper."""
-        wire, stdin, stdout, stderr, crash, *scratch = given
-        construction = self._construction(_PAYLOAD_NAMESPACES)
-        construction.use_leash(theirs.fileno())
-        syscalls.unshare(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWTIME)  # for children
-        first = pid = None
-        syscalls.fork_before()
-        try:
-            first = self._sleeper.clone()
-            pid, pidfd = syscalls.clone(self._plan.clone_flags & ~_INHERITED)
-        except OSError:
-            if first is not None:
-                signal.pidfd_send_signal(first[1], signal.SIGKILL)
-                self._ending[first[1]] = first[0], None
-            raise
-        finally:
-            if pid != 0:
-                syscalls.fork_after_parent()
-                syscalls.setns(self._own_pid_namespace, syscalls.CLONE_NEWPID)
-        if pid == 0:
-            ours.close()
-            birth = payload.Birth(
-                theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited,
-                self._mask, self._umask,
-            )  # fmt: skip
-            # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
-            for other in self._children.values():
-                other.leash.close()
-            self._wire.sock.close()
-            self._children, self._ending, self._cgroups = {}, {}, None
-            return payload.become(self._plan, birth)
-        child = _Child(number, pid, pidfd, ours, cgroup)
-        child.init = first
-        child.crash = os.dup(crash)
-        if memory_files is not None:
-            child.watch = memory.Watch(self._plan.limits.memory or 0, memory_files, -1, -1, kills=False)
-        return child
-
-    def _init_flags(self) -> int:
-        return self._plan.clone_flags & ~(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)  # it has both from the base
-
-    def _map_inner(self, child: _Child) -> None:
-        """This keeper is in the user namespace above, and has nothing to lose."""
-        identity.map_range(_host_pid(child.pidfd), 0)
-
-    def forks(self) -> Iterator[Guest]:
-        """Serve; and in each fork, yield its guest."""
-        guest = self.serve()
-        if guest is not None:
-            yield guest
-
-    def _remove_cgroups(self) -> None:
-        """Its parent does."""
-
-
-# What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.
-_PAYLOAD_NAMESPACES = syscalls.CLONE_NEWCGROUP  # once it has joined its cgroup, which so is the root that is seen
-_INHERITED = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
-
-
-def _host_pid(pidfd: int) -> int:
-    """A process's number in the /proc that is mounted here, which need not be that of this PID namespace."""
-    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
-
-
-def _error_in(answer: bytes) -> OSError:
-    """From "xERRNO TEXT", as a child that fails to build says it."""
-    number, _, what = answer[1:].decode("utf-8", "replace").partition(" ")
-    return OSError(int(number or 0), what or "the process that builds the sandbox died")

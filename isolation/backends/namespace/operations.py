@@ -5,6 +5,10 @@ in /new while the host's tree stands at /old, and every fork starts with a copy 
 *fresh* part is what a guest writes to; it is made anew in each sandbox, whose root is then already `/`. Everything
 written lands in the *store*, a tmpfs of the sandbox's own: in layers/N (the uppers of overlays) or private/N. It is
 written down as a script of system calls (script.py), which every fork then runs.
+
+A fork of a fork starts with a copy of the mount namespace of the template above it, and makes its fresh part on top: what
+was an empty directory there is an overlay over what the template has put into it, and an overlay has the template's upper
+as its first lower layer. The stack of layers stays flat, since the kernel stacks overlays themselves two deep at most.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
@@ -25,6 +30,7 @@ BASE = HIDDEN + "/base"
 LOWER = HIDDEN + "/lower"
 STORE = HIDDEN + "/store"
 PROC = HIDDEN + "/proc"
+DEEPEST = 6  # levels of templates and forks below the host, and so stores in one mount namespace
 LAYERS = "/layers"
 PRIVATE = "/private"
 
@@ -32,6 +38,32 @@ PRIVATE = "/private"
 # and keep the kernel log quiet (kernel: Documentation/filesystems/overlayfs.rst). `volatile` skips pointless syncs.
 _OVERLAY = "userxattr,index=off,metacopy=off,xino=off"
 _COPY_AT_MOST = 1 << 30
+
+
+def store_of(level: int) -> str:
+    """Where the store of a sandbox is mounted that is `level` forks away from the host."""
+    return STORE if level == 1 else f"{STORE}{level}"
+
+
+@dataclass
+class Ground:
+    """What fresh operations are written onto.
+
+    level   1 for a fork of the host's memory; 2 for a fork of that; …
+    made    directories that the steps before have seen to
+    """
+
+    level: int = 1
+    made: set[str] = field(default_factory=set)
+
+    @property
+    def store(self) -> str:
+        """The store of what is being made."""
+        return store_of(self.level)
+
+    def stores_above(self) -> list[str]:
+        """Those of the templates above it, the nearest first."""
+        return [store_of(level) for level in range(self.level - 1, 0, -1)]
 
 
 class Operation:
@@ -55,8 +87,8 @@ class BaseOperation(Operation):
 class FreshOperation(Operation):
     """A step of the fresh part."""
 
-    def write(self, script: Script, made: set[str]) -> None:
-        """Write it down. `made` are the directories that the steps before it have seen to."""
+    def write(self, script: Script, ground: Ground) -> None:
+        """Write it down."""
         raise NotImplementedError
 
 
@@ -162,7 +194,10 @@ class Lower(BaseOperation):
 
     def execute(self) -> None:
         make_directory(NEW + self.target)
-        syscalls.mount(self.lower, NEW + self.target, "", syscalls.MS_BIND)
+        fd = syscalls.open_tree(self.lower, syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC)
+        syscalls.mount_setattr(fd, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV)
+        syscalls.move_mount(fd, NEW + self.target)
+        os.close(fd)
 
     def describe(self) -> str:
         return f"lower    {self.target}"
@@ -176,12 +211,18 @@ class Private(FreshOperation):
     number: int
     mode: int = 0o755
 
-    def write(self, script: Script, made: set[str]) -> None:
-        source = f"{STORE}{PRIVATE}/{self.number}"
+    def write(self, script: Script, ground: Ground) -> None:
+        if ground.level > 1:
+            *stores, first = ground.stores_above()
+            lowers = [f"{store}{LAYERS}/private{self.number}/upper" for store in stores]
+            lowers.append(f"{first}{PRIVATE}/{self.number}")
+            write_overlay(script, self, ground, f"private{self.number}", lowers)
+            return
+        source = f"{ground.store}{PRIVATE}/{self.number}"
         script.call("mkdirat", syscalls.AT_FDCWD, source, self.mode, about=self.describe())
-        write_directory(script, self.target, made)
+        write_directory(script, self.target, ground.made)
         write_mount(script, self, source, self.target, "", syscalls.MS_BIND)
-        _cover(self.target, made)
+        _cover(self.target, ground.made)
 
     def describe(self) -> str:
         return f"private  {self.target} (empty, writable, discarded)"
@@ -201,28 +242,10 @@ class Overlay(FreshOperation):
         """Where its `Lower` is."""
         return f"{LOWER}/{self.number}"
 
-    def write(self, script: Script, made: set[str]) -> None:
-        write_directory(script, self.target, made)
-        layer = f"{STORE}{LAYERS}/{self.number}"
-        for path in (layer, layer + "/work", layer + "/upper"):
-            script.call("mkdirat", syscalls.AT_FDCWD, path, 0o755, about=self.describe())
-        self._copy_status(script, layer + "/upper")
-        data = f"lowerdir={self.lower},upperdir={layer}/upper,workdir={layer}/work,{_OVERLAY},volatile"
-        write_mount(script, self, "overlay", self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
-        _cover(self.target, made)
-
-    def _copy_status(self, script: Script, upper: str) -> None:
-        """The merged root directory shows the upper's own mode, times and owner, which must be the lower's."""
-        here = syscalls.AT_FDCWD
-        status = script.memory(bytes(256))
-        script.call("newfstatat", here, self.lower, status, 0, about=self.describe())
-        mode, uid, gid, times = (status.at(offset) for offset in syscalls.STAT_OFFSETS)
-        if self.foreign_mode is None:
-            script.call("fchownat", here, upper, uid.value(), gid.value(), 0, about=self.describe())
-            script.call("fchmodat", here, upper, mode.value(), about=self.describe())
-        else:
-            script.call("fchmodat", here, upper, self.foreign_mode, about=self.describe())
-        script.call("utimensat", here, upper, times, 0, about=self.describe())
+    def write(self, script: Script, ground: Ground) -> None:
+        lowers = [f"{store}{LAYERS}/{self.number}/upper" for store in ground.stores_above()]
+        foreign_mode = self.foreign_mode if ground.level == 1 else None  # what is above has one that may be shown
+        write_overlay(script, self, ground, str(self.number), [*lowers, self.lower], foreign_mode)
 
     def mode_for_guest(self) -> int | None:
         """Where the base stands, and one id only is mapped, which is 0 while the sandbox is made: the mode for a lower
@@ -250,11 +273,11 @@ class Rebind(FreshOperation):
     directory: bool
     shows: Operation
 
-    def write(self, script: Script, made: set[str]) -> None:
+    def write(self, script: Script, ground: Ground) -> None:
         if self.directory:
-            write_directory(script, self.target, made)
+            write_directory(script, self.target, ground.made)
         else:
-            write_directory(script, os.path.dirname(self.target), made)
+            write_directory(script, os.path.dirname(self.target), ground.made)
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC  # where it is missing
             file = script.call("openat", syscalls.AT_FDCWD, self.target, flags, 0o644, accept_any=True)
             script.call("close", file, accept_any=True)
@@ -272,7 +295,9 @@ class CopiedFile(FreshOperation):
     base: str
     mode: int = 0o644
 
-    def write(self, script: Script, made: set[str]) -> None:
+    def write(self, script: Script, ground: Ground) -> None:
+        if ground.level > 1:
+            return  # it is in a layer below
         here, about = syscalls.AT_FDCWD, self.describe()
         source = script.call("openat", here, self.base, os.O_RDONLY | os.O_CLOEXEC, 0, about=about)
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
@@ -293,8 +318,10 @@ class FreshSymlink(FreshOperation):
     target: str
     to: str
 
-    def write(self, script: Script, made: set[str]) -> None:
-        write_directory(script, os.path.dirname(self.target), made)
+    def write(self, script: Script, ground: Ground) -> None:
+        if ground.level > 1:
+            return  # as above
+        write_directory(script, os.path.dirname(self.target), ground.made)
         script.call("symlinkat", self.to, syscalls.AT_FDCWD, self.target, about=self.describe())
 
     def describe(self) -> str:
@@ -309,7 +336,7 @@ class Proc(FreshOperation):
     directories: frozenset[str] = frozenset()  # those that are, in this kernel; the others are files, or missing
     target: str = "/proc"
 
-    def write(self, script: Script, made: set[str]) -> None:
+    def write(self, script: Script, ground: Ground) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
         write_mount(script, self, "proc", self.target, "proc", flags)
         for name in self.masked:
@@ -329,7 +356,7 @@ class DevPts(FreshOperation):
 
     target: str = "/dev/pts"
 
-    def write(self, script: Script, made: set[str]) -> None:
+    def write(self, script: Script, ground: Ground) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
         write_mount(script, self, "devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620")
 
@@ -365,6 +392,37 @@ def write_mount(
 ) -> None:
     """mount(2), as a step."""
     script.call("mount", source, target, fstype, flags, data or 0, about=operation.describe())
+
+
+def write_overlay(
+    script: Script, operation: Operation, ground: Ground, layer: str, lowers: Sequence[str], foreign_mode: int | None = None
+) -> None:
+    """An overlay over `lowers`, the first of which is the uppermost, with its upper in the store. `foreign_mode`: see
+    Overlay."""
+    about = operation.describe()
+    write_directory(script, operation.target, ground.made)
+    top = f"{ground.store}{LAYERS}/{layer}"
+    for path in (top, top + "/work", top + "/upper"):
+        script.call("mkdirat", syscalls.AT_FDCWD, path, 0o755, about=about)
+    _write_status(script, lowers[0], top + "/upper", foreign_mode, about)
+    data = f"lowerdir={':'.join(lowers)},upperdir={top}/upper,workdir={top}/work,{_OVERLAY},volatile"
+    flags = syscalls.MS_NODEV | syscalls.MS_NOSUID
+    write_mount(script, operation, "overlay", operation.target, "overlay", flags, data)
+    _cover(operation.target, ground.made)
+
+
+def _write_status(script: Script, lower: str, upper: str, foreign_mode: int | None, about: str) -> None:
+    """The merged root directory shows the upper's own mode, times and owner, which must be the lower's."""
+    here = syscalls.AT_FDCWD
+    status = script.memory(bytes(256))
+    script.call("newfstatat", here, lower, status, 0, about=about)
+    mode, uid, gid, times = (status.at(offset) for offset in syscalls.STAT_OFFSETS)
+    if foreign_mode is None:
+        script.call("fchownat", here, upper, uid.value(), gid.value(), 0, about=about)
+        script.call("fchmodat", here, upper, mode.value(), about=about)
+    else:
+        script.call("fchmodat", here, upper, foreign_mode, about=about)
+    script.call("utimensat", here, upper, times, 0, about=about)
 
 
 def write_directory(script: Script, path: str, made: set[str]) -> None:

@@ -8,10 +8,10 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
-from isolation.backends.namespace import environment, fds, syscalls
+from isolation.backends.namespace import environment, settle, syscalls
 from isolation.backends.namespace.build import Construction
+from isolation.backends.namespace.descend import Descent
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest
@@ -34,6 +34,7 @@ class Birth:
     inherited: Sequence[Inherited]
     signal_mask: frozenset[int]  # of the host
     umask: int
+    midwife: socket.socket | None = None  # of a template: to the keeper of its forks
 
 
 def write_stacks_to(fd: int) -> None:
@@ -48,17 +49,7 @@ def become(plan: Plan, birth: Birth) -> Guest:
     try:
         return _become(plan, birth)
     except BaseException as error:
-        _give_up(birth, error)
-
-
-def _give_up(birth: Birth, error: BaseException) -> NoReturn:
-    number = error.errno if isinstance(error, OSError) else 0
-    text = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
-    try:
-        birth.leash.send(f"x{number or 0} {text}".encode("utf-8", "replace")[:4000])
-    except OSError:
-        pass  # the keeper is gone, or the leash is closed already
-    os._exit(1)
+        settle.give_up(birth.leash, error)
 
 
 def _become(plan: Plan, birth: Birth) -> Guest:
@@ -68,18 +59,18 @@ def _become(plan: Plan, birth: Birth) -> Guest:
         socket.send_fds(birth.leash, [b"w"], [proc, store])  # for the keeper's watch
     os.close(store)
     birth.construction.seal()
-    os.chdir(plan.workdir)
-    os.dup2(birth.crash, birth.stacks, inheritable=False)
-    if "fds" in plan.defences:
-        keep = [birth.wire, birth.stacks, birth.leash.fileno()]
-        fds.adopt(birth.inherited, birth.stdio, birth.scratch, keep)
-    birth.leash.close()
+    descent = None
+    if birth.midwife is not None:
+        descent = Descent(plan, birth.midwife, birth.stacks)
+        descent.introduce(birth.construction.mounts())
+    keep = [birth.wire, *([birth.midwife.fileno()] if birth.midwife is not None else [])]
+    settle.streams(plan, birth.inherited, birth.stdio, birth.scratch, birth.crash, birth.stacks, birth.leash, keep)
     if not plan.inherit_env:
         if "environment" in plan.defences:
             environment.scrub()
         os.environ.update(plan.env)
-    syscalls.set_name("isolation")
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    settle.name()
     syscalls.fork_after_child()
     signal.pthread_sigmask(signal.SIG_SETMASK, birth.signal_mask)
-    return Guest(Wire(socket.socket(fileno=birth.wire), accept_fds=True))
+    wire = Wire(socket.socket(fileno=birth.wire), accept_fds=True)
+    return Guest(wire, fork=None if descent is None else descent.forks)

@@ -5,6 +5,7 @@ A plan holds only data. `describe()` prints it (`isolation run --explain`); init
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import stat
@@ -239,11 +240,19 @@ def _usable_landlock() -> int:
     return abi if abi >= lockdown.LANDLOCK_LEAST_ABI else 0
 
 
-_filters: dict[bool, bytes] = {}
-
-
+@functools.cache
 def compiled_filter(nesting: bool) -> bytes:
     """The system call filter, compiled once per process."""
-    if nesting not in _filters:
-        _filters[nesting] = seccomp.compile_profile(seccomp.load_profile(), nesting=nesting)
-    return _filters[nesting]
+    return seccomp.compile_profile(seccomp.load_profile(), nesting=nesting)
+
+
+@functools.cache
+def compiled_template_filter() -> bytes:
+    """That of a template below another's level: it may also enter the namespaces that its keeper makes for its forks."""
+    return seccomp.compile_profile(seccomp.for_templates(seccomp.load_profile()))
+
+
+@functools.cache
+def compiled_leaf_filter() -> bytes:
+    """What a fork of such a template adds, to lose that again."""
+    return seccomp.compile_profile(seccomp.against_templates(seccomp.load_profile()))

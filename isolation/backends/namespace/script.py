@@ -31,6 +31,7 @@ _RESULT = 56  # offset in a step
 _SIXTH = 48
 _ONLY = 64  # flag: nothing but the accepted results will do
 _ANY = 128  # flag: no result is a failure
+_SPAWN = 256  # flag: a process that this call makes goes on elsewhere, see `Script.spawn`
 _NO_RESULT = 1 << 62  # accepted where nothing is: no call returns it
 
 # run(first step, end of steps): 0, or the address of the step that failed.
@@ -38,7 +39,7 @@ _CODE = {
     "x86_64": bytes.fromhex(
         "53 55 4154"  # push rbx; push rbp; push r12
         "4889fb 4889f5"  # mov rbx, rdi; mov rbp, rsi
-        "4839eb 0f8388000000"  # next: cmp rbx, rbp; jae done
+        "4839eb 0f839a000000"  # next: cmp rbx, rbp; jae done
         "448b6304"  # mov r12d, [rbx+4]
         "488b7b08 41f6c401 7403 488b3f"  # mov rdi, [rbx+8]; test r12b, 1; jz .+3; mov rdi, [rdi]
         "488b7310 41f6c402 7403 488b36"  # the same for rsi
@@ -46,20 +47,23 @@ _CODE = {
         "4c8b5320 41f6c408 7403 4d8b12"  # r10
         "4c8b4328 41f6c410 7403 4d8b00"  # r8
         "4c8b4b30 41f6c420 7403 4d8b09"  # r9
-        "8b03 0f05 48894338"  # mov eax, [rbx]; syscall; mov [rbx+56], rax
+        "8b03 0f05"  # mov eax, [rbx]; syscall
+        "41f7c400010000 7409 4885c0 7504"  # test r12d, 256; jz .+9; test rax, rax; jnz .+4
+        "5f 58 ffe0"  # in a new process, on its own stack: pop rdi; pop rax; jmp rax
+        "48894338"  # mov [rbx+56], rax
         "41f6c440 750e"  # test r12b, 64; jnz only
         "483d01f0ffff 7217"  # cmp rax, -4095; jb good
         "41f6c480 7511"  # test r12b, 128; jnz good
         "483b4340 740b 483b4348 7405"  # only: cmp rax, [rbx+64]; je good; cmp rax, [rbx+72]; je good
         "4889d8 eb0b"  # mov rax, rbx; jmp out
-        "4883c350 e96fffffff"  # good: add rbx, 80; jmp next
+        "4883c350 e95dffffff"  # good: add rbx, 80; jmp next
         "31c0"  # done: xor eax, eax
         "415c 5d 5b c3"  # out: pop r12; pop rbp; pop rbx; ret
     ),
     "aarch64": struct.pack(
-        "<38I",
+        "<42I",
         0xAA0003E9, 0xAA0103EA,  # mov x9, x0; mov x10, x1
-        0xEB0A013F, 0x54000422,  # next: cmp x9, x10; b.hs done
+        0xEB0A013F, 0x540004A2,  # next: cmp x9, x10; b.hs done
         0xB940052B,  # ldr w11, [x9, #4]
         0xA9408520, 0xA9418D22, 0xA9429524,  # ldp x0, x1, [x9, #8]; ldp x2, x3, [x9, #24]; ldp x4, x5, [x9, #40]
         0x3600004B, 0xF9400000,  # tbz w11, #0, .+8; ldr x0, [x0]
@@ -68,7 +72,10 @@ _CODE = {
         0x3618004B, 0xF9400063,  # x3
         0x3620004B, 0xF9400084,  # x4
         0x3628004B, 0xF94000A5,  # x5
-        0xB9400128, 0xD4000001, 0xF9001D20,  # ldr w8, [x9]; svc #0; str x0, [x9, #56]
+        0xB9400128, 0xD4000001,  # ldr w8, [x9]; svc #0
+        0x3640008B, 0xB5000060,  # tbz w11, #8, .+16; cbnz x0, .+12
+        0xA8C143E0, 0xD61F0200,  # in a new process, on its own stack: ldp x0, x16, [sp], #16; br x16
+        0xF9001D20,  # str x0, [x9, #56]
         0x3730008B,  # tbnz w11, #6, only
         0xB13FFC1F, 0x54000123,  # cmn x0, #4095; b.lo good
         0x3738010B,  # tbnz w11, #7, good
@@ -76,7 +83,7 @@ _CODE = {
         0xEB0C001F, 0x540000A0,  # cmp x0, x12; b.eq good
         0xEB0D001F, 0x54000060,  # cmp x0, x13; b.eq good
         0xAA0903E0, 0xD65F03C0,  # mov x0, x9; ret
-        0x91014129, 0x17FFFFDF,  # good: add x9, x9, #80; b next
+        0x91014129, 0x17FFFFDB,  # good: add x9, x9, #80; b next
         0xD2800000, 0xD65F03C0,  # done: mov x0, #0; ret
     ),
 }  # fmt: skip
@@ -131,6 +138,7 @@ class Step:
     accept: tuple[int, ...]
     only: bool
     about: str
+    spawns: bool = False
 
 
 class Script:
@@ -161,6 +169,12 @@ class Script:
             accept = (-1,)
         kept = (only,) if only is not None else tuple(accept)
         self.steps.append(Step(name, arguments, kept, only is not None, about))
+        return Result(len(self.steps) - 1)
+
+    def spawn(self, flags: int, stack: int, pidfd: Argument, *, about: str = "") -> Result:
+        """Make the system call clone(2). The new process starts on `stack`, the address of two words: an argument, and the
+        function that it is for (apart.Apart has such). It needs CLONE_VM, or what it does is not seen here."""
+        self.steps.append(Step("clone", (flags, stack, pidfd, 0, 0), (), False, about, spawns=True))
         return Result(len(self.steps) - 1)
 
     def memory(self, content: bytes) -> Memory:
@@ -206,6 +220,10 @@ class Script:
         """Give a slot its value."""
         ctypes.c_uint64.from_address(self._data_start + slot.offset).value = value
 
+    def read(self, slot: Memory) -> int:
+        """A slot's lower half, signed: an int that a call has written."""
+        return ctypes.c_int32.from_address(self._data_start + slot.offset).value
+
     def result(self, step: Result) -> int:
         """What a step has returned."""
         return ctypes.c_int64.from_address(self._step_address(step.step) + _RESULT).value
@@ -213,7 +231,15 @@ class Script:
     def run(self, first: int = 0, end: int | None = None) -> None:
         """Make the calls from mark `first` to mark `end`. Raises OSError for the first that fails."""
         last = len(self.steps) if end is None else end
-        failed = self._walk(self._step_address(first), self._step_address(last))
+        self.check(self._walk(self._step_address(first), self._step_address(last)))
+
+    def walk(self, first: int = 0, end: int | None = None) -> tuple[int, int, int]:
+        """For machine code that runs a part: the addresses of the function that walks, and of its two arguments."""
+        last = len(self.steps) if end is None else end
+        return self._code.address, self._step_address(first), self._step_address(last)
+
+    def check(self, failed: int | None) -> None:
+        """What a walk has returned: the address of the step that failed. Raises OSError."""
         if failed:
             number = (failed - self._start) // _STEP.size
             step, result = self.steps[number], self.result(Result(number))
@@ -229,7 +255,7 @@ class Script:
         return self._texts[text]
 
     def _encode(self, step: Step) -> bytes:
-        flags = _ONLY if step.only else _ANY if step.accept == (-1,) else 0
+        flags = _ONLY if step.only else _ANY if step.accept == (-1,) else _SPAWN if step.spawns else 0
         values = []
         for position, argument in enumerate(step.arguments):
             if isinstance(argument, (Value, Result)):

@@ -32,7 +32,7 @@ import json
 import platform
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from isolation.backends.namespace.script import Script
@@ -43,6 +43,7 @@ from isolation.backends.namespace.syscall_table import (
     NUMBERS,
     X32_SYSCALL_BIT,
 )
+from isolation.backends.namespace.syscalls import CLONE_NEWUSER
 from isolation.errors import IsolationError
 
 # Instructions, from <linux/bpf_common.h>; each is a class | a size or operation | a mode or source.
@@ -114,6 +115,23 @@ class Profile:
     default_action: int
     machines: frozenset[str]
     rules: tuple[Rule, ...]
+
+
+def for_templates(profile: Profile) -> Profile:
+    """`profile`, and with it what a template of its own forks needs: to enter a namespace, which only those can that were
+    made for it, and to make a user namespace, but no other. With the capabilities that these bring it can do what `profile`
+    allows, and so neither mount nor trace."""
+    user = Condition(0, _WORD, CLONE_NEWUSER, "SCMP_CMP_MASKED_EQ")
+    rules = (Rule(("setns",), _ACTIONS["SCMP_ACT_ALLOW"]), Rule(("unshare",), _ACTIONS["SCMP_ACT_ALLOW"], (user,)))
+    return replace(profile, rules=(*rules, *profile.rules))
+
+
+def against_templates(profile: Profile) -> Profile:
+    """A filter to put on top of that, which only refuses what it added."""
+    user = Condition(0, CLONE_NEWUSER, CLONE_NEWUSER, "SCMP_CMP_MASKED_EQ")
+    refuse = _RET_ERRNO | errno.EPERM
+    rules = (Rule(("setns",), refuse), Rule(("unshare",), refuse, (user,)))
+    return Profile(_ACTIONS["SCMP_ACT_ALLOW"], profile.machines, rules)
 
 
 # --- reading ------------------------------------------------------------------------------------------

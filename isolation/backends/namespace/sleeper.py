@@ -21,6 +21,7 @@ import signal
 import struct
 
 from isolation.backends.namespace import syscalls
+from isolation.backends.namespace.apart import Stack
 from isolation.backends.namespace.machinecode import MachineCode
 
 _CODE = {
@@ -60,7 +61,6 @@ _CODE = {
     ),
 }
 _SIG_IGN = 1
-_STACK = 4096
 
 
 class Sleeper:
@@ -68,19 +68,18 @@ class Sleeper:
 
     def __init__(self) -> None:
         self._code = MachineCode(_CODE[platform.machine()])
-        self._stack = ctypes.create_string_buffer(_STACK)
         self._flags = syscalls.CLONE_VM | signal.SIGCHLD
         self._argument = ctypes.create_string_buffer(struct.pack("=4Q", _SIG_IGN, 0, 0, 0))
+        self.stack = Stack(self._code.address, ctypes.addressof(self._argument))
 
     def clone(self) -> tuple[int, int]:
         """A sleeping PID 1 for the namespace that the caller's next child is born into: (pid, pidfd). Raises OSError."""
-        top = (ctypes.addressof(self._stack) + _STACK - 64) & ~0xF
         about = ctypes.addressof(self._argument)
         try:
-            return syscalls.clone_function(self._code.address, top, self._flags, about)
+            return syscalls.clone_function(self._code.address, self.stack.top, self._flags, about)
         except OSError as error:
             if error.errno != errno.EINVAL or not self._flags & syscalls.CLONE_VM:
                 raise
         # Older kernels (6.1, say) let nobody be born into a new time namespace who shares memory with who stays outside.
         self._flags &= ~syscalls.CLONE_VM
-        return syscalls.clone_function(self._code.address, top, self._flags, about)
+        return syscalls.clone_function(self._code.address, self.stack.top, self._flags, about)

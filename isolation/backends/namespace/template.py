@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import collections
 import fcntl
+import itertools
 import os
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from isolation.backends.namespace import keeper, machine
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import Plan
+from isolation.backends.namespace.serving import STACKS_MARK
 from isolation.errors import FeatureMissing, LaunchError, WireError
 from isolation.guest import Guest
 from isolation.hookspecs import Machine
 from isolation.result import Ended, Usage, Verdict
-from isolation.template import Fork, Template
+from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire, wait_readable
 
 _STACKS_AT_MOST = 256 << 10
@@ -34,12 +36,12 @@ class NamespaceTemplate(Template):
     """Warm memory of the process that made it, as it was then."""
 
     def __init__(self, plan: Plan, payload: Callable[[Guest], object], *, ahead: int = 1) -> None:
-        self._begin(plan, keeper.start(plan, payload), ahead)
+        self._begin(plan, keeper.start(plan, payload), ahead, itertools.count(1))
 
-    def _begin(self, plan: Plan, process: keeper.KeeperProcess, ahead: int) -> None:
+    def _begin(self, plan: Plan, process: keeper.KeeperProcess, ahead: int, numbers: Iterator[int]) -> None:
         self._plan = plan
         self._ahead = ahead
-        self._numbers = 0
+        self._numbers = numbers  # of forks and theirs: they name cgroups
         self._keeper = process
         self._spares: collections.deque[NamespaceFork] = collections.deque()
         self._done: list[int] = []
@@ -61,15 +63,65 @@ class NamespaceTemplate(Template):
         self._done.clear()
         return fork
 
+    def branch(self, job: Any = None) -> Branch:
+        branch = NamespaceBranch(
+            self._plan, self._keeper, next(self._numbers), self._scratch, self._done,
+            ahead=self._ahead, numbers=self._numbers,
+        )  # fmt: skip
+        try:
+            branch.begin(job)
+        except BaseException:
+            branch.close()
+            raise
+        return branch
+
     def close(self) -> None:
+        self._drop_spares()
+        self._keeper.close()
+
+    def _drop_spares(self) -> None:
         for fork in self._spares:
             fork.close()
         self._spares.clear()
-        self._keeper.close()
 
     def _prepare(self) -> NamespaceFork:
-        self._numbers += 1
-        return NamespaceFork(self._plan, self._keeper, self._numbers, self._scratch, self._done)
+        return NamespaceFork(self._plan, self._keeper, next(self._numbers), self._scratch, self._done)
+
+
+class BranchTemplate(NamespaceTemplate):
+    """What a branch has become: a sealed process that its keeper can have copied."""
+
+    def __init__(self, plan: Plan, branch: NamespaceBranch, process: BranchKeeperProcess, scratch: int) -> None:
+        self._branch = branch
+        process.know(scratch)
+        self._begin(plan, process, branch.ahead, branch.numbers)
+
+    def advance(self, job: Any = None) -> Branch:
+        self._drop_spares()
+        self._keeper.request({"op": "advance"})
+        self._branch.begin(job)
+        return self._branch
+
+    def become(self, scratch: int) -> None:
+        """It waits again."""
+        self._scratch = scratch
+
+
+class BranchKeeperProcess(keeper.KeeperProcess):
+    """The keeper of a branch: PID 1 of the branch's own sandbox, and so ended with it."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(-1, -1, wire)
+        self.branch: NamespaceBranch | None = None
+
+    def know(self, scratch: int) -> None:
+        """How many private files a fork wants, since it has said so."""
+        self._scratch = scratch
+
+    def close(self) -> None:
+        self.wire.close()
+        if self.branch is not None:
+            self.branch.close()
 
 
 class SealedKeeper(keeper.KeeperProcess):
@@ -103,7 +155,7 @@ class SealedTemplate(NamespaceTemplate):
             os.close(null)
         order = {"payload": payload, "config": config, "path": path, "writable": writable, "workdir": machine.workdir}
         wire.send(order)
-        self._begin(machine.plan, SealedKeeper(machine, wire), 1)
+        self._begin(machine.plan, SealedKeeper(machine, wire), 1, itertools.count(1))
 
 
 class NamespaceFork(Fork):
@@ -128,17 +180,25 @@ class NamespaceFork(Fork):
         self.stderr, stderr = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self.stdout, False)
         os.set_blocking(self.stderr, False)
-        stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        stdin = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._crash = os.memfd_create("isolation-stacks")
         fcntl.fcntl(self._crash, fcntl.F_SETFL, os.O_APPEND)  # two write to it
         self._scratch = [os.memfd_create("isolation-scratch") for _ in range(scratch)]
-        given = [theirs.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
+        more = self._more()
+        given = [*more, theirs.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
+        order: Message = {"op": "fork", "id": number, "payload": True, "template": bool(more), "fds": len(given)}
         try:
-            self._keeper.request({"op": "fork", "id": number, "payload": True, "fds": len(given)}, given)
+            self._keeper.request(order, given)
         finally:
             theirs.close()
+            for fd in more:
+                os.close(fd)
             for fd in (stdin, stdout, stderr):
                 os.close(fd)
+
+    def _more(self) -> list[int]:
+        """Descriptors for the keeper above it, which this call hands over."""
+        return []
 
     def begin(self, job: Any) -> None:
         """Hand over the job; this is when its time starts."""
@@ -189,7 +249,7 @@ class NamespaceFork(Fork):
     def stacks(self) -> str:
         size = os.fstat(self._crash).st_size
         text = os.pread(self._crash, _STACKS_AT_MOST, max(0, size - _STACKS_AT_MOST))
-        dumps = [dump for dump in text.split(keeper.STACKS_MARK) if dump.strip(b"\0 \n")]
+        dumps = [dump for dump in text.split(STACKS_MARK) if dump.strip(b"\0 \n")]
         return dumps[-1].decode("utf-8", "replace") if dumps else ""
 
     def scratch_index(self, inode: int) -> int | None:
@@ -236,3 +296,43 @@ class NamespaceFork(Fork):
             self._keeper.request({"op": "kill", "id": self._number})
         except LaunchError:
             pass  # gone, and its sandboxes with it
+
+
+class NamespaceBranch(NamespaceFork, Branch):
+    """A fork whose payload is about to be forked itself."""
+
+    def __init__(
+        self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int], *,
+        ahead: int, numbers: Iterator[int],
+    ) -> None:  # fmt: skip
+        self.ahead = ahead
+        self.numbers = numbers
+        self._plan = plan
+        self._template: BranchTemplate | None = None
+        super().__init__(plan, keeper_process, number, scratch, done)
+
+    def _more(self) -> list[int]:
+        ours, theirs = Wire.pair()
+        self._own_keeper = BranchKeeperProcess(Wire(ours))
+        return [theirs.detach()]
+
+    def filenos(self) -> tuple[int, ...]:
+        return (*super().filenos(), self._own_keeper.wire.fileno())
+
+    def template(self, timeout: float | None = None) -> Template | None:
+        scratch = self._own_keeper.ready(timeout)
+        if scratch is None:
+            return None
+        if self._template is None:
+            self._template = BranchTemplate(self._plan, self, self._own_keeper, scratch)
+            self._own_keeper.branch = self
+        else:
+            self._template.become(scratch)
+        return self._template
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+            if self._template is not None:
+                self._template._drop_spares()
+            self._own_keeper.wire.close()

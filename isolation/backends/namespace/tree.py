@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.operations import (
     BASE,
+    DEEPEST,
     EMPTY,
     HIDDEN,
     LAYERS,
@@ -24,9 +25,10 @@ from isolation.backends.namespace.operations import (
     OLD,
     PRIVATE,
     PROC,
-    STORE,
     BaseOperation,
     FreshOperation,
+    Ground,
+    store_of,
 )
 from isolation.backends.namespace.script import Result, Script
 
@@ -45,7 +47,7 @@ def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
     os.chdir("/")
     os.mkdir(NEW, 0o755)
     syscalls.mount(NEW, NEW, "", syscalls.MS_BIND)
-    for directory in (HIDDEN, EMPTY, BASE, LOWER, STORE):
+    for directory in (HIDDEN, EMPTY, BASE, LOWER, *map(store_of, range(1, DEEPEST + 1))):
         os.mkdir(NEW + directory, 0o755)
     _execute(operations)
     # A /proc of a new PID namespace may be mounted only where another is wholly visible in the same mount namespace
@@ -63,22 +65,37 @@ def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
         raise OSError("the working directory is outside of the sandbox's root")
 
 
-def write_fresh(script: Script, operations: Sequence[FreshOperation], store_size: int | None) -> Result:
-    """What a sandbox writes to, to be made in a mount namespace with the base as its root. The result is a descriptor of
-    its store."""
+def write_fresh(
+    script: Script, operations: Sequence[FreshOperation], store_size: int | None, level: int = 1
+) -> Result:
+    """What a sandbox writes to, to be made in a mount namespace with the base as its root, or (level 2 and more) that of a
+    template. The result is a descriptor of its store."""
     here = syscalls.AT_FDCWD
+    ground = Ground(level)
     size = f",size={store_size},nr_inodes={max(4096, store_size // 2048)}" if store_size else ""
-    script.call("mount", "isolation", STORE, "tmpfs", _FLAGS, f"mode=0755{size}", about="the store")
-    script.call("mkdirat", here, STORE + LAYERS, 0o755)
-    script.call("mkdirat", here, STORE + PRIVATE, 0o755)
-    store = script.call("openat", here, STORE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0)
-    made: set[str] = set()
+    script.call("mount", "isolation", ground.store, "tmpfs", _FLAGS, f"mode=0755{size}", about="the store")
+    script.call("mkdirat", here, ground.store + LAYERS, 0o755)
+    script.call("mkdirat", here, ground.store + PRIVATE, 0o755)
+    store = script.call("openat", here, ground.store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, 0)
     for operation in operations:
-        operation.write(script, made)
-    # Covered, not detached: the guest's own user namespace can do neither, and detaching waits for the whole machine
-    # (synchronize_rcu).
-    script.call("mount", EMPTY, HIDDEN, "", syscalls.MS_BIND, 0)
+        operation.write(script, ground)
     return store
+
+
+def write_open_mounts(script: Script) -> Result:
+    """Keep the mount namespace as it is now, for forks of what is being made, and go on in a copy. The result is a
+    descriptor of it. The /proc in it that allows for others is one of this PID namespace from here on, not the host's."""
+    flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+    script.call("mount", "proc", PROC, "proc", flags, 0, about="a /proc for forks")
+    mounts = script.call("openat", syscalls.AT_FDCWD, "/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC, 0)
+    script.call("unshare", syscalls.CLONE_NEWNS, about="a mount namespace")
+    return mounts
+
+
+def write_cover(script: Script) -> None:
+    """Put what only the construction needs out of the guest's sight. Covered, not detached: the guest's own user namespace
+    can do neither, and detaching waits for the whole machine (synchronize_rcu)."""
+    script.call("mount", EMPTY, HIDDEN, "", syscalls.MS_BIND, 0)
 
 
 def _execute(operations: Sequence[BaseOperation]) -> None:

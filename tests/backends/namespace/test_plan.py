@@ -12,7 +12,17 @@ import pytest
 from isolation.backends.namespace import fds, operations, syscalls
 from isolation.backends.namespace.cgroup import Hierarchy, oom_kills
 from isolation.backends.namespace.mountinfo import MountPoint, MountTable
-from isolation.backends.namespace.operations import Bind, FreshOperation, Lower, Overlay, Private, Proc, Rebind, Symlink
+from isolation.backends.namespace.operations import (
+    Bind,
+    FreshOperation,
+    Ground,
+    Lower,
+    Overlay,
+    Private,
+    Proc,
+    Rebind,
+    Symlink,
+)
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.namespace.plan import make_plan
 from isolation.backends.namespace.script import Script
@@ -42,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def written(operation: FreshOperation) -> list[tuple[Any, ...]]:
     """What a fresh operation writes down: names of system calls, and their arguments."""
     script = Script()
-    operation.write(script, set())
+    operation.write(script, Ground())
     return [(step.name, *step.arguments) for step in script.steps]
 
 
@@ -91,9 +101,9 @@ def test_proc_is_masked() -> None:
 
 
 def test_a_directory_is_made_once_and_again_where_something_has_covered_it() -> None:
-    script, made = Script(), set[str]()
+    script, ground = Script(), Ground()
     for operation in (Private("/a/b", 1), Private("/a/b/c", 2), Private("/a/d", 3), Private("/a", 4), Private("/a/b", 5)):
-        operation.write(script, made)
+        operation.write(script, ground)
     shown = [step.arguments[1] for step in script.steps if step.name == "mkdirat" and not str(step.arguments[1]).startswith("/.")]
     assert shown == ["/a", "/a/b", "/a/b/c", "/a/d", "/a/b"]
 

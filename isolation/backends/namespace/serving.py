@@ -1,0 +1,367 @@
+"""What a keeper does all day: makes sandboxes as the host asks, and tells it of their end."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from isolation.backends.namespace import identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace.build import Construction
+from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
+from isolation.backends.namespace.plan import Plan
+from isolation.errors import WireError
+from isolation.guest import Guest
+from isolation.wire import Message, Wire
+
+STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
+_NS_GET_PARENT = 0xB702  # ioctl_ns(2)
+_DUMPS_AT_MOST = 100
+_DUMP_INTERVAL = 0.25  # s, near the memory limit
+
+
+@dataclass
+class Order:
+    """What it takes to make one sandbox.
+
+    given    descriptors from the host
+    ours     the keeper's end of the leash, on which a sandbox asks for what it cannot do itself; `theirs` is its own
+    template whether the payload is to be forked itself
+    """
+
+    number: int
+    given: list[int]
+    ours: socket.socket
+    theirs: socket.socket
+    cgroup: Cgroup | None = None
+    memory_files: tuple[int, int] | None = None
+    template: bool = False
+
+
+class Child:
+    """A sandbox, as its keeper knows it."""
+
+    def __init__(self, number: int, pid: int, pidfd: int, leash: socket.socket, cgroup: Cgroup | None) -> None:
+        self.number = number
+        # Of its payload, or of its PID 1 where it is one for commands; -1 for a payload that has yet to say who it is.
+        self.pid = pid
+        self.pidfd = pidfd
+        self.leash = leash
+        self.cgroup = cgroup
+        self.init = -1  # pidfd of the PID 1 of a payload
+        self.crash = -1
+        self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
+        self.memory_files: tuple[int, int] | None = None
+        self.watch: memory.Watch | None = None
+        self.deadline: float | None = None
+        self.timed_out = False
+        self.dumps = 0
+        self.next_dump = 0.0
+        self.out_of_memory = False
+
+    def kill(self) -> None:
+        """End everything inside: the death of a PID 1 is that of its whole namespace (pid_namespaces(7))."""
+        signal.pidfd_send_signal(self.init if self.init >= 0 else self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.leash.close()
+        if self.watch is not None:
+            self.watch.close()
+        elif self.memory_files is not None:
+            for fd in self.memory_files:
+                os.close(fd)
+        for fd in (self.crash, self.mounts):
+            if fd >= 0:
+                os.close(fd)
+
+
+class Keeper:
+    """Serves one plan's sandboxes to one host. This one makes sandboxes for commands."""
+
+    def __init__(self, plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> None:
+        self._plan = plan
+        self._wire = wire
+        self._host = host
+        self._mask = mask
+        self._umask = os.umask(0)
+        os.umask(self._umask)
+        self._cgroups: Hierarchy | None = None
+        self._children: dict[int, Child] = {}  # by number
+        self._ending: dict[int, Cgroup | None] = {}  # PID 1s of payloads that were killed, by pidfd
+
+    def serve(self) -> Guest | None:
+        """Until the host is gone; then None. In each forked payload it returns, too: that fork's guest."""
+        try:
+            scratch = self._prepare()
+        except OSError as error:
+            self._wire.send({"event": "failed", "errno": error.errno, "what": error.strerror or str(error)})
+            return None
+        self._wire.send({"event": "ready", "scratch": scratch})
+        try:
+            return self._loop()
+        except WireError:
+            return None
+        finally:
+            self._end_all()
+
+    def _prepare(self) -> int:
+        """What is done once. Returns how many private files a fork wants."""
+        plan = self._plan
+        if plan.staged:
+            stage.prepare(plan.staged, plan.mount_point)
+        if plan.cgroup is not None:
+            plan.cgroup.sweep()
+            self._cgroups = plan.cgroup.subtree()
+        return 0
+
+    def _loop(self) -> Guest | None:
+        while True:
+            message = self._next_message()
+            if message is None:
+                return None
+            if message["op"] == "fork":
+                guest = self._fork(message)
+                if guest is not None:
+                    return guest
+            elif message["op"] == "advance":
+                self._advance()
+            elif (child := self._children.get(message["id"])) is not None:
+                if message["op"] == "kill":
+                    child.kill()
+                elif message["op"] == "dump":
+                    self._dump(child)
+
+    def _next_message(self) -> Message | None:
+        """The host's next wish; meanwhile, what the sandboxes want and do. None when the host is gone."""
+        while True:
+            message = self._wire.next_message()
+            if message is not None:
+                return message
+            poller = select.poll()
+            waiting = self._others()
+            for child in self._children.values():
+                if child.pidfd >= 0:
+                    waiting[child.pidfd] = lambda child=child: self._ended(child)  # type: ignore[misc]
+                if child.leash.fileno() >= 0:
+                    waiting[child.leash.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
+            for pidfd in self._ending:
+                waiting[pidfd] = lambda pidfd=pidfd: self._buried(pidfd)  # type: ignore[misc]
+            for fd in (self._wire.fileno(), self._host, *waiting):
+                poller.register(fd, select.POLLIN)
+            ready = [fd for fd, _events in poller.poll(self._patience())]
+            if self._host in ready:
+                return None
+            for fd in ready:
+                if fd in waiting and self._is_current(fd):
+                    waiting[fd]()
+            if self._wire.fileno() in ready and not self._wire.fill():
+                return None
+
+    def _is_current(self, fd: int) -> bool:
+        """What one event did may have ended what another was about."""
+        if fd in self._ending or fd in self._others():
+            return True
+        return any(fd in (child.pidfd, child.leash.fileno()) for child in self._children.values())
+
+    def _others(self) -> dict[int, Callable[[], None]]:
+        """What else is waited for: descriptors, and what to do when they are readable."""
+        return {}
+
+    def _advance(self) -> None:
+        """The host wants the template itself to go on."""
+
+    def _patience(self) -> float | None:
+        """Milliseconds until something must be looked at. Ends what is over its wall-clock or memory limit."""
+        now = time.monotonic()
+        patience: list[float] = []
+        for child in self._children.values():
+            if child.deadline is not None:
+                if child.deadline <= now:
+                    child.deadline, child.timed_out = None, True
+                    child.kill()
+                else:
+                    patience.append((child.deadline - now) * 1000 + 1)
+            if child.watch is not None:
+                patience.append(child.watch.interval)
+                state = child.watch.look()
+                if state == "near" and now >= child.next_dump:
+                    self._dump(child)
+                elif state == "over" and not child.out_of_memory:
+                    child.out_of_memory = True
+                    self._dump(child)
+                    time.sleep(0.02)  # a moment for the stacks to be written
+                    child.kill()
+        return min(patience, default=None)
+
+    def _dump(self, child: Child) -> None:
+        """Have a payload write the stacks of its threads, behind those of earlier times."""
+        if child.init >= 0 and child.pidfd >= 0 and child.dumps < _DUMPS_AT_MOST:
+            child.dumps += 1
+            child.next_dump = time.monotonic() + _DUMP_INTERVAL
+            try:
+                os.write(child.crash, STACKS_MARK)
+                signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
+            except OSError:
+                pass  # the file is the guest's, too, who may have grown it beyond all bounds; or it is gone
+
+    def _fork(self, message: Message) -> Guest | None:
+        ours, theirs = socket.socketpair()
+        order = Order(message["id"], self._wire.take_fds(message["fds"]), ours, theirs)
+        order.template = bool(message.get("template"))
+        try:
+            if self._cgroups is not None:
+                order.cgroup = self._cgroups.create(order.number, self._plan.limits)
+                order.memory_files = order.cgroup.open_memory_files() if self._plan.limits.memory is not None else None
+            made = self._clone_payload(order) if message.get("payload") else self._clone_init(order)
+            if isinstance(made, Guest):
+                return made
+        except OSError as error:
+            self._unforked(order.number, error)
+            ours.close()
+            if order.cgroup is not None:
+                order.cgroup.remove()
+        else:
+            made.memory_files = order.memory_files
+            self._children[order.number] = made
+        theirs.close()
+        for fd in order.given:
+            os.close(fd)
+        return None
+
+    def _clone_init(self, order: Order) -> Child:
+        construction = self._construction(init.NAMESPACES)
+        if construction is not None:
+            construction.use_leash(order.theirs.fileno())
+        pid, pidfd = syscalls.clone(self._init_flags())
+        if pid == 0:
+            order.ours.close()
+            birth = init.Birth(order.given[0], order.theirs, construction, order.memory_files, self._mask, self._umask)
+            init.live(self._plan, birth)
+        child = Child(order.number, pid, pidfd, order.ours, order.cgroup)
+        wall = self._plan.limits.wall
+        child.deadline = None if wall is None else time.monotonic() + wall
+        return child
+
+    def _init_flags(self) -> int:
+        return self._plan.clone_flags
+
+    def _construction(self, namespaces: int) -> Construction | None:
+        """How a clone becomes a sandbox, where there is a base to start from."""
+        return None
+
+    def _clone_payload(self, order: Order) -> Child | Guest:
+        raise OSError(errno.ENOTSUP, "this keeper makes sandboxes for commands only")
+
+    def _answer(self, child: Child) -> None:
+        """What a process cannot do for itself while it builds its sandbox."""
+        request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
+        try:
+            if request == b"c" and child.cgroup is not None:
+                child.cgroup.add(child.pid)
+            elif request == b"m":
+                identity.map_range(child.pid)
+            elif request == b"i":
+                self._map_inner(child)
+            elif request == b"n" and len(given) == 1:
+                child.mounts = given[0]
+                return
+            elif request == b"w" and len(given) == 2:
+                child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
+                return
+            else:
+                child.leash.close()
+                if request[:1] == b"x":
+                    self._unforked(child.number, error_in(request))
+                return
+            child.leash.send(request)
+        except OSError as error:
+            self._unforked(child.number, error)
+            child.kill()
+
+    def _map_inner(self, child: Child) -> None:
+        """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
+        host root's rights to its cgroups, does not enter: a child does."""
+        number = host_pid(child.pidfd)
+        users = os.open(f"/proc/{number}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        parent = fcntl.ioctl(users, _NS_GET_PARENT)
+        pid, pidfd = syscalls.clone(0)
+        if pid == 0:
+            try:
+                syscalls.setns(parent, syscalls.CLONE_NEWUSER)
+                identity.map_range(number, 0)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        for fd in (users, parent, pidfd):
+            os.close(fd)
+
+    def _unforked(self, number: int, error: OSError) -> None:
+        what = error.strerror or str(error)
+        self._wire.send({"event": "unforked", "id": number, "errno": error.errno, "what": what})
+
+    def _ended(self, child: Child) -> None:
+        """A payload is gone, or a PID 1 for commands."""
+        status, usage = self._reap(child)
+        event: Message = {"event": "exit" if child.init >= 0 else "ended", "id": child.number, "status": status}
+        event["usage"] = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024]
+        event["timed_out"], event["oom"] = child.timed_out, child.out_of_memory
+        if child.cgroup is not None:
+            event["accounts"] = child.cgroup.accounts()
+        del self._children[child.number]
+        if child.pidfd >= 0:
+            os.close(child.pidfd)
+        if child.init >= 0:
+            child.kill()  # whatever it has left running ends with it
+            self._ending[child.init] = child.cgroup
+        elif child.cgroup is not None:
+            child.cgroup.remove()
+        try:
+            self._wire.send(event)
+        except WireError:
+            pass  # the host is gone; the loop notices
+        child.close()  # last: this is when the mounts are taken apart
+
+    def _reap(self, child: Child) -> tuple[int, resource.struct_rusage]:
+        """The status of a child that has ended, and what it used."""
+        _pid, status, usage = os.wait4(child.pid, 0)
+        return status, usage
+
+    def _buried(self, pidfd: int) -> None:
+        """A PID 1 is gone, and so, by the kernel's word, is everything inside."""
+        cgroup = self._ending.pop(pidfd)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        if cgroup is not None:
+            cgroup.remove()
+
+    def _end_all(self) -> None:
+        for child in list(self._children.values()):
+            child.kill()
+        for child in list(self._children.values()):
+            self._ended(child)
+        for pidfd in list(self._ending):
+            self._buried(pidfd)
+        self._remove_cgroups()
+
+    def _remove_cgroups(self) -> None:
+        if self._cgroups is not None:
+            self._cgroups.remove()
+
+
+def host_pid(pidfd: int) -> int:
+    """A process's number in the /proc that is mounted here, which need not be that of this PID namespace."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+
+
+def error_in(answer: bytes) -> OSError:
+    """From "xERRNO TEXT", as a child that fails to build says it."""
+    number, _, what = answer[1:].decode("utf-8", "replace").partition(" ")
+    return OSError(int(number or 0), what or "the process that builds the sandbox died")

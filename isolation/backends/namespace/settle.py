@@ -1,0 +1,48 @@
+"""The last steps of a payload, once it is sealed: its descriptors, its directory, its name."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import NoReturn
+
+from isolation.backends.namespace import fds, syscalls
+from isolation.backends.namespace.fds import Inherited
+from isolation.backends.namespace.plan import Plan
+
+
+def streams(
+    plan: Plan,
+    inherited: Sequence[Inherited],
+    stdio: Sequence[int],
+    scratch: Sequence[int],
+    crash: int,
+    stacks: int,
+    leash: socket.socket,
+    keep: Sequence[int],
+) -> None:
+    """Leave nothing in the table of descriptors that is not the sandbox's own, and start where commands start. Stacks are
+    written to `stacks`, whose file is `crash` from now on. `leash` is closed."""
+    os.chdir(plan.workdir)
+    os.dup2(crash, stacks, inheritable=False)
+    if "fds" in plan.defences:
+        fds.adopt(inherited, stdio, scratch, [*keep, stacks, leash.fileno()])
+    leash.close()
+
+
+def name() -> None:
+    """What ps(1) shows; and let debuggers inside have it."""
+    syscalls.set_name("isolation")
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+
+
+def give_up(leash: socket.socket, error: BaseException) -> NoReturn:
+    """Tell the keeper why there will be no sandbox."""
+    number = error.errno if isinstance(error, OSError) else 0
+    text = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+    try:
+        leash.send(f"x{number or 0} {text}".encode("utf-8", "replace")[:4000])
+    except OSError:
+        pass  # the keeper is gone, or the leash is closed already
+    os._exit(1)
