@@ -83,7 +83,8 @@ class Branch(Fork):
     def template(self, timeout: float | None = None) -> Template | None:
         """The template, once its payload has asked for forks; None when it has not in time.
 
-        Raises LaunchError when it has ended instead; `wait` says how. `filenos` tell of this, too.
+        Raises LaunchError when it has ended instead; `wait` says how. `filenos` tell of this, too. Whoever waits without
+        end reads its output meanwhile, or it waits as well.
         """
 
 

@@ -24,7 +24,7 @@ from isolation.backends.microvm.vm import State, Vm
 from isolation.errors import LaunchError, SandboxClosed, SpecError, WireError
 from isolation.guest import warm
 from isolation.result import Ended, Usage, Verdict
-from isolation.template import Fork, Template
+from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire
 
 _PAYLOAD = 1  # the agent's number for it
@@ -156,22 +156,29 @@ class MicrovmTemplate(Template):
                 self._spares.append(spare)
         return fork
 
-    def branch(self, job: Any = None) -> Template:
-        """A fork that becomes a template itself: the payload gets `job`, and is saved when it asks for forks again."""
-        vm = self._restore(keep=True)
-        try:
-            fork = MicrovmFork(vm, self._state.mark)
-            try:
-                fork.begin(job, reseed=True)
-                _until_warm(vm, fork.streams)
-                state = vm.save()
-            finally:
-                fork.close()
-        finally:
-            vm.close()
+    def branch(self, job: Any = None) -> MicrovmBranch:
         parts = dict(self._key.parts)
         parts["payload"] += " " + json.dumps(job, sort_keys=True)
-        return MicrovmTemplate(self._plan, Key(tuple(parts.items())), state, ahead=self._ahead)
+        vm = self._restore(keep=True)
+        try:
+            branch = MicrovmBranch(vm, self._state.mark, self._plan, Key(tuple(parts.items())), self._ahead)
+        except BaseException:
+            vm.close()
+            raise
+        try:
+            branch.begin(job, reseed=True)
+        except BaseException:
+            branch.close()
+            raise
+        with self._lock:
+            self._living.append(branch)
+        return branch
+
+    def advance(self, job: Any = None) -> Branch:
+        """A machine that sleeps does not go on; a fork of it does, in its place."""
+        branch = self.branch(job)
+        branch.replaces = self
+        return branch
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         Snapshot(self._state, self._key).save(Path(directory))
@@ -382,8 +389,49 @@ class MicrovmFork(Fork):
                 return message
             if message["event"] == "exit" and message.get("id") == _PAYLOAD:
                 self._exit = message
+                if event == "warm":
+                    return None  # it never will be
             if deadline is not None and time.monotonic() >= deadline:
                 return None  # it speaks of other things all the time
+
+
+class MicrovmBranch(MicrovmFork, Branch):
+    """A machine whose memory is kept when its payload asks for forks."""
+
+    def __init__(self, vm: Vm, mark: bytes, plan: Plan, key: Key, ahead: int) -> None:
+        super().__init__(vm, mark)
+        self.replaces: MicrovmTemplate | None = None
+        self._plan = plan
+        self._key = key
+        self._ahead = ahead
+        self._made: MicrovmTemplate | None = None
+
+    def filenos(self) -> tuple[int, ...]:
+        return (*super().filenos(), self.vm.link.fileno())
+
+    def template(self, timeout: float | None = None) -> Template | None:
+        if self._made is None:
+            if self._await("warm", timeout) is None:
+                if self._exit is not None or self.vm.link.over is not None:
+                    raise LaunchError(f"the template {self.wait(0.0)} before it asked for forks")
+                return None
+            try:
+                state = self.vm.save()
+            except SandboxClosed as error:
+                raise LaunchError(f"the template could not be saved: {error}{self.vm.last_words()}") from error
+            finally:
+                self.vm.close()
+            self._made = MicrovmTemplate(self._plan, self._key, state, ahead=self._ahead)
+            if self.replaces is not None:
+                self.replaces.close()
+        return self._made
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+            self.vm.close()
+            if self._made is not None:
+                self._made.close()
 
 
 def _data(message: Message | None) -> bytes:

@@ -76,7 +76,12 @@ class Hierarchy:
         return group
 
     def remove(self) -> None:
-        """Remove a subtree, whose sandboxes are gone."""
+        """Remove a subtree, whose sandboxes are gone; those of a keeper that was killed are still in it."""
+        for path in set(self.parents.values()):
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(path):
+                    if entry.is_dir(follow_symlinks=False):
+                        Cgroup(self.version, {"": entry.path}).remove()
         Cgroup(self.version, self.parents).remove()
 
     def sweep(self) -> None:

@@ -147,6 +147,8 @@ class KeeperProcess:
             with self._lock:
                 if number in self._ended:
                     break
+                if self.wire.fileno() < 0:
+                    return None  # closed, and all its sandboxes with it
                 try:
                     message = self.wire.receive(None if left is None else min(left, 0.1))
                 except TimeoutError:

@@ -44,6 +44,7 @@ class NamespaceTemplate(Template):
         self._numbers = numbers  # of forks and theirs: they name cgroups
         self._keeper = process
         self._spares: collections.deque[NamespaceFork] = collections.deque()
+        self._branches: list[NamespaceBranch] = []
         self._done: list[int] = []
         try:
             self._scratch = self._keeper.scratch()
@@ -73,16 +74,20 @@ class NamespaceTemplate(Template):
         except BaseException:
             branch.close()
             raise
+        self._branches = [other for other in self._branches if not other.closed]
+        self._branches.append(branch)
         return branch
 
     def close(self) -> None:
-        self._drop_spares()
+        self.forget_forks()
         self._keeper.close()
 
-    def _drop_spares(self) -> None:
-        for fork in self._spares:
+    def forget_forks(self) -> None:
+        """Close those made ahead, and the templates made of this one."""
+        for fork in (*self._spares, *self._branches):
             fork.close()
         self._spares.clear()
+        self._branches.clear()
 
     def _prepare(self) -> NamespaceFork:
         return NamespaceFork(self._plan, self._keeper, next(self._numbers), self._scratch, self._done)
@@ -97,7 +102,7 @@ class BranchTemplate(NamespaceTemplate):
         self._begin(plan, process, branch.ahead, branch.numbers)
 
     def advance(self, job: Any = None) -> Branch:
-        self._drop_spares()
+        self.forget_forks()
         self._keeper.request({"op": "advance"})
         self._branch.begin(job)
         return self._branch
@@ -330,9 +335,13 @@ class NamespaceBranch(NamespaceFork, Branch):
             self._template.become(scratch)
         return self._template
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         if not self._closed:
             super().close()
             if self._template is not None:
-                self._template._drop_spares()
+                self._template.forget_forks()
             self._own_keeper.wire.close()

@@ -89,7 +89,8 @@ class VacantBuilder:
             script.call("setns", self._pid_namespace.value(), syscalls.CLONE_NEWPID, about="the next keeper's namespace")
         else:
             script.call("unshare", flags | syscalls.CLONE_NEWPID, about="namespaces of a fork")
-            flags = syscalls.CLONE_VM | syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD | signal.SIGCHLD
+            # It shares the table of descriptors: a copy would keep open what everybody else has closed.
+            flags = syscalls.CLONE_VM | syscalls.CLONE_FILES | syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD | signal.SIGCHLD
             script.spawn(flags, sleeper.stack.begin(), self._init, about="PID 1 of a fork")
         flags = syscalls.CLONE_VM | syscalls.CLONE_FILES | syscalls.CLONE_VFORK | signal.SIGCHLD
         script.spawn(flags, self._furnishing.apart.begin(), 0, about="the furnisher")

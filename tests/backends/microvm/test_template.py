@@ -81,8 +81,11 @@ def main(guest):
             fresh["beats"] = os.stat("/tmp/beat").st_size > size
             fresh["background"] = background.poll()
             guest.send(fresh)
-        if isinstance(job, dict):
+        while isinstance(job, dict):
             for inner in guest.forks():
+                if isinstance(inner, dict):
+                    job = inner
+                    break
                 guest.send({"outer": job, "inner": inner, "count": count, "mine": Path("mine.txt").exists()})
                 Path("mine.txt").touch()
 
@@ -157,13 +160,25 @@ def test_the_clock_is_the_hosts(template: Template) -> None:
 
 
 def test_forks_of_a_fork(template: Template) -> None:
-    with template.branch({"level": 1}) as branch, template.branch({"level": 2}) as other:
+    with template.branch({"level": 1}) as one, template.branch({"level": 2}) as two:
+        branch, other = one.template(120), two.template(120)
+        assert branch is not None and other is not None
         for name, made in (("a", branch), ("b", other), ("c", branch)):
             level = 1 if made is branch else 2
             assert ask(made, name) == {"outer": {"level": level}, "inner": name, "count": 1, "mine": False}
         assert ask(template, "time")
-    with pytest.raises(LaunchError):
-        template.branch("hang-not-known-and-over")
+    with template.branch("hang-not-known-and-over") as over, pytest.raises(LaunchError):
+        over.template(120)
+
+
+def test_a_template_goes_on(template: Template) -> None:
+    with template.branch({"level": 1}) as branch:
+        first = branch.template(120)
+        assert first is not None
+        with first.advance({"level": "further"}) as later:
+            second = later.template(120)
+            assert second is not None
+            assert ask(second, "a") == {"outer": {"level": "further"}, "inner": "a", "count": 1, "mine": False}
 
 
 def test_a_fork_that_hangs_is_ended(template: Template) -> None:
