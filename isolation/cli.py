@@ -1,4 +1,8 @@
-"""The command line: `isolation run`, `doctor`, `backends`, and what backends bring (`isolation microvm`).
+"""The command line: `isolation run`, `doctor`, `backends`, and what others bring: front ends (`isolation pytest`) by the
+entry-point group `isolation.commands`, and backends (`isolation microvm`).
+
+A front end's entry point is a function: it takes the words behind the command's name and returns the exit code; the first
+line of its docstring is its help. It is loaded when its command, or the list of all, is asked for.
 
 Exit codes of `run` are those of timeout(1) and `docker run`: the command's own; 128+signal; 124 when it took too long, 137
 when it ran out of memory; 125 when the sandbox could not be made, 126 and 127 when the command could not be executed
@@ -10,13 +14,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 # The rest is imported by the command that needs it, so that --help and usage errors come at once.
 from isolation.errors import CommandNotFound, IsolationError, SpecError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from isolation.result import Usage, Verdict
     from isolation.sandbox import Process, Sandbox
     from isolation.spec import SandboxSpec
@@ -46,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _take_standard_descriptors()
     try:
         words = sys.argv[1:] if argv is None else list(argv)
-        parser = _parser()
-        code = _backends_own(words)
+        code = _brought_along(words)
         if code is None:
+            parser = _parser(listing=not words or words[0] in ("-h", "--help"))
             options = parser.parse_args(words)
             code = options.action(options)
         if sys.stdout is not None:  # the caller had closed it
@@ -57,28 +63,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _CTRL_C
     except CommandNotFound as error:
-        _say(str(error))
+        say(str(error))
         return _NOT_FOUND if error.missing else _NOT_EXECUTABLE
     except IsolationError as error:
-        _say(str(error))
+        say(str(error))
         return _FAILED
     except BrokenPipeError:
         # Who read our output has gone (`isolation doctor | head -1`), and the flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
     except OSError as error:
-        _say(str(error))
+        say(str(error))
         return _FAILED
 
 
-def _backends_own(words: Sequence[str]) -> int | None:
-    """`isolation NAME …`, where NAME is a backend that has commands; None for everything else."""
+def _brought_along(words: Sequence[str]) -> int | None:
+    """`isolation NAME …`, where NAME is a front end's command, or a backend that has commands; None for everything else."""
     if not words or words[0].startswith("-") or words[0] in _COMMANDS:
         return None
+    found = _front_ends().get(words[0])
+    if found is not None:
+        command: Callable[[Sequence[str]], int] = _load(found)
+        return command(words[1:])
     from isolation import registry
 
     backend = registry.backends().get(words[0])
     return None if backend is None else backend.main(words[1:])
+
+
+def _front_ends() -> dict[str, EntryPoint]:
+    """Those that are installed, by the names of their commands; none is loaded."""
+    import importlib.metadata
+
+    return {found.name: found for found in importlib.metadata.entry_points(group="isolation.commands")}
+
+
+def _load(found: EntryPoint) -> Any:
+    try:
+        return found.load()
+    except (ImportError, AttributeError) as error:
+        raise IsolationError(f"the command '{found.name}' ({found.value}) cannot be loaded: {error}") from error
+
+
+def _summary(found: EntryPoint) -> str:
+    try:
+        return (_load(found).__doc__ or "").strip().partition("\n")[0]
+    except IsolationError as error:
+        return str(error)
 
 
 def _take_standard_descriptors() -> None:
@@ -90,8 +121,8 @@ def _take_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
 
 
-def _say(message: str) -> None:
-    """One line on stderr. Control characters, which a path may hold, are not for the terminal."""
+def say(message: str) -> None:
+    """One line on stderr, for every command. Control characters, which a path may hold, are not for the terminal."""
     line = " ".join(part.strip() for part in message.splitlines())
     text = "isolation: " + "".join(c if c.isprintable() else "?" for c in line) + "\n"
     try:
@@ -100,7 +131,8 @@ def _say(message: str) -> None:
         pass  # nobody listens
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, listing: bool) -> argparse.ArgumentParser:
+    """With `listing`, front ends' commands are in the list of all."""
     parser = _Parser(
         prog="isolation",
         description="Run commands in a fresh, sealed sandbox.",
@@ -115,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(action=_doctor)
     backends = commands.add_parser("backends", help="list the installed backends")
     backends.set_defaults(action=_backends)
+    for name, found in sorted(_front_ends().items()) if listing else ():
+        if name not in _COMMANDS:
+            commands.add_parser(name, help=_summary(found).replace("%", "%%"), add_help=False)
     return parser
 
 
@@ -193,9 +228,9 @@ def _run(options: argparse.Namespace) -> int:
     # After the terminal was put back, or the line would start where the last one ended.
     code = verdict.shell_code
     for error in relay.errors():
-        _say(f"cannot pass on {error}")
+        say(f"cannot pass on {error}")
         code = code or _FAILED
-    _say_why(verdict, spec)
+    say_why(verdict, spec)
     if report is not None:
         import json
 
@@ -213,20 +248,20 @@ def _spec(options: argparse.Namespace) -> SandboxSpec:
         raise SpecError("the current directory does not exist any more; cd to one that does") from None
     if cwd != "/" and cwd not in (mount.target for mount in mounts):
         mounts.append(Mount.overlay(cwd))
-        if not options.explain and _is_home(cwd):
-            _say(f"note: all of your home directory {cwd} can be read inside (what is written is discarded)")
+        if not options.explain and is_home(cwd):
+            say(f"note: all of your home directory {cwd} can be read inside (what is written is discarded)")
     return SandboxSpec(
         backend=options.backend,
         mounts=mounts,
         workdir=os.path.normpath(os.path.join(cwd, options.workdir)) if options.workdir else cwd,
-        env=dict(_variables(options.env)),
+        env=dict(variables(options.env)),
         network=options.network,
         limits=Limits(options.memory, options.pids, options.cpus, options.disk, options.timeout),
         nesting=options.nesting,
     )
 
 
-def _variables(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
+def variables(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
     for text in texts:
         name, given, value = text.partition("=")
         if given:
@@ -235,7 +270,7 @@ def _variables(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
             yield name, os.environ[name]
 
 
-def _is_home(path: str) -> bool:
+def is_home(path: str) -> bool:
     homes = {os.path.expanduser("~")}
     try:
         import pwd
@@ -246,18 +281,18 @@ def _is_home(path: str) -> bool:
     return os.path.realpath(path) in {os.path.realpath(home) for home in homes}
 
 
-def _say_why(verdict: Verdict, spec: SandboxSpec) -> None:
+def say_why(verdict: Verdict, spec: SandboxSpec) -> None:
     """Ends that the command's exit code alone does not explain."""
     from isolation.result import Ended
     from isolation.units import format_size
 
     if verdict.ended is Ended.TIMED_OUT:
-        _say(f"timed out after {spec.limits.wall:g}s" if spec.limits.wall is not None else "timed out")
+        say(f"timed out after {spec.limits.wall:g}s" if spec.limits.wall is not None else "timed out")
     elif verdict.ended is Ended.OUT_OF_MEMORY:
         limit = spec.limits.memory
-        _say("out of memory" + (f" (limit {format_size(limit)}; raise --memory)" if limit is not None else ""))
+        say("out of memory" + (f" (limit {format_size(limit)}; raise --memory)" if limit is not None else ""))
     elif verdict.ended in (Ended.KILLED, Ended.LOST):
-        _say(f"the sandbox was ended from outside ({verdict})")
+        say(f"the sandbox was ended from outside ({verdict})")
 
 
 def _report(box: Sandbox, process: Process, verdict: Verdict, usage: Usage, relay: Relay) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class _Pump:
         *,
         at_end: Callable[[], None] | None = None,
         at_loss: Callable[[], None] | None = None,
+        screen: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self.name = name
         self.source = source
@@ -109,6 +110,7 @@ class _Pump:
         self._budget: int | None = None  # of what is still to be read, when draining
         self._at_end = at_end  # all was read, and written
         self._at_loss = at_loss  # nobody takes it any more
+        self._screen = screen  # what it makes of the bytes is passed on
         self._most = _SURE
         self._socket: socket.socket | None = None
         if isinstance(sink, int):
@@ -166,7 +168,7 @@ class _Pump:
         if isinstance(self.sink, Capture):
             self.sink.take(data)
         else:
-            self._waiting += data
+            self._waiting += data if self._screen is None else self._screen(data)
         return True
 
     def _write(self, sink: int) -> None:
@@ -325,7 +327,8 @@ def _noted(_number: int, _frame: FrameType | None) -> None:
 
 class Relay:
     """Between the caller's streams and those of one command. With `capture` (a bound in bytes), output is kept in
-    `captured` instead of passed on, and nothing is a terminal.
+    `captured` instead of passed on, and nothing is a terminal. What a command writes to its terminal goes through `screen`,
+    which may change it, on its way to the caller's.
 
         with Relay() as relay:
             process = box.popen(argv, tty=relay.tty, stdin=relay.given[0], …)
@@ -334,7 +337,7 @@ class Relay:
     Raises SpecError for streams that cannot be passed on, Interrupted when the user asks twice for the end.
     """
 
-    def __init__(self, capture: int | None = None) -> None:
+    def __init__(self, capture: int | None = None, screen: Callable[[bytes], bytes] | None = None) -> None:
         self.given: list[int | None] = [None, None, None]
         self.tty: bool | tuple[int, int] = False
         self.captured: list[Capture] = []
@@ -344,6 +347,7 @@ class Relay:
         self._ours: set[int] = set()
         self._host: _HostTerminal | None = None
         self._master = -1
+        self._screen = screen
         self._asked = -_AGAIN_WITHIN
         self._signals: _Signals | None = None
         try:
@@ -431,7 +435,7 @@ class Relay:
         master = self._master = process.tty
         os.set_blocking(master, False)
         host.give_size_to(process)
-        self._pumps.append(_Pump("the terminal", master, host.sink, at_loss=self._hang_up))
+        self._pumps.append(_Pump("the terminal", master, host.sink, at_loss=self._hang_up, screen=self._screen))
         if host._reads:
             self._feeds.append(_Pump("the terminal", host.source, master, at_end=self._hang_up))
             host.raw()
