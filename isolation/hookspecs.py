@@ -31,6 +31,7 @@ CHANGES = "changes"  # tells what the guest wrote
 CPU_LIMIT = "cpu-limit"
 DISK_LIMIT = "disk-limit"
 FORK = "fork"  # a warm sandbox can be forked
+FORK_ACCOUNT = "fork-account"  # tells what a fork left behind
 FORK_HERE = "fork-here"  # the calling process itself can be the template
 MEMORY_LIMIT = "memory-limit"
 NESTING = "nesting"  # can make sandboxes inside

@@ -106,3 +106,11 @@ class Change:
     kind: Literal["added", "changed", "deleted"]
     type: Literal["file", "directory", "symlink", "other"] = "file"
     size: int | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a fork left behind: `changes` to its files, and the command lines of `processes` that still ran."""
+
+    changes: tuple[Change, ...] = ()
+    processes: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from isolation.errors import FeatureMissing
-from isolation.result import Usage, Verdict
+from isolation.result import Account, Usage, Verdict
 from isolation.wire import Message
 
 
@@ -45,6 +45,10 @@ class Fork(abc.ABC):
     @abc.abstractmethod
     def usage(self) -> Usage:
         """What it used. Waits for its end."""
+
+    def account(self) -> Account:
+        """What it left behind, if its template was asked for that. Waits for its end."""
+        return Account()
 
     @abc.abstractmethod
     def stacks(self) -> str:
@@ -92,10 +96,11 @@ class Template(abc.ABC):
     """A warm sandbox that waits to be forked."""
 
     @abc.abstractmethod
-    def fork(self, job: Any = None, *, reseed: bool = True) -> Fork:
+    def fork(self, job: Any = None, *, reseed: bool = True, account: bool = False) -> Fork:
         """A fresh, sealed sandbox with the template's memory and files; `job` (JSON) is what it gets to do.
 
         Random numbers differ in every fork, as far as kernel, interpreter and numpy make them, unless `reseed` is False.
+        With `account` its files are looked through at its end (feature "fork-account").
         Raises LaunchError when it cannot be made, FeatureMissing.
         """
 

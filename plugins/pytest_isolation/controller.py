@@ -1,35 +1,31 @@
-"""On the host: hands each test to a fork, and tells pytest what came back, as if it had run here."""
+"""On the host: hands tests to forks, and tells pytest what came back, as if it had run here."""
 
 from __future__ import annotations
 
 import codecs
+import functools
 import os
-import select
 import sys
-import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import pytest
 
 from isolation import registry
-from isolation.errors import IsolationError, LaunchError, WireError
-from isolation.hookspecs import FORK, FORK_HERE, Backend
-from isolation.result import Ended, Verdict
-from isolation.template import Fork, Template
-from isolation.units import format_size
-from isolation.wire import Message
-from pytest_isolation import crash, reports
+from isolation.errors import IsolationError, LaunchError
+from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_HERE, Backend
+from isolation.template import Branch, Fork, Template
+from pytest_isolation import reports, units
+from pytest_isolation.chain import Chain, Level
+from pytest_isolation.emission import Emission
+from pytest_isolation.run import Run
+from pytest_isolation.schedule import Schedule
 from pytest_isolation.settings import Reader, Settings
-from pytest_isolation.text import clean
+from pytest_isolation.text import clean, clean_name
 from pytest_isolation.worker import PAYLOAD, Worker, order_for
 
 _OUTPUT_AT_MOST = 256 << 10
-_MESSAGES_AT_ONCE = 256
-_SANDBOXES_AT_MOST = 16
-_MESSAGES_AT_MOST = 200_000
-_BYTES_AT_MOST = 128 << 20
-_CHUNKS_AT_MOST = 64  # of output in one turn: a flood must not keep the rest waiting
+_SECTIONS_AT_MOST = 100
 
 
 class Controller:
@@ -48,87 +44,232 @@ class Controller:
                     "--isolation cannot hand the terminal to a debugger inside a sandbox; leave out --isolation "
                     "(or say --isolation=no) for --pdb and --trace"
                 )
-        self._templates: dict[Settings, Template] = {}
+        run = self._reader.run
+        if run.strict and FORK_ACCOUNT not in self._backend.features():
+            name = self._backend.name
+            raise pytest.UsageError(f"--isolation-strict: the {name} backend does not tell what a test leaves behind")
+        # A worker of pytest-xdist is told what to run; what it runs ahead would be another's.
+        self._told_what_to_run = hasattr(config, "workerinput")
+        self._schedule = Schedule(
+            self, config, self._chain_of, jobs=1 if self._told_what_to_run else run.jobs, grain=run.grain,
+            emit=self._emit, fork_options=self._fork_options, on_branch=self._on_branch,
+        )  # fmt: skip
+        self._schedule.job_of = self._job_of
+        self._emission = Emission(config, run)
+        self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}
         self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id
         self._captures: dict[Settings, tuple[int, int]] = {}
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
+        self._current: tuple[pytest.Item, Run] | None = None
+        self._teardowns: list[pytest.TestReport] = []
+        self._unshared: dict[str, str] = {}
+        self._late: list[str] = []
+        self._end: dict[str, Any] = {}
 
     def pytest_report_header(self) -> str:
         spec = self._reader.default.spec
         network = "own loopback only" if spec.network.mode == "none" else f"{spec.network} (NOT isolated)"
         limits = spec.limits.describe()
-        return f"isolation: {self._backend.describe()}, a fresh sandbox for every test; network: {network}; {limits}"
+        run = self._reader.run
+        per = "test" if run.grain == "function" else run.grain
+        jobs = f", {run.jobs} at a time" if run.jobs > 1 else ""
+        return f"isolation: {self._backend.describe()}, a fresh sandbox for every {per}{jobs}; network: {network}; {limits}"
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         try:
             if not session.testsfailed or session.config.option.continue_on_collection_errors:
                 self._warm_up(session)
-            return (yield)
+            result = yield
+            self._end_open_levels(session)
+            return result
         finally:
             self._close()
 
     def _warm_up(self, session: pytest.Session) -> None:
         """Fork the templates off the session as it is after collection, before any test has run in it."""
+        items = list(getattr(session, "items", ()))
         seen: dict[str, int] = {}
-        for item in session.items:
+        for item in items:
             self._nth[item] = seen.get(item.nodeid, 0)
             seen[item.nodeid] = self._nth[item] + 1
         try:
-            self._settings = {item: self._reader.of_item(item) for item in session.items}
+            self._settings = {item: self._reader.of_item(item) for item in items}
         except IsolationError as error:
             raise pytest.UsageError(str(error)) from None
         self._flush()
         for settings in dict.fromkeys(self._settings.values()):
             if settings.enabled:
-                self._template(session, settings)
+                self._open_chain(session, settings)
+        if not self._told_what_to_run:
+            self._schedule.plan(units.group(items, self._settings, self._reader.run.grain))
 
-    def _template(self, session: pytest.Session, settings: Settings) -> Template:
-        if settings not in self._templates:
-            spec = settings.spec
-            try:
-                backend = self.backend_of(settings)
-                if FORK_HERE in backend.features():
-                    self._templates[settings] = backend.template(spec, Worker(session), None)
-                else:
-                    self._templates[settings] = backend.template(spec, PAYLOAD, order_for(session.config))
-            except IsolationError as error:
-                raise pytest.UsageError(f"--isolation: {error}") from None
-        return self._templates[settings]
+    def _open_chain(self, session: pytest.Session, settings: Settings) -> None:
+        if settings in self._chains:
+            return
+        try:
+            backend = self.backend_of(settings)
+            if FORK_HERE in backend.features():
+                root = backend.template(settings.spec, Worker(session), None)
+            else:
+                root = backend.template(settings.spec, PAYLOAD, order_for(session.config))
+        except IsolationError as error:
+            raise pytest.UsageError(f"--isolation: {error}") from None
+        carries_all = FORK_HERE not in backend.features()  # a machine, with all that runs in it
+        job = functools.partial(self._setup_job, settings, carries_all)
+        self._chains[settings] = Chain(root, settings, job)
+
+    def _chain_of(self, settings: Settings) -> Chain:
+        return self._chains[settings]
+
+    def _job_of(self, items: Iterable[pytest.Item]) -> dict[str, Any]:
+        items = list(items)
+        return {
+            "items": [[item.nodeid, self._nth[item]] for item in items],
+            "tell_capture": self._settings[items[0]] not in self._captures,
+        }
+
+    def _setup_job(self, settings: Settings, carries_all: bool, items: Iterable[pytest.Item]) -> dict[str, Any]:
+        share = sorted(self._reader.run.share)
+        return self._job_of(items) | {
+            "unshared": sorted(self._schedule.unshared), "share": share, "carries_all": carries_all, "tell_capture": False,
+        }  # fmt: skip
+
+    def _fork_options(self, unit: units.Unit) -> dict[str, Any]:
+        wanted = self._reader.run.wants_details and FORK_ACCOUNT in self.backend_of(unit.settings).features()
+        return {"account": True} if wanted else {}
 
     def backend_of(self, settings: Settings) -> Backend:
         """The run's, or what a marker names."""
         spec = settings.spec
         return registry.choose(spec, {FORK}) if spec.backend != "auto" else self._backend
 
+    def launch_beside(self, settings: Settings) -> tuple[Any, str]:
+        """A sandbox for the commands of a test."""
+        backend = self.backend_of(settings)
+        return backend.launch(settings.spec.replace(inherit_env=False)), backend.name
+
+    def interact(self, fork: Fork, fds: list[int]) -> None:
+        """A test has come to a debugger."""
+        raise reports.BadReport("a debugger, where there is no terminal for it")
+
     def _close(self) -> None:
-        for template in self._templates.values():
-            template.close()
-        self._templates.clear()
+        self._schedule.close()
+        for chain in self._chains.values():
+            chain.close()
+        self._chains.clear()
 
     def pytest_unconfigure(self) -> None:
         self._close()
 
+    # One test.
+
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if item not in self._nth:  # another plug-in's own loop
             self._warm_up(item.session)
         settings = self._settings[item]
         if not settings.enabled:
+            self._schedule.pass_by(item)
+            self._end_levels(item, nextitem)
             return None
         ihook = item.ihook
         ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        job = {"nodeid": item.nodeid, "nth": self._nth[item], "tell_capture": settings not in self._captures}
+        reruns = 0
+        while True:
+            run = self._run(item, settings)
+            if not run.rerun:
+                break
+            self._emission.end(item, run, [])
+            self._schedule.finish(item)
+            reruns += 1
+            self._schedule.again(units.Unit([item], settings, reruns=reruns))
+        # What follows the run's last test of a wide fixture is part of that test's own teardown.
+        self._emission.end(item, run, self._end_levels(item, nextitem))
+        end = run.told[item].end or {}
+        self._schedule.finish(item)
+        ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        self._obey(item.session, {**end, **self._end})
+        return True
+
+    def _run(self, item: pytest.Item, settings: Settings) -> Run:
+        """Until it is done; told to pytest but for its end."""
         try:
-            fork = self._template(item.session, settings).fork(job)
+            run = self._schedule.run_of(item, settings)
+            self._current = item, run
+            self._emission.begin(item)
+            self._emit()
+            self._schedule.pump(lambda: run.told[item].end is not None or bool(self._end))
+            self._emit()
+            return run
         except LaunchError as error:
             raise RuntimeError(f"isolation: no sandbox for {item.nodeid}: {error}") from error
-        with fork:
-            end = _Run(self, item, fork, settings).to_end()
-        ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        self._obey(item.session, end)
-        return True
+        finally:
+            self._current = None
+
+    def _emit(self) -> None:
+        """Tell pytest what there is of the test that it waits for."""
+        if self._current is None:
+            return
+        item, run = self._current
+        told = run.told[item]
+        while told.events:
+            kind, value = told.events.pop(0)
+            if kind == "output":
+                self.print_raw(*value)
+            elif kind == "warning":
+                self._config.hook.pytest_warning_recorded.call_historic(kwargs=value)
+            elif kind == "suite_property":
+                for plugin in self._config.pluginmanager.get_plugins():
+                    add = getattr(plugin, "add_global_property", None)
+                    if add is not None:
+                        add(*value)
+            else:
+                self._emission.take(item, run, value)
+
+    def _end_levels(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
+        """Tear down what the next test does not need, as pytest would now. Returns what went wrong, or was said."""
+        after = [] if nextitem is None else nextitem.listchain()
+        self._teardowns = []
+        for chain in self._chains.values():
+            for level in chain.open_levels():
+                if level.node in item.listchain() and level.node not in after:
+                    self._schedule.tear_down(chain, level, item)
+        made, self._teardowns = self._teardowns, []
+        return made
+
+    def _end_open_levels(self, session: pytest.Session) -> None:
+        """The run is over before its last test (-x, a test of another process at the end, …)."""
+        self._teardowns = []
+        for chain in self._chains.values():
+            for level in chain.open_levels():
+                if level.last is not None and chain.find(level.node) is level:  # type: ignore[arg-type]
+                    self._schedule.tear_down(chain, level, level.last)
+        self._late += [f"{report.nodeid}: {report.longreprtext}" for report in self._teardowns if report.failed]
+
+    def _on_branch(self, branch: Branch, level: Level) -> Template | None:
+        """A template is being made, or set up further, or torn down."""
+        wall = level.settings.spec.limits.wall
+        return self._schedule.see_through(branch, wall, functools.partial(self._hear, level), self.print_raw)
+
+    def _hear(self, level: Level, message: Mapping[str, Any]) -> None:
+        """What a template says. It is as little believed as a test."""
+        try:
+            if "wide" in message:
+                nodeid, nth = message["wide"]
+                sections = [(str(name), clean(str(text))) for name, text in message["sections"][:_SECTIONS_AT_MOST]]
+                self._emission.remember_setup(str(nodeid), int(nth), float(message["duration"]), sections)
+            elif "unshared" in message:
+                self._schedule.unshared |= {str(name) for name in message["unshared"]}
+                self._unshared.setdefault(clean_name(str(message["name"]), 200), clean_name(str(message["left"]), 200))
+            elif "teardown" in message:
+                assert level.tearing is not None
+                self._teardowns.append(reports.decode(self._config, level.tearing, message.get("data")))
+            elif "done" in message and isinstance(message["done"], dict):
+                self._end = message["done"] if "exit" in message["done"] else {}
+        except (reports.BadReport, ValueError, TypeError, KeyError, StopIteration):
+            return
 
     def _obey(self, session: pytest.Session, end: Mapping[str, Any]) -> None:
         """What a test may ask of the whole run, in plain pytest as here."""
@@ -149,6 +290,22 @@ class Controller:
         after = report.__dict__.pop("_isolation_after", None)
         if after is not None:
             report.outcome, report.longrepr = after
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self._unshared or self._late:
+            terminalreporter.section("isolation", sep="-")
+        for name, left in self._unshared.items():
+            terminalreporter.line(
+                f"fixture {name!r} leaves {left} behind, which a fork of a process cannot carry: it was set up anew for "
+                f"every test. Use --isolation=microvm, or list it in 'isolation_share' if tests do not need that."
+            )
+        for text in self._late:
+            terminalreporter.line(f"error at teardown, after the last test: {text}")
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self._emission.write(exitstatus, self._backend)
+
+    # Output.
 
     def _flush(self) -> None:
         """What is buffered must be written before a fork, or every fork writes it again."""
@@ -187,178 +344,3 @@ class Controller:
             if content:
                 sections.append((f"Captured {name} call", clean(content.decode("utf-8", "replace"), _OUTPUT_AT_MOST)))
         return sections
-
-
-class _Run:
-    """One test's way through its sandbox."""
-
-    def __init__(self, controller: Controller, item: pytest.Item, fork: Fork, settings: Settings) -> None:
-        self._controller = controller
-        self._item = item
-        self._fork = fork
-        self._limits = settings.spec.limits
-        self._settings = settings
-        self._phases = crash.Phases()
-        self._started = time.time()
-        self._end: Mapping[str, Any] | None = None
-        self._lent: list[Any] = []
-        self._more = False  # messages have arrived that no poll(2) will tell of
-        self._messages = self._bytes = 0
-
-    def to_end(self) -> Mapping[str, Any]:
-        """Relay until the test is done, or dead. A KeyboardInterrupt here is the user's: the fork ends with it."""
-        wall = self._limits.wall
-        deadline = None if wall is None else time.monotonic() + wall
-        poller = select.poll()
-        streams = {self._fork.stdout: 1, self._fork.stderr: 2}
-        for fd in (*self._fork.filenos(), *streams):
-            poller.register(fd, select.POLLIN)
-        try:
-            while self._end is None:
-                left = None if deadline is None else (deadline - time.monotonic()) * 1000
-                if self._more and (left is None or left > 0):
-                    left = 0.001
-                if left is not None and left <= 0:
-                    self._fork.end(Verdict(Ended.TIMED_OUT))
-                    self._die(Verdict(Ended.TIMED_OUT))
-                    break
-                ready = [fd for fd, _event in poller.poll(left)]
-                for fd, number in streams.items():
-                    if fd in ready and not self._relay(fd, number):
-                        poller.unregister(fd)
-                if self._more or any(fd not in streams for fd in ready):
-                    self._take_messages()
-            self._relay_all()
-        finally:
-            for machine in self._lent:
-                machine.close()
-        return self._end or {}
-
-    def _relay_all(self) -> None:
-        self._relay(self._fork.stdout, 1)
-        self._relay(self._fork.stderr, 2)
-
-    def _relay(self, fd: int, number: int) -> bool:
-        """What there is now, within reason; False at the end of the stream."""
-        for _ in range(_CHUNKS_AT_MOST):
-            try:
-                data = os.read(fd, 1 << 16)
-            except BlockingIOError:
-                return True
-            if not data:
-                return False
-            self._controller.print_raw(number, data)
-        return True
-
-    def _take_messages(self) -> None:
-        self._more = False
-        for _ in range(_MESSAGES_AT_ONCE):
-            if self._end is not None:
-                return
-            try:
-                message = self._fork.receive(0)
-            except TimeoutError:
-                return
-            except WireError as error:
-                self._spoilt(f"the test's process sent something that is not a message: {error}")
-                return
-            # What was written before this message: plain pytest would have shown it before what the message causes.
-            self._relay_all()
-            if message is None:
-                verdict = self._fork.wait(5.0) or Verdict(Ended.LOST)
-                self._die(verdict)
-                return
-            try:
-                self._charge(message)
-                self._handle(message)
-            except reports.BadReport as error:
-                self._spoilt(f"the test's process sent a report that pytest cannot use ({error})")
-                return
-            except WireError as error:
-                self._spoilt(f"the test's process does not read what it asked for: {error}")
-                return
-        self._more = True
-
-    def _charge(self, message: Message) -> None:
-        """A test may say much, but not without end: what it says is kept until the end of the run."""
-        self._messages += 1
-        self._bytes += len(message.get("data", b"")) + len(str(message.get("warning", "")))
-        if self._messages > _MESSAGES_AT_MOST or self._bytes > _BYTES_AT_MOST:
-            raise reports.BadReport(f"more than {_MESSAGES_AT_MOST} messages or {_BYTES_AT_MOST >> 20}M of them")
-
-    def _handle(self, message: Message) -> None:
-        item = self._item
-        if "report" in message:
-            report = reports.decode(item.config, item, message.get("data"))
-            if type(report) is pytest.TestReport:
-                if report.when in self._phases.seen and not hasattr(report, "rerun"):
-                    raise reports.BadReport(f"a second report of its {report.when}")
-                self._phases.seen.append(str(report.when))
-            try:
-                item.ihook.pytest_runtest_logreport(report=report)
-            except pytest.exit.Exception:
-                raise
-            except Exception as error:
-                raise reports.BadReport(f"{type(error).__name__} while it was reported: {error}") from error
-        elif "warning" in message:
-            arguments = reports.decode_warning(item, message["warning"])
-            item.config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
-        elif "capture" in message:
-            self._controller.remember_capture(self._settings, self._fork, message["capture"])
-        elif "suite_property" in message:
-            self._suite_property(message["suite_property"])
-        elif "sandbox" in message:
-            self._lend_sandbox()
-        elif "done" not in message:
-            raise reports.BadReport("a message of no known kind")
-        else:
-            if isinstance(message["done"], dict) and "internal_error" in message["done"]:
-                self._spoilt(f"pytest failed inside the sandbox:\n{clean(str(message['done']['internal_error']), 20_000)}")
-                return
-            if "teardown" not in self._phases.seen and not message["done"]:
-                self._spoilt("the test's process said that it was done, without a report of its teardown")
-                return
-            self._end = message["done"] if isinstance(message["done"], dict) else {}
-
-    def _suite_property(self, pair: object) -> None:
-        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):
-            for plugin in self._item.config.pluginmanager.get_plugins():
-                add = getattr(plugin, "add_global_property", None)
-                if add is not None:
-                    add(clean(pair[0], 4096), clean(pair[1], 1 << 16))
-
-    def _lend_sandbox(self) -> None:
-        """A sandbox beside the test's own, for its commands; the test gets the wire to it, and no more."""
-        if len(self._lent) >= _SANDBOXES_AT_MOST:
-            raise reports.BadReport(f"a request for more than {_SANDBOXES_AT_MOST} sandboxes")
-        spec = self._settings.spec.replace(inherit_env=False)
-        backend = self._controller.backend_of(self._settings)
-        try:
-            machine = backend.launch(spec)
-        except IsolationError as error:
-            self._fork.send({"error": str(error)})
-            return
-        self._lent.append(machine)
-        token, fds = machine.lend()
-        self._fork.send({"sandbox": token, "backend": backend.name, "fds": len(fds)}, fds=tuple(fds))
-
-    def _die(self, verdict: Verdict) -> None:
-        limits = {
-            "timeout": f"{self._limits.wall:g}s" if self._limits.wall else "",
-            "memory": format_size(self._limits.memory) if self._limits.memory else "none",
-        }
-        self._report_crash(crash.explain(verdict, limits))
-
-    def _spoilt(self, message: str) -> None:
-        self._fork.end(Verdict(Ended.KILLED))
-        self._report_crash(message)
-
-    def _report_crash(self, message: str) -> None:
-        whole = self._item.config.getoption("fulltrace", False)
-        stacks = crash.tidy_stacks(self._fork.stacks(), whole=whole)
-        made = crash.crash_reports(
-            self._item, self._phases, message, stacks, self._controller.captured(self._settings, self._fork), self._started
-        )
-        for report in made:
-            self._item.ihook.pytest_runtest_logreport(report=report)
-        self._end = {}

@@ -36,6 +36,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (metavar, text) in settings.items():
         group.addoption(f"--isolation-{name}", metavar=metavar, help=text)
         parser.addini(f"isolation_{name}", text, default="")
+    text = "how many sandboxes run at a time: a number, or 'auto' for one per processor (default: 1)"
+    group.addoption("--isolation-jobs", metavar="N", help=text)
+    parser.addini("isolation_jobs", text, default="")
+    text = "what gets a sandbox of its own: each function (default), class or module"
+    group.addoption("--isolation-per", metavar="function|class|module", help=text)
+    parser.addini("isolation_per", text, default="")
+    text = "fail a test that leaves changed files (outside of tmp_path) or running processes behind"
+    group.addoption("--isolation-strict", action="store_true", default=False, help=text)
+    parser.addini("isolation_strict", text, type="bool", default=False)
+    text = "write a page (.html) or data (.json) on what every test did"
+    group.addoption("--isolation-report", metavar="FILE", help=text)
+    text = "fixtures that are set up once although they leave threads, processes or sockets behind, which forks do not have"
+    parser.addini("isolation_share", text, type="args", default=[])
     text = "show a path of the host inside: SRC[:DST][:ro|rw|overlay]; may be given several times"
     group.addoption("--isolation-mount", metavar="SRC:DST[:rw]", action="append", default=[], help=text)
     parser.addini("isolation_mount", text, type="linelist", default=[])

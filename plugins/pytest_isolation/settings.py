@@ -10,9 +10,56 @@ import pytest
 
 from isolation.errors import SpecError
 from isolation.spec import Limits, Mount, SandboxSpec
+from pytest_isolation import page
 
+GRAINS = ("function", "class", "module")
+_JOBS_AT_MOST = 256
 _DEFAULT_PIDS = "1024"
 _KEYS = ("enabled", "backend", "network", "memory", "pids", "timeout")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What holds for the whole run.
+
+    jobs    sandboxes at a time
+    grain   what gets one: "function", "class" or "module"
+    share   names of fixtures that are set up once, whatever they leave behind
+    strict  whether a test that leaves changes or processes behind fails
+    report  file to write a report of all tests into
+    """
+
+    jobs: int
+    grain: str
+    share: frozenset[str]
+    strict: bool
+    report: str | None
+    wants_details: bool
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> RunSettings:
+        """From options and ini. Raises SpecError."""
+        grain = config.getoption("isolation_per") or config.getini("isolation_per") or "function"
+        if grain not in GRAINS:
+            raise SpecError(f"isolation_per is one of {', '.join(GRAINS)}, not {grain!r}")
+        report = config.getoption("isolation_report")
+        if report is not None:
+            try:
+                page.check(report)
+            except ValueError as error:
+                raise SpecError(f"--isolation-report: {error}") from None
+        strict = bool(config.getoption("isolation_strict")) or config.getini("isolation_strict") is True
+        wants = strict or report is not None or bool(getattr(config.option, "xmlpath", None))
+        jobs = _jobs(config.getoption("isolation_jobs") or config.getini("isolation_jobs") or "1")
+        return cls(jobs, grain, frozenset(config.getini("isolation_share")), strict, report, wants)
+
+
+def _jobs(text: str) -> int:
+    if text == "auto":
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or not 1 <= int(text) <= _JOBS_AT_MOST:
+        raise SpecError(f"isolation_jobs is a number from 1 to {_JOBS_AT_MOST}, or 'auto', not {text!r}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -27,6 +74,7 @@ class Reader:
     """Reads the run's settings once, and each test's marker."""
 
     def __init__(self, config: pytest.Config, backend: str) -> None:
+        self.run = RunSettings.of(config)
         self._run: dict[str, Any] = {"enabled": True, "backend": backend}
         for key in ("network", "memory", "pids", "timeout"):
             self._run[key] = config.getoption(f"isolation_{key}") or config.getini(f"isolation_{key}") or None

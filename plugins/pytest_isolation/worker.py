@@ -12,13 +12,16 @@ import pytest
 
 from isolation.guest import Guest
 from pytest_isolation import reports
+from pytest_isolation.counters import Counters
+from pytest_isolation.rerun import Rerun, remember_reruns
+from pytest_isolation.stage import Stage
 
 COLLECTOR = "isolation-controller"
 PAYLOAD = "pytest_isolation.worker:main"
 
 
 class Worker:
-    """The payload of a template: called with its guest in each fork.
+    """The payload of a template: called with its guest, it waits for jobs, which it does in forks of this process.
 
     lends  whether the host can hand descriptors to it, and so a sandbox
     """
@@ -30,29 +33,64 @@ class Worker:
         self._config = session.config
         self._guest: Guest | None = None
         self._tell_capture = False
+        self._stage: Stage | None = None
 
     def __call__(self, guest: Guest) -> None:
         manager = self._config.pluginmanager
         manager.unregister(name="isolation-controller")
         quiet_terminal(manager)
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
-        items: dict[str, list[pytest.Item]] = {}
+        found: dict[str, list[pytest.Item]] = {}
         for item in self._items:
-            items.setdefault(item.nodeid, []).append(item)
-        for job in guest.forks():
-            self._guest = guest
-            found = items.get(job["nodeid"], [])
-            if job["nth"] < len(found):
-                self._run(guest, found[job["nth"]], tell_capture=job["tell_capture"])
+            found.setdefault(item.nodeid, []).append(item)
+        while True:
+            for job in guest.forks():
+                self._guest = guest
+                try:
+                    items = [found[nodeid][nth] for nodeid, nth in job["items"]]
+                except (KeyError, IndexError):
+                    guest.send({"done": {"internal_error": _NOT_COLLECTED}})
+                    continue
+                if "setup" in job:
+                    self._stage = self._stage or Stage(self._session)
+                    try:
+                        self._stage.set_up(items, job, self._send)
+                    except pytest.exit.Exception as error:
+                        guest.send({"done": {"exit": str(error.msg), "returncode": error.returncode}})
+                        continue
+                    break  # this process is a template now
+                if "teardown" in job:
+                    assert self._stage is not None
+                    self._stage.tear_down(items[0], job, self._send)
+                    guest.send({"done": {}})
+                else:
+                    self._run_all(guest, items, job)
             else:
-                guest.send({"done": {"internal_error": _NOT_COLLECTED}})
+                return
 
-    def _run(self, guest: Guest, item: pytest.Item, *, tell_capture: bool) -> None:
-        self._tell_capture = tell_capture
+    def _run_all(self, guest: Guest, items: list[pytest.Item], job: dict[str, Any]) -> None:
+        self._tell_capture = job["tell_capture"]
+        after = None if self._stage is None else self._stage.boundary()
         end: dict[str, Any] = {}
+        for number, item in enumerate(items):
+            if number:
+                guest.send({"next": number})
+            last = number == len(items) - 1
+            end = self._run(item, after if last else items[number + 1], int(job.get("reruns", 0)))
+            if end:
+                break
+        guest.send({"done": end})
+
+    def _run(self, item: pytest.Item, nextitem: pytest.Item | None, reruns: int) -> dict[str, Any]:
+        """One test. `nextitem` is what pytest tears down for: nothing that the template has set up, or all, where it has set
+        up nothing: this fork is all that this test sees of the session then."""
+        end: dict[str, Any] = {}
+        counters = Counters()
         try:
-            # No next item: this fork is all that this test sees of the session, and everything is torn down in it.
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+            remember_reruns(item, reruns)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+        except Rerun:
+            end = {"rerun": True}
         except pytest.exit.Exception as error:
             end = {"exit": str(error.msg), "returncode": error.returncode}
         except KeyboardInterrupt:
@@ -63,7 +101,8 @@ class Worker:
             if getattr(self._session, name):
                 end[name] = str(getattr(self._session, name))
         self._flush()
-        guest.send({"done": end})
+        self._send({"counted": counters.since()})
+        return end
 
     def _flush(self) -> None:
         for stream in (self._config.get_terminal_writer(), sys.stdout, sys.stderr):
@@ -92,6 +131,8 @@ class Worker:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._flush()  # what it printed past the capture belongs before its report
         self._send({"report": True}, reports.encode(self._config, report))
+        if str(report.outcome) == "rerun":
+            raise Rerun  # in a fork that nothing has happened in yet
 
     @pytest.hookimpl
     def pytest_warning_recorded(

@@ -21,7 +21,7 @@ from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.plan import Plan, now, seed
 from isolation.backends.microvm.snapshot import Key, Snapshot
 from isolation.backends.microvm.vm import State, Vm
-from isolation.errors import LaunchError, SandboxClosed, SpecError, WireError
+from isolation.errors import FeatureMissing, LaunchError, SandboxClosed, SpecError, WireError
 from isolation.guest import warm
 from isolation.result import Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
@@ -127,7 +127,9 @@ class MicrovmTemplate(Template):
         drives = boot.drives(plan)[: plan.hardware.layers] + plan.slots(plan.hardware)
         return cls(plan, key, Snapshot.load(directory, key=key, drives=drives).state)
 
-    def fork(self, job: Any = None, *, reseed: bool = True) -> Fork:
+    def fork(self, job: Any = None, *, reseed: bool = True, account: bool = False) -> Fork:
+        if account:
+            raise FeatureMissing("the microvm backend does not tell what a fork left behind")
         with self._lock:
             fork = self._spares.popleft() if self._spares else None
         if fork is None or fork.ended:

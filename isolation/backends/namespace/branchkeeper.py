@@ -124,11 +124,10 @@ class BranchKeeper(Keeper):
             child = Child(order.number, -1, -1, order.ours, order.cgroup)
             child.init = init
             child.crash = os.dup(order.given[4])
-            limit = self._plan.limits.memory
             if order.memory_files is not None:
-                child.watch = memory.Watch(limit or 0, order.memory_files, -1, -1, kills=False)
-            elif self._plan.watch_memory:
-                child.watch = memory.Watch(limit or 0, None, os.dup(vacant.proc), os.dup(vacant.store), kills=True)
+                child.watch = memory.Watch(self._plan.limits.memory or 0, order.memory_files, -1, -1, kills=False)
+            if order.account or self._plan.watch_memory:
+                self._show(child, os.dup(vacant.proc), os.dup(vacant.store))
             return child
         except OSError:
             if init >= 0:

@@ -9,17 +9,21 @@ from isolation.guest import upper
 from isolation.result import Change
 
 
-def of_store(store: int, operations: Sequence[Operation]) -> list[Change]:
-    """Every path added, changed or deleted in the store behind the descriptor, sorted; at most 100,000."""
+def of_store(
+    store: int, operations: Sequence[Operation], *, level: int = 1, most: int = upper.AT_MOST
+) -> list[Change]:
+    """Every path added, changed or deleted in the store behind the descriptor, sorted; at most `most`. `level`: how many
+    forks away from the host; what was there before is in the stores of the levels above."""
     found: list[Change] = []
     for operation in operations:
         if isinstance(operation, Overlay):
             top, source = f".{LAYERS}/{operation.number}/upper", operation.source
         elif isinstance(operation, Private):
-            top, source = f".{PRIVATE}/{operation.number}", ""
+            source = ""
+            top = f".{PRIVATE}/{operation.number}" if level == 1 else f".{LAYERS}/private{operation.number}/upper"
         else:
             continue
-        found += upper.walk(store, top, operation.target, source, most=upper.AT_MOST - len(found))
+        found += upper.walk(store, top, operation.target, source, most=most - len(found))
     # A mount point inside another private directory is part of the tree, not of what the guest did.
     shown = {operation.target for operation in operations}
     made = {parent for target in shown for parent in upper.parents(target)}

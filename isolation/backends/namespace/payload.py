@@ -35,6 +35,7 @@ class Birth:
     signal_mask: frozenset[int]  # of the host
     umask: int
     midwife: socket.socket | None = None  # of a template: to the keeper of its forks
+    account: bool = False
 
 
 def write_stacks_to(fd: int) -> None:
@@ -54,9 +55,10 @@ def become(plan: Plan, birth: Birth) -> Guest:
 
 def _become(plan: Plan, birth: Birth) -> Guest:
     store = birth.construction.enter_and_build()
-    if plan.watch_memory:
+    if plan.watch_memory or birth.account:
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        socket.send_fds(birth.leash, [b"w"], [proc, store])  # for the keeper's watch
+        socket.send_fds(birth.leash, [b"w"], [proc, store])  # for the keeper to look at
+        os.close(proc)
     os.close(store)
     birth.construction.seal()
     descent = None

@@ -12,6 +12,7 @@ from isolation.hookspecs import (
     CPU_LIMIT,
     DISK_LIMIT,
     FORK,
+    FORK_ACCOUNT,
     FORK_HERE,
     MEMORY_LIMIT,
     NESTING,
@@ -40,8 +41,8 @@ class NamespaceBackend(Backend):
         return probe.probe(self.features())
 
     def features(self) -> frozenset[str]:
-        found = {CHANGES, DISK_LIMIT, FORK, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST, NETWORK_NONE, PASS_FDS}
-        found |= {PIDS_LIMIT, TTY}
+        found = {CHANGES, DISK_LIMIT, FORK, FORK_ACCOUNT, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST}
+        found |= {NETWORK_NONE, PASS_FDS, PIDS_LIMIT, TTY}
         if Hierarchy.find().can("cpu"):
             found.add(CPU_LIMIT)
         return frozenset(found)

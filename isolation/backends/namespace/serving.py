@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isolation.backends.namespace import identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.plan import Plan
@@ -43,6 +43,7 @@ class Order:
     cgroup: Cgroup | None = None
     memory_files: tuple[int, int] | None = None
     template: bool = False
+    account: bool = False
 
 
 class Child:
@@ -57,6 +58,8 @@ class Child:
         self.cgroup = cgroup
         self.init = -1  # pidfd of the PID 1 of a payload
         self.crash = -1
+        self.account = False  # to be given at its end
+        self.proc = self.store = -1
         self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
         self.memory_files: tuple[int, int] | None = None
         self.watch: memory.Watch | None = None
@@ -77,7 +80,7 @@ class Child:
         elif self.memory_files is not None:
             for fd in self.memory_files:
                 os.close(fd)
-        for fd in (self.crash, self.mounts):
+        for fd in (self.crash, self.mounts, self.proc, self.store):
             if fd >= 0:
                 os.close(fd)
 
@@ -93,6 +96,7 @@ class Keeper:
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._cgroups: Hierarchy | None = None
+        self._level = 1  # of the forks that it makes
         self._children: dict[int, Child] = {}  # by number
         self._ending: dict[int, Cgroup | None] = {}  # PID 1s of payloads that were killed, by pidfd
 
@@ -214,7 +218,7 @@ class Keeper:
     def _fork(self, message: Message) -> Guest | None:
         ours, theirs = socket.socketpair()
         order = Order(message["id"], self._wire.take_fds(message["fds"]), ours, theirs)
-        order.template = bool(message.get("template"))
+        order.template, order.account = bool(message.get("template")), bool(message.get("account"))
         try:
             if self._cgroups is not None:
                 order.cgroup = self._cgroups.create(order.number, self._plan.limits)
@@ -228,7 +232,7 @@ class Keeper:
             if order.cgroup is not None:
                 order.cgroup.remove()
         else:
-            made.memory_files = order.memory_files
+            made.memory_files, made.account = order.memory_files, order.account
             self._children[order.number] = made
         theirs.close()
         for fd in order.given:
@@ -273,7 +277,7 @@ class Keeper:
                 child.mounts = given[0]
                 return
             elif request == b"w" and len(given) == 2:
-                child.watch = memory.Watch(self._plan.limits.memory or 0, None, given[0], given[1], kills=True)
+                self._show(child, *given)
                 return
             else:
                 child.leash.close()
@@ -284,6 +288,12 @@ class Keeper:
         except OSError as error:
             self._unforked(child.number, error)
             child.kill()
+
+    def _show(self, child: Child, proc: int, store: int) -> None:
+        """What there is to see of a fork from here: its /proc, and its store."""
+        child.proc, child.store = proc, store
+        if self._plan.watch_memory:
+            child.watch = memory.Watch(self._plan.limits.memory or 0, None, os.dup(proc), os.dup(store), kills=True)
 
     def _map_inner(self, child: Child) -> None:
         """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
@@ -314,6 +324,8 @@ class Keeper:
         event["timed_out"], event["oom"] = child.timed_out, child.out_of_memory
         if child.cgroup is not None:
             event["accounts"] = child.cgroup.accounts()
+        if child.account and child.store >= 0:
+            event["account"] = account.of(child.proc, child.store, self._plan.fresh, self._level)
         del self._children[child.number]
         if child.pidfd >= 0:
             os.close(child.pidfd)

@@ -20,7 +20,7 @@ from isolation.backends.namespace.serving import STACKS_MARK
 from isolation.errors import FeatureMissing, LaunchError, WireError
 from isolation.guest import Guest
 from isolation.hookspecs import Machine
-from isolation.result import Ended, Usage, Verdict
+from isolation.result import Account, Change, Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire, wait_readable
 
@@ -45,6 +45,7 @@ class NamespaceTemplate(Template):
         self._keeper = process
         self._spares: collections.deque[NamespaceFork] = collections.deque()
         self._branches: list[NamespaceBranch] = []
+        self._account = False
         self._done: list[int] = []
         try:
             self._scratch = self._keeper.scratch()
@@ -52,9 +53,13 @@ class NamespaceTemplate(Template):
             self._keeper.close()
             raise
 
-    def fork(self, job: Any = None, *, reseed: bool = True) -> Fork:
+    def fork(self, job: Any = None, *, reseed: bool = True, account: bool = False) -> Fork:
         if not reseed:
             raise FeatureMissing("the namespace backend cannot give two forks the same random numbers of the kernel's")
+        if account is not self._account:
+            self._account = account
+            while self._spares:
+                self._spares.pop().close()
         fork = self._spares.popleft() if self._spares else self._prepare()
         fork.begin(job)
         # While this one runs, the keeper makes the next: on a second core it costs the host nothing but the request.
@@ -90,7 +95,9 @@ class NamespaceTemplate(Template):
         self._branches.clear()
 
     def _prepare(self) -> NamespaceFork:
-        return NamespaceFork(self._plan, self._keeper, next(self._numbers), self._scratch, self._done)
+        return NamespaceFork(
+            self._plan, self._keeper, next(self._numbers), self._scratch, self._done, account=self._account
+        )
 
 
 class BranchTemplate(NamespaceTemplate):
@@ -167,8 +174,9 @@ class NamespaceFork(Fork):
     """One fresh sandbox. What its payload says comes over its own wire; how it ended, from the keeper, which is believed."""
 
     def __init__(
-        self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int]
-    ) -> None:
+        self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int], *,
+        account: bool = False,
+    ) -> None:  # fmt: skip
         self._keeper = keeper_process
         self._number = number
         self._done = done
@@ -192,6 +200,7 @@ class NamespaceFork(Fork):
         more = self._more()
         given = [*more, theirs.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
         order: Message = {"op": "fork", "id": number, "payload": True, "template": bool(more), "fds": len(given)}
+        order["account"] = account
         try:
             self._keeper.request(order, given)
         finally:
@@ -250,6 +259,12 @@ class NamespaceFork(Fork):
     def usage(self) -> Usage:
         self.wait()
         return machine.usage_of(time.monotonic() - self._begun, self._exit)
+
+    def account(self) -> Account:
+        self.wait()
+        told = (self._exit or {}).get("account", {})
+        changes = tuple(Change(*change) for change in told.get("changes", ()))
+        return Account(changes, tuple(told.get("processes", ())))
 
     def stacks(self) -> str:
         size = os.fstat(self._crash).st_size

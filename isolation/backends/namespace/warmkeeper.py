@@ -127,7 +127,7 @@ class WarmKeeper(Keeper):
             order.ours.close()
             birth = payload.Birth(
                 order.theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited,
-                self._mask, self._umask, midwife,
+                self._mask, self._umask, midwife, order.account,
             )  # fmt: skip
             # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
             for other in self._children.values():

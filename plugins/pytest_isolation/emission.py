@@ -1,0 +1,196 @@
+"""From what a sandbox said to what pytest is told: reports wait where more is to be known of them."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from isolation.hookspecs import Backend
+from isolation.result import Account
+from pytest_isolation import details
+from pytest_isolation.crash import CrashRepr
+from pytest_isolation.details import Details
+from pytest_isolation.record import RunRecord, TestRecord
+from pytest_isolation.run import Run
+from pytest_isolation.settings import RunSettings
+
+
+class Emission:
+    """Of one session. Tests come one after the other: `begin`, `take` each report, `end`."""
+
+    def __init__(self, config: pytest.Config, settings: RunSettings) -> None:
+        self._config = config
+        self._settings = settings
+        self._held: list[pytest.TestReport] = []
+        self._told: list[pytest.TestReport] = []
+        self._setups: dict[tuple[str, int], list[tuple[float, list[tuple[str, str]]]]] = {}
+        self._seen: dict[str, int] = {}
+        self._records: list[TestRecord] = []
+        self._begun = time.time()
+
+    def remember_setup(self, nodeid: str, nth: int, duration: float, sections: list[tuple[str, str]]) -> None:
+        """Wide fixtures were set up on behalf of a test, which so took that much longer."""
+        if 0 <= duration < 1e9:
+            self._setups.setdefault((nodeid, nth), []).append((duration, sections))
+
+    def begin(self, item: pytest.Item) -> None:
+        self._held, self._told = [], []
+
+    def take(self, item: pytest.Item, run: Run, report: pytest.TestReport) -> None:
+        """One report of the current test."""
+        if report.when == "setup":
+            self._add_setup(item, report)
+        wait = report.failed or report.when == "teardown" or (self._settings.strict and report.when == "call")
+        if wait or self._held:
+            self._held.append(report)
+        else:
+            self._tell(item, run, report)
+
+    def end(self, item: pytest.Item, run: Run, teardowns: Sequence[pytest.TestReport]) -> None:
+        """The rest of it. `teardowns` are reports of wide fixtures that ended with it."""
+        for later in teardowns:
+            _merge(self._held, later)
+        failed = any(report.failed for report in self._held)
+        found = None
+        if (failed or self._settings.wants_details) and item is run.unit.last:
+            found = self._details(run, item)
+            self._add_details(item, found)
+        held, self._held = self._held, []
+        for report in held:
+            self._tell(item, run, report)
+        if self._settings.report is not None:
+            self._record(item, run, found)
+
+    def _tell(self, item: pytest.Item, run: Run, report: pytest.TestReport) -> None:
+        try:
+            item.ihook.pytest_runtest_logreport(report=report)
+            self._told.append(report)
+        except pytest.exit.Exception:
+            raise
+        except Exception as error:
+            what = (
+                f"the test's process sent a report that pytest cannot use "
+                f"({type(error).__name__} while it was reported: {error})"
+            )
+            self._held = []
+            for other in run.spoil(item, what):
+                item.ihook.pytest_runtest_logreport(report=other)
+                self._told.append(other)
+            run.told[item].events.clear()
+
+    def _add_setup(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        key = item.nodeid, self._seen.get(item.nodeid, 0)
+        if self._setups:
+            for duration, sections in self._setups.pop(key, ()):
+                report.duration += duration
+                report.start -= duration
+                report.sections = [*sections, *report.sections]
+
+    def _details(self, run: Run, item: pytest.Item) -> Details:
+        told = run.told[item]
+        account = run.account() if self._settings.wants_details else Account()
+        return Details(
+            told.wall, run.usage(), details.relevant(account, self._ignored()), account.processes,
+            told.counted.get("processes"), told.counted.get("refused", 0),
+        )  # fmt: skip
+
+    def _ignored(self) -> list[str]:
+        """Where pytest keeps the directories of `tmp_path`."""
+        given = self._config.getoption("basetemp", None)
+        root = os.environ.get("PYTEST_DEBUG_TEMPROOT") or "/tmp"
+        return [os.path.realpath(given) if given else os.path.join(root, f"pytest-of-{_user()}")]
+
+    def _add_details(self, item: pytest.Item, found: Details) -> None:
+        leak = found.leak() if self._settings.strict else ""
+        for report in self._held:
+            if leak and report.when == "call" and report.passed and not hasattr(report, "wasxfail"):
+                path, line, _domain = item.location
+                report.outcome = "failed"
+                what = "the test left something behind (--isolation-strict)"
+                report.longrepr = CrashRepr(what, leak, path, (line or 0) + 1)  # type: ignore[assignment]
+            if report.failed:
+                report.sections = [*report.sections, ("isolation", "\n".join(found.lines()) + "\n")]
+            if self._settings.wants_details:
+                report.user_properties = [*report.user_properties, *found.properties()]
+
+    def _record(self, item: pytest.Item, run: Run, found: Details | None) -> None:
+        told = run.told[item]
+        outcome, message = _outcome(self._config, self._told)
+        last = self._told[-1] if self._told else None
+        self._records.append(TestRecord(
+            nodeid=item.nodeid, outcome="rerun" if run.rerun else outcome, sandbox=run.sandbox, worker=run.worker,
+            backend=run.unit.settings.spec.backend, start=told.started, wall=told.wall,
+            cpu=found.usage.cpu if found and found.usage else None,
+            memory=found.usage.memory_peak if found and found.usage else None,
+            verdict=str(run.verdict()) if item is run.unit.last else "",
+            message=message,
+            sections=tuple((name, text) for name, text in last.sections if name != "isolation") if last else (),
+            changes=found.changes if found else (),
+            processes=found.processes if found else (),
+            refused=(f"{found.refused} without a route",) if found and found.refused else (),
+        ))  # fmt: skip
+
+    def write(self, exitstatus: int, backend: Backend) -> None:
+        """The report that was asked for, if one was."""
+        if self._settings.report is None or hasattr(self._config, "workerinput"):
+            return
+        from pytest_isolation import page
+
+        config = self._config
+        tests = tuple(
+            record if record.backend != "auto" else replace(record, backend=backend.name) for record in self._records
+        )
+        page.write(
+            RunRecord(
+                created=self._begun, wall=time.time() - self._begun, pytest=pytest.__version__,
+                python=platform.python_version(), platform=f"{sys.platform} {platform.machine()}",
+                rootdir=str(config.rootpath), args=tuple(config.invocation_params.args), jobs=self._settings.jobs,
+                backend=backend.name, exitstatus=int(exitstatus), tests=tests,
+            ),
+            self._settings.report,
+        )  # fmt: skip
+
+
+def _merge(held: list[pytest.TestReport], later: pytest.TestReport) -> None:
+    """Add what the end of wide fixtures reported to the report of the test's own teardown, which plain pytest has it in."""
+    for report in held:
+        if report.when == "teardown":
+            report.duration += later.duration
+            report.sections = [*report.sections, *[pair for pair in later.sections if pair not in report.sections]]
+            if later.failed and report.failed:
+                report.longrepr = f"{report.longreprtext}\n\n{later.longreprtext}"
+            elif later.failed:
+                report.outcome, report.longrepr = later.outcome, later.longrepr
+            return
+    held.append(later)
+
+
+def _outcome(config: pytest.Config, told: Sequence[pytest.TestReport]) -> tuple[str, str]:
+    """A test's outcome in one word of pytest's, and what there is to say of it."""
+    found = ("passed", "")
+    for report in told:
+        if type(report) is not pytest.TestReport:
+            continue
+        status: Any = config.hook.pytest_report_teststatus(report=report, config=config)
+        word = status[0] if status else ""
+        if word in ("failed", "error"):
+            return word, report.longreprtext
+        if word in ("skipped", "xfailed", "xpassed"):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+            found = word, str(reason)
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

@@ -1,0 +1,267 @@
+"""Which unit runs when, and in a fork of which template: up to N at a time, as far ahead of pytest's own loop as need be.
+
+Pytest asks for one test after the other, and takes what it is told of it: so order, progress, `-x` and all else are its own.
+What it will ask for next runs meanwhile, and what is said of it waits for its turn.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from isolation.errors import LaunchError, WireError
+from isolation.result import Ended, Verdict
+from isolation.template import Branch, Template
+from pytest_isolation import units
+from pytest_isolation.chain import Chain, Level
+from pytest_isolation.run import Host, Run
+from pytest_isolation.settings import Settings
+from pytest_isolation.units import Unit
+from pytest_isolation.wide import Wide
+
+_AHEAD_AT_MOST = 2000  # units
+_KEPT_AT_MOST = 256 << 20  # bytes
+_SETUP_LOOKS_AHEAD = 500  # units
+
+
+class Schedule:
+    """The units of a session, in their order. `emit` is told of what arrives for the test that pytest waits for."""
+
+    def __init__(
+        self,
+        host: Host,
+        config: pytest.Config,
+        chain_of: Callable[[Settings], Chain],
+        *,
+        jobs: int,
+        grain: str,
+        emit: Callable[[], None],
+        fork_options: Callable[[Unit], dict[str, Any]],
+        on_branch: Callable[[Branch, Level], Template | None],
+    ) -> None:
+        self._host = host
+        self._config = config
+        self._chain_of = chain_of
+        self._jobs = jobs
+        self._grain = grain
+        self._emit = emit
+        self._options = fork_options
+        self._on_branch = on_branch
+        self._units: list[Unit] = []
+        self._next = 0
+        self._running: list[tuple[Run, Level]] = []
+        self._runs: dict[pytest.Item, Run] = {}
+        self._kept = 0  # bytes of what waits for its turn
+        self._waiting = 0  # runs
+        self._sandboxes = 0
+        self._poller = select.poll()
+        self._owner: dict[int, Run] = {}
+        self.unshared: set[str] = set()
+        self.job_of: Callable[[Iterable[pytest.Item]], dict[str, Any]]
+
+    def plan(self, found: list[Unit]) -> None:
+        """What there is to run."""
+        self._units, self._next = found, 0
+
+    def pass_by(self, item: pytest.Item) -> None:
+        """Pytest runs it itself."""
+        if self._next < len(self._units) and item in self._units[self._next].items:
+            self._next += 1
+
+    def run_of(self, item: pytest.Item, settings: Settings) -> Run:
+        """The run that `item` is part of; started now at the latest."""
+        while item not in self._runs:
+            if self._next >= len(self._units):
+                self.again(Unit([item], settings))  # nobody has planned that, or it has run before
+            self._fill(item)
+            if item not in self._runs:
+                self._step()
+        return self._runs[item]
+
+    def again(self, unit: Unit) -> None:
+        """Run a unit (once more) before all others that have not begun."""
+        self._units.insert(self._next, unit)
+        for item in unit.items:
+            self._runs.pop(item, None)
+
+    def pump(self, done: Callable[[], bool]) -> None:
+        """Let everything go on until `done`."""
+        while not done():
+            self._fill(None)
+            self._step()
+
+    def finish(self, item: pytest.Item) -> None:
+        """Pytest has been told all of a test."""
+        run = self._runs.pop(item)
+        if all(other not in self._runs or self._runs[other] is not run for other in run.unit.items):
+            self._kept -= run.size
+            self._waiting -= 1
+            run.close()
+
+    def tear_down(self, chain: Chain, level: Level, item: pytest.Item) -> None:
+        """End a level, whose last test is `item`."""
+        self._wait_for(level)
+        chain.tear_down(level, item, self._on_branch)
+
+    def see_through(
+        self, branch: Branch, wall: float | None, message: Callable[[Any], None], output: Callable[[int, bytes], None]
+    ) -> Template | None:
+        """Wait until a branch is a template, or has ended (None), while others run; `wall` seconds at most. `message` and
+        `output` get what it says."""
+        deadline = None if wall is None else time.monotonic() + wall
+        streams = {branch.stdout: 1, branch.stderr: 2}
+        fds = [*branch.filenos(), *streams]
+        for fd in fds:
+            self._poller.register(fd, select.POLLIN)
+        try:
+            while True:
+                for fd, number in streams.items():
+                    try:
+                        while data := os.read(fd, 1 << 16):
+                            output(number, data)
+                    except BlockingIOError:
+                        pass
+                ended = False
+                try:
+                    while (said := branch.receive(0)) is not None:
+                        message(said)
+                    ended = True
+                except TimeoutError:
+                    pass
+                except (WireError, LaunchError):
+                    return None
+                try:
+                    template = branch.template(0)
+                except LaunchError:
+                    return None
+                if template is not None or ended:
+                    try:
+                        while (said := branch.receive(0)) is not None:
+                            message(said)
+                    except (TimeoutError, WireError, LaunchError):
+                        pass
+                    return template
+                if deadline is not None and time.monotonic() >= deadline:
+                    branch.end(Verdict(Ended.TIMED_OUT))
+                    return None
+                self._step(deadline)
+        finally:
+            for fd in fds:
+                self._poller.unregister(fd)
+
+    def close(self) -> None:
+        """End all that runs."""
+        for run, _level in self._running:
+            run.close()
+        self._running.clear()
+        for run in self._runs.values():
+            run.close()
+
+    # What runs.
+
+    def _fill(self, wanted: pytest.Item | None) -> None:
+        """Start what may be started."""
+        while len(self._running) < self._jobs and self._next < len(self._units):
+            unit = self._units[self._next]
+            needed = wanted is not None and wanted not in self._runs
+            if not needed and (self._kept > _KEPT_AT_MOST or self._waiting > _AHEAD_AT_MOST):
+                return
+            if not unit.settings.enabled and not needed:
+                return  # pytest runs it itself, when its turn comes; others must not be ahead of it
+            self._next += 1
+            try:
+                self._start(unit)
+            except BaseException:
+                self._next -= 1
+                raise
+
+    def _start(self, unit: Unit) -> None:
+        level = self._level_for(unit)
+        self._sandboxes += 1
+        lane = min(set(range(self._jobs)) - {run.worker for run, _level in self._running})
+        fork = level.template.fork(self.job_of(unit.items) | {"reruns": unit.reruns}, **self._options(unit))
+        run = Run(self._host, unit, fork, worker=lane, sandbox=self._sandboxes, config=self._config)
+        level.running += 1
+        for each in level.above():
+            each.last = unit.last
+        self._running.append((run, level))
+        for item in unit.items:
+            self._runs[item] = run
+        for fd in run.descriptors():
+            self._poller.register(fd, select.POLLIN)
+            self._owner[fd] = run
+
+    def _level_for(self, unit: Unit) -> Level:
+        """With all that the unit needs set up."""
+        chain = self._chain_of(unit.settings)
+        unit.needs = units.needs_of(unit, self._grain, self.unshared)
+        while True:
+            level, node = chain.missing(unit)
+            if node is None:
+                return level
+            found = chain.find(node)
+            if found is not None:
+                self._wait_for(found)
+                for child in list(found.children):
+                    chain.tear_down(child, unit.items[0] if child.last is None else child.last, self._on_branch)
+            chain.set_up(level, node, self._wanted(unit, node, found), self._on_branch)
+            unit.needs = units.needs_of(unit, self._grain, self.unshared)
+
+    def _wanted(self, unit: Unit, node: pytest.Collector, found: Level | None) -> dict[pytest.Item, dict[str, Wide]]:
+        """What to set up at `node` now: what this unit needs, and the next ones of the same module (for wider nodes) or of
+        the node, as far as it goes together. Else the template would have to go on again and again, and its forks wait."""
+        scope = unit.items[0].getparent(pytest.Module) if isinstance(node, (pytest.Session, pytest.Directory)) else node
+        done: dict[str, Wide] = {}
+        if found is not None and not found.broken:
+            done.update(found.done)
+        wanted: dict[pytest.Item, dict[str, Wide]] = {}
+        start = self._next - 1  # where it stands
+        for other in self._units[start : start + _SETUP_LOOKS_AHEAD]:
+            if scope is not None and scope not in other.items[0].listchain():
+                break
+            if other.settings != unit.settings:
+                continue
+            for item in other.items:
+                needs = units.needs_of(Unit([item], other.settings), self._grain, self.unshared).get(node, {})
+                new = {name: wide for name, wide in needs.items() if other is unit or done.get(name, wide) == wide}
+                if any(done.get(name) != fixture for name, fixture in new.items()):
+                    wanted[item] = new
+                    done.update(new)
+        return wanted
+
+    def _wait_for(self, level: Level) -> None:
+        while level.busy():
+            self._step()
+
+    def _step(self, deadline: float | None = None) -> None:
+        """Wait for news, until `deadline` at most, and take them."""
+        patience = [left for run, _level in self._running if (left := run.patience()) is not None]
+        if deadline is not None:
+            patience.append(max(0.0, deadline - time.monotonic()))
+        ready: dict[Run, set[int]] = {}
+        for fd, _event in self._poller.poll(min(patience) * 1000 if patience else None):
+            if fd in self._owner:
+                ready.setdefault(self._owner[fd], set()).add(fd)
+        for run, level in list(self._running):
+            for fd in run.look(ready.get(run, set())):
+                self._poller.unregister(fd)
+                del self._owner[fd]
+            if run.over:
+                self._retire(run, level)
+        self._emit()
+
+    def _retire(self, run: Run, level: Level) -> None:
+        self._running.remove((run, level))
+        level.running -= 1
+        for fd in [fd for fd, owner in self._owner.items() if owner is run]:
+            self._poller.unregister(fd)
+            del self._owner[fd]
+        self._kept += run.size
+        self._waiting += 1
+        if run.rest:
+            self.again(Unit(run.rest, run.unit.settings))

@@ -1,0 +1,161 @@
+"""Inside of a template: fixtures wider than a function are set up here, once, for all of its forks.
+
+Pytest sets up a fixture when a test asks for it, as far as the nodes of the collection tree are set up that it belongs
+to. So a boundary, an item of our own that runs no test, is set up beneath the node in question, and asks in the tests'
+place. When it is torn down, its node stays: pytest tears down what the next item does not need, and the next item is a
+boundary, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+
+from pytest_isolation import reports, wide
+from pytest_isolation.carry import Held
+
+
+class Boundary(pytest.Item):
+    """Stands for tests beneath a node; for one of them, when it asks for what that needs."""
+
+    work: Callable[[], object] | None = None
+    funcargs: dict[str, Any]
+    fixturenames: list[str]
+    callspec: Any
+    _fixtureinfo: Any
+
+    def setup(self) -> None:
+        if self.work is not None:
+            self.work()
+
+    def request_for(self, item: pytest.Item) -> Any:
+        """A request for fixtures as `item` has one, of this node, which is the one that is set up now."""
+        self.funcargs = {}
+        for name in ("_fixtureinfo", "fixturenames", "callspec"):
+            if hasattr(item, name):
+                setattr(self, name, getattr(item, name))
+        return type(item._request)(self, _ispytest=True)  # type: ignore[attr-defined]
+
+    def runtest(self) -> None:
+        raise AssertionError("a boundary is no test")
+
+
+class Stage:
+    """The template's part of a session."""
+
+    def __init__(self, session: pytest.Session) -> None:
+        self._session = session
+        self._node: pytest.Collector = session
+        self._unshared: set[str] = set()
+        self._shared: frozenset[str] = frozenset()
+        self._carries_all = False
+        self._watching = False
+        self._left: list[tuple[str, str]] = []
+        self._fresh: list[Any] = []
+        self._send: Callable[..., None] = lambda message, data=b"": None
+        session.config.pluginmanager.register(self, "isolation-stage")
+
+    def boundary(self) -> pytest.Item:
+        """The next item, for who runs a test in a fork: all that is set up here stays so."""
+        return Boundary.from_parent(self._node, name="isolation")
+
+    def set_up(self, items: list[pytest.Item], job: dict[str, Any], send: Callable[..., None]) -> None:
+        """The fixtures of the node at `job["setup"]` in the first item's chain that the items need, in their order.
+
+        Tells for each item that needs any how long it took, and what was captured; and of each fixture that cannot be
+        shared. An error is pytest's to report, for each test that uses what has failed.
+        """
+        self._send = send
+        self._watching = True
+        self._node = node = items[0].listchain()[job["setup"]]
+        self._unshared = set(job["unshared"])
+        self._shared = frozenset(job["share"])
+        self._carries_all = job["carries_all"]
+        for item, (nodeid, nth) in zip(items, job["items"], strict=True):
+            names = list(wide.needs_of(item, unshared=self._unshared).get(node, ()))
+            boundary = Boundary.from_parent(node, name="isolation")
+            boundary.work = functools.partial(self._ask_for, boundary, item, names)
+            call = self._call("pytest_runtest_setup", "setup", item=boundary)
+            report = pytest.TestReport.from_item_and_call(boundary, call)
+            if call.excinfo is not None:
+                report.sections = []  # it is raised again in the test
+            self._call("pytest_runtest_teardown", "teardown", item=boundary, nextitem=self.boundary())
+            told = [[name, text] for name, text in report.sections]
+            send({"wide": [nodeid, nth], "duration": call.duration, "sections": told})
+        self._watching = False
+
+    def tear_down(self, item: pytest.Item, job: dict[str, Any], send: Callable[..., None]) -> None:
+        """Everything down to the node at `job["teardown"]` in the item's chain, which stays (-1: nothing does); what goes
+        wrong is an error of `item`, the last that used it."""
+        after = None
+        if job["teardown"] >= 0:
+            after = Boundary.from_parent(item.listchain()[job["teardown"]], name="isolation")
+        boundary = self.boundary()
+        self._call("pytest_runtest_setup", "setup", item=boundary)
+        call = self._call("pytest_runtest_teardown", "teardown", item=boundary, nextitem=after)
+        report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        report.sections = [
+            pair for pair in pytest.TestReport.from_item_and_call(boundary, call).sections if "teardown" in pair[0]
+        ]
+        send({"teardown": True}, reports.encode(item.config, report))
+
+    def _call(self, hook: str, when: Any, **arguments: Any) -> pytest.CallInfo[None]:
+        """With pytest's own plug-ins only: others expect a test."""
+        manager = self._session.config.pluginmanager
+        others = [plugin for plugin in manager.get_plugins() if not _is_pytests_own(plugin)]
+        caller = manager.subset_hook_caller(hook, others)
+
+        def call() -> None:
+            __tracebackhide__ = True
+            caller(**arguments)
+
+        __tracebackhide__ = True
+        return pytest.CallInfo.from_call(call, when=when, reraise=(KeyboardInterrupt, pytest.exit.Exception))
+
+    def _ask_for(self, boundary: Boundary, item: pytest.Item, names: list[str]) -> None:
+        request = boundary.request_for(item) if hasattr(item, "_request") else None
+        for name in names:
+            if request is None or name in self._unshared or name not in boundary.fixturenames:
+                continue
+            self._fresh, self._left = [], []
+            try:
+                request.getfixturevalue(name)
+            except BaseException as error:
+                if isinstance(error, (KeyboardInterrupt, pytest.exit.Exception)):
+                    raise
+                return  # kept in the fixture, for each test; this one would ask for no more
+            finally:
+                self._take_back(name, request)
+
+    def _take_back(self, asked: str, request: Any) -> None:
+        """Undo what a fork could not carry, and tell of it."""
+        if not self._left:
+            return
+        name, left = self._left[0]
+        for definition in reversed(self._fresh):
+            definition.finish(request)
+        self._unshared |= {name, asked}
+        self._send({"unshared": sorted({name, asked}), "name": name, "left": left})
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, object, object]:
+        """See what each leaves behind. In a test's fork that does not matter."""
+        if not self._watching or self._carries_all or fixturedef.scope == "function" or fixturedef.argname in self._shared:
+            return (yield)
+        before = Held.now()
+        try:
+            return (yield)
+        finally:
+            self._fresh.append(fixturedef)
+            left = Held.now().beyond(before)
+            if left:
+                self._left.append((fixturedef.argname, left))
+
+
+def _is_pytests_own(plugin: object) -> bool:
+    module = plugin.__name__ if isinstance(plugin, types.ModuleType) else type(plugin).__module__
+    return module.startswith("_pytest.")
