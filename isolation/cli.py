@@ -92,10 +92,11 @@ def _brought_along(words: Sequence[str]) -> int | None:
 
 
 def _front_ends() -> dict[str, EntryPoint]:
-    """Those that are installed, by the names of their commands; none is loaded."""
+    """Those that are installed, by the names of their commands; none is loaded. As with modules, the first one counts."""
     import importlib.metadata
 
-    return {found.name: found for found in importlib.metadata.entry_points(group="isolation.commands")}
+    found = importlib.metadata.entry_points(group="isolation.commands")
+    return {entry_point.name: entry_point for entry_point in reversed(list(found))}
 
 
 def _load(found: EntryPoint) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -635,8 +636,15 @@ def bare_environment(path: Path, *packages: str) -> Path:
     (into,) = path.glob("lib/python3.*/site-packages")
     for name in os.listdir(sysconfig.get_path("purelib")):
         if name.split("-")[0].lower() in packages:
-            (into / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+            copy(Path(sysconfig.get_path("purelib")) / name, into / name)
     return path / "bin" / "python"
+
+
+def copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, target)
 
 
 def test_environment_without_pytest(suite: Path, tmp_path: Path) -> None:
@@ -685,6 +693,35 @@ def test_environment_cannot_name_what_is_shown(tmp_path: Path) -> None:
 
 
 # The command
+
+
+def test_project_s_own_environment_is_noted(suite: Path) -> None:
+    """As `.venv/bin/isolation`: it works, and says what it cannot keep from running."""
+    python = bare_environment(suite / ".venv", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
+    (packages,) = suite.glob(".venv/lib/python3.*/site-packages")
+    for module in (isolation, pytest_isolation):
+        copy(Path(module.__path__[0]), packages / module.__name__)
+    found = importlib.metadata.distribution("isolation-kit")
+    (packages / "isolation_kit-1.dist-info").mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (packages / "isolation_kit-1.dist-info" / name).write_text(found.read_text(name) or "")
+    (suite / "test_it.py").write_text("def test_it(): pass\n")
+    done = run([str(python), "-I", "-m", "isolation", "pytest"], "-q")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is in the project" in done.stderr
+
+
+def test_entry_points_of_the_project_are_not_loaded(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an import path that ends in the project, a backend or a command could be its own."""
+    (suite / "evil.egg-info").mkdir()
+    (suite / "evil.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (suite / "evil.egg-info" / "entry_points.txt").write_text("[isolation]\nevil = evil\n[isolation.commands]\npytest = evil:main\n")
+    (suite / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\ndef main(argv): return 0\n")
+    start = "import sys; sys.path.append(sys.argv.pop(1)); from isolation.cli import main; sys.exit(main())"
+    done = run([sys.executable, "-I", "-c", start, str(suite), "pytest"], "-q")
+    assert done.returncode == 125
+    assert "which is the project's" in done.stderr
+    assert not (tmp_path / "mark").exists()
 
 
 def test_command_is_listed_and_helps() -> None:

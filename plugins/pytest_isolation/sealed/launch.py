@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -47,13 +46,8 @@ def main(argv: Sequence[str]) -> int:
     _look_around(request, cwd)
     virtual_env = os.environ.pop("VIRTUAL_ENV", None)  # what it names would be shown unseen
     python = interpreter.find(request.options.python, virtual_env, cwd)
+    _check_places(request, cwd)
     with ExitStack() as stack:
-        places = stack.enter_context(Places(cwd))
-        for artefact in request.artefacts:
-            try:
-                places.check(artefact.path)
-            except (BadPlace, OSError) as error:
-                raise SpecError(f"{artefact.option}: {error}") from None
         spec = _spec(request, python, cwd, virtual_env, stack)
         box = Sandbox(spec)
         if request.options.explain:
@@ -62,7 +56,18 @@ def main(argv: Sequence[str]) -> int:
         # First of all the sandbox: what makes it is a fork of this process, and would keep whatever is open now.
         stack.enter_context(box)
         code = _run_pytest(box, request, python)
+        places = stack.enter_context(Places(cwd))
         return _bring_out(box, request, python, places, code)
+
+
+def _check_places(request: Request, cwd: str) -> None:
+    """Better now than after the run."""
+    with Places(cwd) as places:
+        for artefact in request.artefacts:
+            try:
+                places.check(artefact.path)
+            except (BadPlace, OSError) as error:
+                raise SpecError(f"{artefact.option}: {error}") from None
 
 
 def _run_pytest(box: Sandbox, request: Request, python: Interpreter) -> int:
@@ -201,18 +206,17 @@ def _look_around(request: Request, cwd: str) -> None:
 
 
 def _look_at_import_path(cwd: str) -> None:
-    library = sysconfig.get_path("stdlib")
-    trusted_from = sys.path.index(library) if library in sys.path else 0
-    for number, entry in enumerate(sys.path):
+    for entry in sys.path:
         if not _is_beneath(os.path.realpath(entry or cwd), cwd):
             continue
-        if number < trusted_from and not _is_beneath(os.path.realpath(entry or cwd), os.path.realpath(sys.prefix)):
+        if not _is_beneath(os.path.realpath(entry or cwd), os.path.realpath(sys.prefix)):
+            # Not only modules: an entry point in a `*.egg-info` there would have been one of a backend.
             raise SpecError(
-                f"this Python imports from {entry or cwd}, which is the project's, before its own library, and may have run "
-                "its code already; start it as 'python -I -m isolation pytest'"
+                f"this Python imports from {entry or cwd}, which is the project's, and may have run its code already; start "
+                "it as 'python -I -m isolation pytest', from an environment in which the project is not installed"
             )
         say(
-            f"note: {entry} is the project's, and on the import path of this program, outside of any sandbox; run it from "
-            "an environment of its own (pipx install isolation-kit), and name the project's by --python"
+            f"note: {sys.prefix} is in the project, and this program runs from it, outside of any sandbox; run it from an "
+            "environment of its own (pipx install isolation-kit), and name the project's by --python"
         )
         return
