@@ -63,6 +63,7 @@ class Controller:
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         self._current: tuple[pytest.Item, Run] | None = None
         self._teardowns: list[pytest.TestReport] = []
+        self._warned: list[Any] = []
         self._unshared: dict[str, str] = {}
         self._late: list[str] = []
         self._end: dict[str, Any] = {}
@@ -259,7 +260,13 @@ class Controller:
             if "wide" in message:
                 nodeid, nth = message["wide"]
                 sections = [(str(name), clean(str(text))) for name, text in message["sections"][:_SECTIONS_AT_MOST]]
-                self._emission.remember_setup(str(nodeid), int(nth), float(message["duration"]), sections)
+                warned, self._warned = self._warned, []
+                self._emission.remember_setup(self._item_of(nodeid, nth), float(message["duration"]), sections)
+                for each in warned:
+                    arguments = reports.decode_warning(self._item_of(nodeid, nth), each)
+                    self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+            elif "warning" in message:
+                self._warned = [*self._warned[:_SECTIONS_AT_MOST], message["warning"]]
             elif "unshared" in message:
                 self._schedule.unshared |= {str(name) for name in message["unshared"]}
                 self._unshared.setdefault(clean_name(str(message["name"]), 200), clean_name(str(message["left"]), 200))
@@ -270,6 +277,13 @@ class Controller:
                 self._end = message["done"] if "exit" in message["done"] else {}
         except (reports.BadReport, ValueError, TypeError, KeyError, StopIteration):
             return
+
+    def _item_of(self, nodeid: object, nth: object) -> pytest.Item:
+        """Raises KeyError."""
+        for item, number in self._nth.items():
+            if item.nodeid == nodeid and number == nth:
+                return item
+        raise KeyError(nodeid)
 
     def _obey(self, session: pytest.Session, end: Mapping[str, Any]) -> None:
         """What a test may ask of the whole run, in plain pytest as here."""

@@ -31,15 +31,14 @@ class Emission:
         self._settings = settings
         self._held: list[pytest.TestReport] = []
         self._told: list[pytest.TestReport] = []
-        self._setups: dict[tuple[str, int], list[tuple[float, list[tuple[str, str]]]]] = {}
-        self._seen: dict[str, int] = {}
+        self._setups: dict[pytest.Item, list[tuple[float, list[tuple[str, str]]]]] = {}
         self._records: list[TestRecord] = []
         self._begun = time.time()
 
-    def remember_setup(self, nodeid: str, nth: int, duration: float, sections: list[tuple[str, str]]) -> None:
+    def remember_setup(self, item: pytest.Item, duration: float, sections: list[tuple[str, str]]) -> None:
         """Wide fixtures were set up on behalf of a test, which so took that much longer."""
         if 0 <= duration < 1e9:
-            self._setups.setdefault((nodeid, nth), []).append((duration, sections))
+            self._setups.setdefault(item, []).append((duration, sections))
 
     def begin(self, item: pytest.Item) -> None:
         self._held, self._told = [], []
@@ -87,12 +86,10 @@ class Emission:
             run.told[item].events.clear()
 
     def _add_setup(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        key = item.nodeid, self._seen.get(item.nodeid, 0)
-        if self._setups:
-            for duration, sections in self._setups.pop(key, ()):
-                report.duration += duration
-                report.start -= duration
-                report.sections = [*sections, *report.sections]
+        for duration, sections in self._setups.pop(item, ()):
+            report.duration += duration
+            report.start -= duration
+            report.sections = [*sections, *report.sections]
 
     def _details(self, run: Run, item: pytest.Item) -> Details:
         told = run.told[item]

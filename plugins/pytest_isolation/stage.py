@@ -23,6 +23,7 @@ class Boundary(pytest.Item):
     """Stands for tests beneath a node; for one of them, when it asks for what that needs."""
 
     work: Callable[[], object] | None = None
+    protocol: Callable[[], object] | None = None
     funcargs: dict[str, Any]
     fixturenames: list[str]
     callspec: Any
@@ -59,9 +60,10 @@ class Stage:
         self._send: Callable[..., None] = lambda message, data=b"": None
         session.config.pluginmanager.register(self, "isolation-stage")
 
-    def boundary(self) -> pytest.Item:
+    def boundary(self) -> Boundary:
         """The next item, for who runs a test in a fork: all that is set up here stays so."""
-        return Boundary.from_parent(self._node, name="isolation")
+        made: Boundary = Boundary.from_parent(self._node, name="isolation")
+        return made
 
     def set_up(self, items: list[pytest.Item], job: dict[str, Any], send: Callable[..., None]) -> None:
         """The fixtures of the node at `job["setup"]` in the first item's chain that the items need, in their order.
@@ -79,12 +81,11 @@ class Stage:
             names = list(wide.needs_of(item, unshared=self._unshared).get(node, ()))
             boundary = Boundary.from_parent(node, name="isolation")
             boundary.work = functools.partial(self._ask_for, boundary, item, names)
-            call = self._call("pytest_runtest_setup", "setup", item=boundary)
-            report = pytest.TestReport.from_item_and_call(boundary, call)
-            if call.excinfo is not None:
-                report.sections = []  # it is raised again in the test
-            self._call("pytest_runtest_teardown", "teardown", item=boundary, nextitem=self.boundary())
-            told = [[name, text] for name, text in report.sections]
+            call = self._perform(boundary, lambda boundary: self._call("pytest_runtest_setup", "setup", item=boundary))
+            told = [] if call.excinfo is not None else _sections(boundary, call)  # what went wrong, shows in the test
+            self._perform(boundary, lambda boundary: self._call(
+                "pytest_runtest_teardown", "teardown", item=boundary, nextitem=self.boundary()
+            ))  # fmt: skip
             send({"wide": [nodeid, nth], "duration": call.duration, "sections": told})
         self._watching = False
 
@@ -96,18 +97,37 @@ class Stage:
             after = Boundary.from_parent(item.listchain()[job["teardown"]], name="isolation")
         boundary = self.boundary()
         self._call("pytest_runtest_setup", "setup", item=boundary)
-        call = self._call("pytest_runtest_teardown", "teardown", item=boundary, nextitem=after)
+        call = self._perform(boundary, lambda boundary: self._call(
+            "pytest_runtest_teardown", "teardown", item=boundary, nextitem=after
+        ))  # fmt: skip
         report = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        report.sections = [
-            pair for pair in pytest.TestReport.from_item_and_call(boundary, call).sections if "teardown" in pair[0]
-        ]
+        report.sections = [pair for pair in _sections(boundary, call) if "teardown" in pair[0]]
         send({"teardown": True}, reports.encode(item.config, report))
 
-    def _call(self, hook: str, when: Any, **arguments: Any) -> pytest.CallInfo[None]:
-        """With pytest's own plug-ins only: others expect a test."""
+    def _perform(
+        self, boundary: Boundary, work: Callable[[Boundary], pytest.CallInfo[None]]
+    ) -> pytest.CallInfo[None]:
+        """Within what pytest wraps around a test: its warnings are caught, its assertions explained."""
+        made: list[pytest.CallInfo[None]] = []
+        boundary.protocol = lambda: made.append(work(boundary))
+        self._caller("pytest_runtest_protocol", keep=self)(item=boundary, nextitem=None)
+        return made[0]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if isinstance(item, Boundary) and item.protocol is not None:
+            item.protocol()
+            return True
+        return None
+
+    def _caller(self, hook: str, keep: object = None) -> Any:
+        """A hook with pytest's own plug-ins only: others expect a test."""
         manager = self._session.config.pluginmanager
-        others = [plugin for plugin in manager.get_plugins() if not _is_pytests_own(plugin)]
-        caller = manager.subset_hook_caller(hook, others)
+        others = [plugin for plugin in manager.get_plugins() if plugin is not keep and not _is_pytests_own(plugin)]
+        return manager.subset_hook_caller(hook, others)
+
+    def _call(self, hook: str, when: Any, **arguments: Any) -> pytest.CallInfo[None]:
+        caller = self._caller(hook)
 
         def call() -> None:
             __tracebackhide__ = True
@@ -154,6 +174,11 @@ class Stage:
             left = Held.now().beyond(before)
             if left:
                 self._left.append((fixturedef.argname, left))
+
+
+def _sections(boundary: Boundary, call: pytest.CallInfo[None]) -> list[tuple[str, str]]:
+    """What was captured."""
+    return pytest.TestReport.from_item_and_call(boundary, call).sections
 
 
 def _is_pytests_own(plugin: object) -> bool:

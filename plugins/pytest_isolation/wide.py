@@ -59,7 +59,8 @@ def _wide_fixtures(item: pytest.Item, unshared: Container[str]) -> Iterator[tupl
         if definitions.get(name) and name not in kept_from and hasattr(item, "_request"):
             definition = definitions[name][-1]
             module = getattr(definition.func, "__module__", None) or ""
-            if definition.scope in _SCOPES and not module.startswith(_OURS):
+            # Functions like setup_module and setUpClass are fixtures of pytest's own making, whose names begin so.
+            if definition.scope in _SCOPES and (name.startswith("_") or not module.startswith(_OURS)):
                 yield _owner(item, definition), Wide(name, id(definition), indices.get(name))
 
 

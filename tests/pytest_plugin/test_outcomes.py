@@ -76,12 +76,21 @@ def outcome_lines(result: pytest.RunResult) -> list[str]:
 
 
 def without_noise(lines: list[str]) -> list[str]:
-    return [line for line in lines if not line.startswith(("isolation:", "platform", "plugins", "rootdir")) and " in " not in line]
+    """Without what differs from run to run, and what a failure's report says of its sandbox."""
+    noise = ("isolation:", "platform", "plugins", "rootdir", "wall ")
+    return [line for line in lines if not line.startswith(noise) and " in " not in line and "--- isolation ---" not in line]
 
 
 def shape(path: Path) -> list[tuple[str, str | None, list[str]]]:
     """A junit file without its times."""
     tree = ElementTree.parse(path)
+    for case in tree.iter("testcase"):
+        for properties in case.findall("properties"):
+            for each in properties.findall("property"):
+                if (each.get("name") or "").startswith("isolation_"):
+                    properties.remove(each)
+            if not len(properties):
+                case.remove(properties)
     found = [(e.tag, e.get("name"), [f"{c.tag} {c.get('message')}" for c in e]) for e in tree.iter()]
     return [(tag, name, [c for c in children if c]) for tag, name, children in found]
 
