@@ -276,6 +276,13 @@ def test_coverage_is_that_of_a_plain_run(suite: Path) -> None:
     assert found[0] == found[1]
 
 
+def test_report_on_the_sandboxes(suite: Path) -> None:
+    (suite / "test_it.py").write_text("def test_it(): pass\n")
+    assert sealed("-q", "--isolation-report=out/run.json").returncode == 0
+    (test,) = json.loads((suite / "out" / "run.json").read_text())["tests"]
+    assert test["nodeid"] == "test_it.py::test_it"
+
+
 def test_places_outside_of_the_project(suite: Path, tmp_path: Path) -> None:
     (suite / "test_it.py").write_text("def test_it(): pass\n")
     assert sealed("-q", "--junitxml", str(tmp_path / "new" / "a.xml"), "--log-file=../b.log").returncode == 0

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 import isolation
@@ -26,6 +27,7 @@ from pytest_isolation.sealed.places import BadPlace, Places
 from pytest_isolation.sealed.screen import Screen
 
 _FAILED: Final = 125
+_SESSION_RAN: Final = (0, 1, 2, 5)  # of pytest's exit codes
 _KIT: Final = "/run/isolation-kit"  # where the inside finds the packages of this distribution
 _DISTRIBUTION: Final = "isolation-kit"
 # How the user wants pytest to behave, and to look. Nothing among it names a place on the host that would be believed.
@@ -111,6 +113,8 @@ def _metadata() -> dict[str, str]:
 def _bring_out(box: Sandbox, request: Request, python: Interpreter, places: Places, code: int) -> int:
     limit = parse_size(request.options.export_limit, "export limit")
     wanted = sorted(request.artefacts, key=lambda artefact: artefact.kind is not Kind.FILE)  # the small ones first
+    if code not in _SESSION_RAN:
+        wanted = [replace(artefact, required=False) for artefact in wanted]  # that nothing was written goes without saying
     if not wanted:
         return code
     try:
