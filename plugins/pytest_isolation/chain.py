@@ -34,6 +34,7 @@ class Level:
         self.children: list[Level] = []
         self.last: pytest.Item | None = None  # that was started in it
         self.tearing: pytest.Item | None = None  # the test that it is torn down after
+        self.told = False  # how that went
         self.broken = False
 
     def satisfies(self, wanted: dict[str, Wide]) -> bool:
@@ -105,10 +106,12 @@ class Chain:
         for fixtures in wanted.values():
             found.done.update(fixtures)
 
-    def tear_down(self, level: Level, item: pytest.Item, work: Work) -> None:
-        """What is set up in it ends, in it, as an error (if it is one) of `item`, the last that it was for."""
+    def tear_down(self, level: Level, item: pytest.Item, work: Work, died: Callable[[Level, Branch], object]) -> None:
+        """What is set up in it ends, in it, as an error (if it is one) of `item`, the last that it was for. `died` is told
+        when its process ended without a word on that."""
         for child in list(level.children):
-            self.tear_down(child, item if child.node in item.listchain() or child.last is None else child.last, work)
+            last = item if child.node in item.listchain() or child.last is None else child.last
+            self.tear_down(child, last, work, died)
         if level.node is None or self._levels.pop(level.node, None) is None:
             return
         assert level.parent is not None
@@ -121,6 +124,8 @@ class Chain:
                 level.tearing = item
                 level.branch = level.template.advance(job)
                 work(level.branch, level)
+                if not level.told:
+                    died(level, level.branch)
         except IsolationError:
             pass  # it has ended by itself, which its tests have told
         finally:

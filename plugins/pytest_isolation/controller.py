@@ -14,8 +14,9 @@ import pytest
 from isolation import registry
 from isolation.errors import IsolationError, LaunchError
 from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_HERE, Backend
+from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
-from pytest_isolation import reports, units
+from pytest_isolation import crash, reports, units
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.emission import Emission
 from pytest_isolation.run import Run
@@ -53,6 +54,7 @@ class Controller:
         self._schedule = Schedule(
             self, config, self._chain_of, jobs=1 if self._told_what_to_run else run.jobs, grain=run.grain,
             emit=self._emit, fork_options=self._fork_options, on_branch=self._on_branch,
+            on_death=self._on_death,
         )  # fmt: skip
         self._schedule.job_of = self._job_of
         self._emission = Emission(config, run)
@@ -254,6 +256,14 @@ class Controller:
         wall = level.settings.spec.limits.wall
         return self._schedule.see_through(branch, wall, functools.partial(self._hear, level), self.print_raw)
 
+    def _on_death(self, level: Level, branch: Branch) -> None:
+        """A template's process has ended while what was set up in it was torn down."""
+        assert level.tearing is not None
+        verdict = branch.wait(1.0) or Verdict(Ended.LOST)
+        stacks = crash.tidy_stacks(branch.stacks(), whole=self._config.getoption("fulltrace", False))
+        limits = level.settings.spec.limits
+        self._teardowns.append(crash.teardown_report(level.tearing, crash.explain(verdict, limits), stacks))
+
     def _hear(self, level: Level, message: Mapping[str, Any]) -> None:
         """What a template says. It is as little believed as a test."""
         try:
@@ -273,6 +283,7 @@ class Controller:
             elif "teardown" in message:
                 assert level.tearing is not None
                 self._teardowns.append(reports.decode(self._config, level.tearing, message.get("data")))
+                level.told = True
             elif "done" in message and isinstance(message["done"], dict):
                 self._end = message["done"] if "exit" in message["done"] else {}
         except (reports.BadReport, ValueError, TypeError, KeyError, StopIteration):

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from isolation.result import Ended, Verdict
+from isolation.spec import Limits
+from isolation.units import format_size
 from pytest_isolation.text import clean
 
 _OWN_FRAMES = re.compile(
@@ -44,7 +46,7 @@ class CrashRepr:
         return f"{self.reprcrash.message}\n\n{self._text}".rstrip()
 
 
-def explain(verdict: Verdict, limits: dict[str, str]) -> str:
+def explain(verdict: Verdict, limits: Limits) -> str:
     """One sentence: why there is no result."""
     if verdict.ended is Ended.EXITED:
         return (
@@ -54,9 +56,10 @@ def explain(verdict: Verdict, limits: dict[str, str]) -> str:
     if verdict.ended is Ended.SIGNALLED:
         return f"the test's process was {verdict}"
     if verdict.ended is Ended.TIMED_OUT:
-        return f"the test timed out after {limits['timeout']} (isolation timeout)"
+        return f"the test timed out after {limits.wall or 0:g}s (isolation timeout)"
     if verdict.ended is Ended.OUT_OF_MEMORY:
-        return f"the test ran out of memory (isolation memory limit: {limits['memory']})"
+        memory = format_size(limits.memory) if limits.memory else "none"
+        return f"the test ran out of memory (isolation memory limit: {memory})"
     return f"the test's sandbox was lost: {verdict}"
 
 
@@ -118,6 +121,15 @@ def crash_reports(
                 report.wasxfail = reason
         made.append(report)
     return made
+
+
+def teardown_report(item: pytest.Item, message: str, text: str) -> pytest.TestReport:
+    """The end of wide fixtures, for the last test that used them, when it could not be reported."""
+    path, line, _domain = item.location
+    return pytest.TestReport(
+        nodeid=item.nodeid, location=item.location, keywords={str(name): 1 for name in item.keywords}, outcome="failed",
+        longrepr=CrashRepr(message, text, path, (line or 0) + 1), when="teardown",  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _xfail_reason(item: pytest.Item) -> str | None:

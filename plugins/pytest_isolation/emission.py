@@ -31,6 +31,7 @@ class Emission:
         self._settings = settings
         self._held: list[pytest.TestReport] = []
         self._told: list[pytest.TestReport] = []
+        self._before: list[tuple[str, str]] = []  # what was captured while wide fixtures were set up for the test
         self._setups: dict[pytest.Item, list[tuple[float, list[tuple[str, str]]]]] = {}
         self._records: list[TestRecord] = []
         self._begun = time.time()
@@ -41,12 +42,14 @@ class Emission:
             self._setups.setdefault(item, []).append((duration, sections))
 
     def begin(self, item: pytest.Item) -> None:
-        self._held, self._told = [], []
+        self._held, self._told, self._before = [], [], []
 
     def take(self, item: pytest.Item, run: Run, report: pytest.TestReport) -> None:
         """One report of the current test."""
         if report.when == "setup":
             self._add_setup(item, report)
+        if self._before:
+            report.sections = _joined(self._before, report.sections)
         wait = report.failed or report.when == "teardown" or (self._settings.strict and report.when == "call")
         if wait or self._held:
             self._held.append(report)
@@ -89,7 +92,7 @@ class Emission:
         for duration, sections in self._setups.pop(item, ()):
             report.duration += duration
             report.start -= duration
-            report.sections = [*sections, *report.sections]
+            self._before = _joined(self._before, sections)
 
     def _details(self, run: Run, item: pytest.Item) -> Details:
         told = run.told[item]
@@ -154,6 +157,14 @@ class Emission:
             ),
             self._settings.report,
         )  # fmt: skip
+
+
+def _joined(first: list[tuple[str, str]], then: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Sections of both; those with the same title are one, as if they had been captured in one go."""
+    texts: dict[str, str] = {}
+    for title, text in (*first, *then):
+        texts[title] = texts.get(title, "") + text
+    return list(texts.items())
 
 
 def _merge(held: list[pytest.TestReport], later: pytest.TestReport) -> None:

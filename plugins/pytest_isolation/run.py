@@ -13,7 +13,6 @@ import pytest
 from isolation.errors import IsolationError, WireError
 from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
-from isolation.units import format_size
 from isolation.wire import Message
 from pytest_isolation import crash, reports
 from pytest_isolation.settings import Settings
@@ -284,11 +283,7 @@ class Run:
 
     def _die(self, verdict: Verdict) -> None:
         self._verdict = verdict
-        limits = {
-            "timeout": f"{self._limits.wall:g}s" if self._limits.wall else "",
-            "memory": format_size(self._limits.memory) if self._limits.memory else "none",
-        }
-        self._crash(crash.explain(verdict, limits))
+        self._crash(crash.explain(verdict, self._limits))
 
     def _spoilt(self, message: str) -> None:
         if not self.over:

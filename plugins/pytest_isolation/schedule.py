@@ -43,6 +43,7 @@ class Schedule:
         emit: Callable[[], None],
         fork_options: Callable[[Unit], dict[str, Any]],
         on_branch: Callable[[Branch, Level], Template | None],
+        on_death: Callable[[Level, Branch], object],
     ) -> None:
         self._host = host
         self._config = config
@@ -52,6 +53,7 @@ class Schedule:
         self._emit = emit
         self._options = fork_options
         self._on_branch = on_branch
+        self._on_death = on_death
         self._units: list[Unit] = []
         self._next = 0
         self._running: list[tuple[Run, Level]] = []
@@ -106,7 +108,7 @@ class Schedule:
     def tear_down(self, chain: Chain, level: Level, item: pytest.Item) -> None:
         """End a level, whose last test is `item`."""
         self._wait_for(level)
-        chain.tear_down(level, item, self._on_branch)
+        chain.tear_down(level, item, self._on_branch, self._on_death)
 
     def see_through(
         self, branch: Branch, wall: float | None, message: Callable[[Any], None], output: Callable[[int, bytes], None]
@@ -208,17 +210,20 @@ class Schedule:
             if found is not None:
                 self._wait_for(found)
                 for child in list(found.children):
-                    chain.tear_down(child, unit.items[0] if child.last is None else child.last, self._on_branch)
+                    last = unit.items[0] if child.last is None else child.last
+                    chain.tear_down(child, last, self._on_branch, self._on_death)
             chain.set_up(level, node, self._wanted(unit, node, found), self._on_branch)
             unit.needs = units.needs_of(unit, self._grain, self.unshared)
+            made = chain.find(node)
+            if made is not None and not made.satisfies(unit.needs.get(node, {})):
+                made.broken = True  # never twice the same: then the unit sets it up itself
 
     def _wanted(self, unit: Unit, node: pytest.Collector, found: Level | None) -> dict[pytest.Item, dict[str, Wide]]:
         """What to set up at `node` now: what this unit needs, and the next ones of the same module (for wider nodes) or of
         the node, as far as it goes together. Else the template would have to go on again and again, and its forks wait."""
         scope = unit.items[0].getparent(pytest.Module) if isinstance(node, (pytest.Session, pytest.Directory)) else node
-        done: dict[str, Wide] = {}
-        if found is not None and not found.broken:
-            done.update(found.done)
+        done: dict[str, Wide] = {} if found is None or found.broken else dict(found.done)
+        own = unit.needs[node]
         wanted: dict[pytest.Item, dict[str, Wide]] = {}
         start = self._next - 1  # where it stands
         for other in self._units[start : start + _SETUP_LOOKS_AHEAD]:
@@ -228,7 +233,10 @@ class Schedule:
                 continue
             for item in other.items:
                 needs = units.needs_of(Unit([item], other.settings), self._grain, self.unshared).get(node, {})
-                new = {name: wide for name, wide in needs.items() if other is unit or done.get(name, wide) == wide}
+                new = {
+                    name: wide for name, wide in needs.items()
+                    if wide == own.get(name, done.get(name, wide))
+                }  # fmt: skip
                 if any(done.get(name) != fixture for name, fixture in new.items()):
                     wanted[item] = new
                     done.update(new)
