@@ -6,7 +6,7 @@ own, and whose owner has its user id, and in such a one it has all capabilities 
 
     the first   enters; a PID namespace, though, holds for children only
     the second  is the fork. The first ends at once, so that the kernel gives it to PID 1 of the template's namespace: its
-                keeper, whose word on how it ended is believed
+                keeper, whose word on how it ended is believed (entering.py)
 
 It makes a user namespace of its own then, and loses all again that the keeper's gave.
 """
@@ -21,15 +21,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from isolation.backends.namespace import fds, forking, settle, syscalls
+from isolation.backends.namespace import fds, settle, syscalls
 from isolation.backends.namespace.build import Seal
+from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
-from isolation.backends.namespace.vacant import ENTERED
 from isolation.guest import Guest
 from isolation.wire import Wire
 
 _FDS_AT_MOST = 253  # SCM_MAX_FD of the kernel
-_FLAGS = dict(ENTERED)
 
 
 class Descent:
@@ -44,6 +43,7 @@ class Descent:
         self._midwife = midwife
         self._stacks = stacks
         self._seals: dict[bool, Seal] = {}
+        self._entrances: dict[tuple[str, ...], Entrance] = {}
 
     def introduce(self, mounts: int) -> None:
         """Once it is sealed, and before anything of the guest's runs: show the keeper its namespaces. Closes `mounts`."""
@@ -87,22 +87,24 @@ class Descent:
     def _give_birth(
         self, order: dict[str, Any], given: list[int], guest: Guest, inherited: Sequence[fds.Inherited]
     ) -> Guest | None:
-        count = len(order["namespaces"])
+        names = tuple(order["namespaces"])
+        if names not in self._entrances:
+            self._entrances[names] = Entrance(names)
+        count = len(names)
         leash = socket.socket(fileno=os.dup(given[count]))
-        pid = forking.fork()
-        if pid:
-            leash.close()
-            os.waitpid(pid, 0)
-            return None
+        template = os.getpid()
         try:
-            for name, fd in zip(order["namespaces"], given, strict=False):
-                syscalls.setns(fd, _FLAGS[name])
-            if syscalls.clone(0)[0]:
-                os._exit(0)
+            if not self._entrances[names].fork(given[:count]):
+                leash.close()
+                return None
             born = self._become(order, given[count + 1 :], leash, guest, inherited)
             given.clear()  # what is left of them was closed with the rest
             return born
         except BaseException as error:
+            if os.getpid() == template:
+                settle.say(leash, error)
+                leash.close()
+                return None
             settle.give_up(leash, error)
 
     def _become(
@@ -121,7 +123,7 @@ class Descent:
         if template:
             midwife = socket.socket(fileno=given.pop(0))
             descent = Descent(self._plan, midwife, self._stacks)
-            descent._seals = self._seals
+            descent._seals, descent._entrances = self._seals, self._entrances
             descent.introduce(given.pop(0))
             keep.append(midwife.fileno())
         # The template's, not this fork's. Closed here, or they would close whatever has their numbers then.

@@ -38,11 +38,16 @@ def name() -> None:
 
 
 def give_up(leash: socket.socket, error: BaseException) -> NoReturn:
-    """Tell the keeper why there will be no sandbox."""
+    """Tell the keeper why there will be no sandbox, and end."""
+    say(leash, error)
+    os._exit(1)
+
+
+def say(leash: socket.socket, error: BaseException) -> None:
+    """Tell the keeper what went wrong."""
     number = error.errno if isinstance(error, OSError) else 0
     text = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
     try:
         leash.send(f"x{number or 0} {text}".encode("utf-8", "replace")[:4000])
     except OSError:
         pass  # the keeper is gone, or the leash is closed already
-    os._exit(1)
