@@ -7,6 +7,7 @@ So the template can refuse, or lie of it, and harm nobody but its own forks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -60,6 +62,9 @@ class BranchKeeper(Keeper):
         """Be PID 1."""
         try:
             self.serve()
+        except BaseException as error:
+            if os.environ.get("ISOLATION_DEBUG"):
+                sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(0)
 
@@ -172,7 +177,10 @@ class BranchKeeper(Keeper):
         if child.pid >= 0:
             super()._answer(child)
             return
-        request, ancillary, _flags, _ = child.leash.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
+        request = b""
+        ancillary: list[tuple[int, int, bytes]] = []
+        with contextlib.suppress(ConnectionResetError):
+            request, ancillary, _flags, _ = child.leash.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and request == b"b":
                 self._is_born(child, _CREDENTIALS.unpack(data)[0])

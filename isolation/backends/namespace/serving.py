@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
+from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.guest import Guest
@@ -96,6 +97,7 @@ class Keeper:
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._cgroups: Hierarchy | None = None
+        self._mapper: Mapper | None = None
         self._level = 1  # of the forks that it makes
         self._children: dict[int, Child] = {}  # by number
         self._ending: dict[int, Cgroup | None] = {}  # PID 1s of payloads that were killed, by pidfd
@@ -265,7 +267,10 @@ class Keeper:
 
     def _answer(self, child: Child) -> None:
         """What a process cannot do for itself while it builds its sandbox."""
-        request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
+        try:
+            request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
+        except ConnectionResetError:  # it was ended before it had read the last answer
+            request, given = b"", []
         try:
             if request == b"c" and child.cgroup is not None:
                 child.cgroup.add(child.pid)
@@ -298,19 +303,16 @@ class Keeper:
     def _map_inner(self, child: Child) -> None:
         """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
         host root's rights to its cgroups, does not enter: a child does."""
-        number = host_pid(child.pidfd)
-        users = os.open(f"/proc/{number}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        directory = os.open(f"/proc/{host_pid(child.pidfd)}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        users = os.open("ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         parent = fcntl.ioctl(users, _NS_GET_PARENT)
-        pid, pidfd = syscalls.clone(0)
-        if pid == 0:
-            try:
-                syscalls.setns(parent, syscalls.CLONE_NEWUSER)
-                identity.map_range(number, 0)
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        for fd in (users, parent, pidfd):
-            os.close(fd)
+        try:
+            if self._mapper is None:
+                self._mapper = Mapper()
+            self._mapper.map(parent, directory)
+        finally:
+            for fd in (directory, users, parent):
+                os.close(fd)
 
     def _unforked(self, number: int, error: OSError) -> None:
         what = error.strerror or str(error)

@@ -7,13 +7,13 @@ import socket
 
 import pytest
 
-from isolation.backends.namespace.keeper import _Child
+from isolation.backends.namespace.serving import Child
 
 
 def test_a_child_that_is_gone_holds_no_descriptor() -> None:
     leash, theirs = socket.socketpair()
     with theirs:
-        child = _Child(1, 0, -1, leash, None)
+        child = Child(1, 0, -1, leash, None)
         child.mounts, child.crash = os.pipe()
         child.close()
         for fd in (child.mounts, child.crash):
