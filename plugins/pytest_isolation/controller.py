@@ -16,8 +16,11 @@ from isolation.errors import IsolationError, LaunchError
 from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_HERE, Backend
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
-from pytest_isolation import crash, reports, units
+from isolation.wire import Message
+from pytest_isolation import crash, debugger, reports, units
+from pytest_isolation.carriers import Carriers
 from pytest_isolation.chain import Chain, Level
+from pytest_isolation.deferred import Deferred
 from pytest_isolation.emission import Emission
 from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
@@ -39,13 +42,15 @@ class Controller:
             self._backend = registry.choose(self._reader.default.spec, {FORK})
         except IsolationError as error:
             raise pytest.UsageError(f"--isolation: {error}") from None
-        for option in ("usepdb", "trace"):
-            if config.getoption(option, False):
-                raise pytest.UsageError(
-                    "--isolation cannot hand the terminal to a debugger inside a sandbox; leave out --isolation "
-                    "(or say --isolation=no) for --pdb and --trace"
-                )
         run = self._reader.run
+        if config.getoption("usepdb", False) or config.getoption("trace", False):
+            if FORK_HERE not in self._backend.features():
+                raise pytest.UsageError(
+                    f"--pdb and --trace cannot hand the terminal into a sandbox of the {self._backend.name} backend; "
+                    f"use --isolation=namespace, or leave --isolation out"
+                )
+            if run.jobs > 1:
+                raise pytest.UsageError("--pdb and --trace need --isolation-jobs=1: there is one terminal")
         if run.strict and FORK_ACCOUNT not in self._backend.features():
             name = self._backend.name
             raise pytest.UsageError(f"--isolation-strict: the {name} backend does not tell what a test leaves behind")
@@ -58,6 +63,9 @@ class Controller:
         )  # fmt: skip
         self._schedule.job_of = self._job_of
         self._emission = Emission(config, run)
+        self.carriers = Carriers(config)
+        config.pluginmanager.register(self.carriers, "isolation-carriers")
+        config.pluginmanager.register(Deferred(self._is_isolated), "isolation-deferred")
         self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}
         self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id
@@ -123,6 +131,9 @@ class Controller:
         job = functools.partial(self._setup_job, settings, carries_all)
         self._chains[settings] = Chain(root, settings, job)
 
+    def _is_isolated(self, item: pytest.Item) -> bool:
+        return item in self._settings and self._settings[item].enabled
+
     def _chain_of(self, settings: Settings) -> Chain:
         return self._chains[settings]
 
@@ -153,9 +164,22 @@ class Controller:
         backend = self.backend_of(settings)
         return backend.launch(settings.spec.replace(inherit_env=False)), backend.name
 
-    def interact(self, fork: Fork, fds: list[int]) -> None:
-        """A test has come to a debugger."""
-        raise reports.BadReport("a debugger, where there is no terminal for it")
+    def debug(self, fork: Fork) -> list[Message]:
+        """A test has come to a debugger. Returns what else it says until it leaves it."""
+        if self._reader.run.jobs > 1 or self._told_what_to_run:
+            debugger.refuse(fork, "tests run at the same time, and there is one terminal: leave out --isolation-jobs and -n")
+            return []
+        self._emit()
+        self._flush()
+        capture: Any = self._config.pluginmanager.getplugin("capturemanager")
+        if capture is None:
+            return debugger.interact(fork)
+        capture.suspend_global_capture(in_=True)  # pytest has put /dev/null in the place of the user's keys
+        try:
+            return debugger.interact(fork)
+        finally:
+            capture.resume_global_capture()
+            capture.suspend_global_capture(in_=False)
 
     def _close(self) -> None:
         self._schedule.close()
@@ -223,6 +247,8 @@ class Controller:
                 self.print_raw(*value)
             elif kind == "warning":
                 self._config.hook.pytest_warning_recorded.call_historic(kwargs=value)
+            elif kind == "carried":
+                self.carriers.apply(item, value)
             elif kind == "suite_property":
                 for plugin in self._config.pluginmanager.get_plugins():
                     add = getattr(plugin, "add_global_property", None)
@@ -275,8 +301,14 @@ class Controller:
                 for each in warned:
                     arguments = reports.decode_warning(self._item_of(nodeid, nth), each)
                     self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+            elif "carried" in message:
+                item = self._item_of(message["of"], 0)
+                self.carriers.apply(item, self.carriers.check(message["carried"], item, message.get("data")))
             elif "warning" in message:
                 self._warned = [*self._warned[:_SECTIONS_AT_MOST], message["warning"]]
+            elif "debugger" in message:
+                if level.branch is not None:
+                    self.debug(level.branch)
             elif "unshared" in message:
                 self._schedule.unshared |= {str(name) for name in message["unshared"]}
                 self._unshared.setdefault(clean_name(str(message["name"]), 200), clean_name(str(message["left"]), 200))

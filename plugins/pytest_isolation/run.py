@@ -15,6 +15,7 @@ from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
 from isolation.wire import Message
 from pytest_isolation import crash, reports
+from pytest_isolation.carriers import Carriers, Refused
 from pytest_isolation.settings import Settings
 from pytest_isolation.text import clean
 from pytest_isolation.units import Unit
@@ -30,11 +31,13 @@ _END_WAIT = 5.0  # s, for a process that has said that it is done
 class Host(Protocol):
     """What a run needs of the controller."""
 
+    @property
+    def carriers(self) -> Carriers: ...
     def print_raw(self, fd: int, data: bytes) -> None: ...
     def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None: ...
     def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]: ...
     def launch_beside(self, settings: Settings) -> tuple[Any, str]: ...
-    def interact(self, fork: Fork, fds: list[int]) -> None: ...
+    def debug(self, fork: Fork) -> list[Message]: ...
 
 
 @dataclass
@@ -223,9 +226,16 @@ class Run:
         elif "sandbox" in message:
             self._lend_sandbox()
         elif "debugger" in message:
-            self._host.interact(self.fork, [])
+            self._deadline = None  # people think longer than tests
+            for other in self._host.debug(self.fork):
+                self._handle(other)
         elif "counted" in message:
             self._told.counted = _counts(message["counted"])
+        elif "carried" in message:
+            try:
+                self._keep("carried", self._host.carriers.check(message["carried"], item, message.get("data")))
+            except Refused as error:
+                raise reports.BadReport(f"something for another plug-in that is none: {error}") from None
         elif "next" in message:
             self._end_item({})
             if message["next"] != self._at + 1 or self._at + 1 >= len(self.unit.items):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pytest_isolation import reports, wide
+from pytest_isolation.carriers import Carriers
 from pytest_isolation.carry import Held
 
 
@@ -48,8 +49,9 @@ class Boundary(pytest.Item):
 class Stage:
     """The template's part of a session."""
 
-    def __init__(self, session: pytest.Session) -> None:
+    def __init__(self, session: pytest.Session, carriers: Carriers) -> None:
         self._session = session
+        self._carriers = carriers
         self._node: pytest.Collector = session
         self._unshared: set[str] = set()
         self._shared: frozenset[str] = frozenset()
@@ -87,6 +89,7 @@ class Stage:
                 "pytest_runtest_teardown", "teardown", item=boundary, nextitem=self.boundary()
             ))  # fmt: skip
             send({"wide": [nodeid, nth], "duration": call.duration, "sections": told})
+            self._send_carried(item, "setup")
         self._watching = False
 
     def tear_down(self, item: pytest.Item, job: dict[str, Any], send: Callable[..., None]) -> None:
@@ -100,9 +103,21 @@ class Stage:
         call = self._perform(boundary, lambda boundary: self._call(
             "pytest_runtest_teardown", "teardown", item=boundary, nextitem=after
         ))  # fmt: skip
-        report = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        report = self._report(item, call)
         report.sections = [pair for pair in _sections(boundary, call) if "teardown" in pair[0]]
         send({"teardown": True}, reports.encode(item.config, report))
+        self._send_carried(item, "teardown")
+
+    def _report(self, item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
+        try:
+            found: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
+        except Exception:  # of a plug-in that has seen no test begin here, as pytest-rerunfailures must have
+            found = self._caller("pytest_runtest_makereport")(item=item, call=call)
+        return found
+
+    def _send_carried(self, item: pytest.Item, phase: str) -> None:
+        for name, data in self._carriers.collect(item, phase):
+            self._send({"carried": name, "of": item.nodeid}, data)
 
     def _perform(
         self, boundary: Boundary, work: Callable[[Boundary], pytest.CallInfo[None]]

@@ -12,7 +12,9 @@ import pytest
 
 from isolation.guest import Guest
 from pytest_isolation import reports
+from pytest_isolation.carriers import Carriers
 from pytest_isolation.counters import Counters
+from pytest_isolation.debugger import Terminal
 from pytest_isolation.rerun import Rerun, remember_reruns
 from pytest_isolation.stage import Stage
 
@@ -34,25 +36,30 @@ class Worker:
         self._guest: Guest | None = None
         self._tell_capture = False
         self._stage: Stage | None = None
+        self._terminal: Terminal | None = None
+        self._carriers = Carriers(session.config)
 
     def __call__(self, guest: Guest) -> None:
         manager = self._config.pluginmanager
-        manager.unregister(name="isolation-controller")
+        for name in ("controller", "carriers", "deferred"):
+            manager.unregister(name=f"isolation-{name}")
         quiet_terminal(manager)
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
+        self._carriers.begin()
         found: dict[str, list[pytest.Item]] = {}
         for item in self._items:
             found.setdefault(item.nodeid, []).append(item)
         while True:
             for job in guest.forks():
                 self._guest = guest
+                self._carriers.begin()
                 try:
                     items = [found[nodeid][nth] for nodeid, nth in job["items"]]
                 except (KeyError, IndexError):
                     guest.send({"done": {"internal_error": _NOT_COLLECTED}})
                     continue
                 if "setup" in job:
-                    self._stage = self._stage or Stage(self._session)
+                    self._stage = self._stage or Stage(self._session, self._carriers)
                     try:
                         self._stage.set_up(items, job, self._send)
                     except pytest.exit.Exception as error:
@@ -102,6 +109,8 @@ class Worker:
                 end[name] = str(getattr(self._session, name))
         self._flush()
         self._send({"counted": counters.since()})
+        for name, data in self._carriers.collect(item):
+            self._send({"carried": name}, data)
         return end
 
     def _flush(self) -> None:
@@ -140,6 +149,20 @@ class Worker:
     ) -> None:
         if self._guest is not None:
             self._send({"warning": reports.encode_warning(warning_message, when, nodeid, location)})
+
+    @pytest.hookimpl
+    def pytest_enter_pdb(self) -> None:
+        """Capture is suspended: descriptors 0 to 2 are the sandbox's own."""
+        if self._guest is not None and self._terminal is None:
+            self._flush()
+            self._terminal = Terminal(self._guest)
+
+    @pytest.hookimpl
+    def pytest_leave_pdb(self) -> None:
+        if self._terminal is not None:
+            self._flush()
+            self._terminal.leave()
+            self._terminal = None
 
     def record_suite_property(self, name: str, value: object) -> None:
         """For the fixture of that name, whose junit file is the host's to write."""

@@ -1,0 +1,95 @@
+"""What other plug-ins would find in this process after a test, had it run here: carried out of its sandbox, as data.
+
+Each plug-in that keeps such things has one `Carrier`. Its inside half makes JSON of what a test has left, its host half
+checks that, and does what the plug-in itself would have done. Nothing is unpickled, imported or opened that a sandbox names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+
+from pytest_isolation.carriers.benchmark import BenchmarkCarrier
+from pytest_isolation.carriers.carrier import Carrier, Refused
+from pytest_isolation.carriers.coverage import CoverageCarrier
+from pytest_isolation.carriers.hypothesis import HypothesisCarrier
+from pytest_isolation.carriers.syrupy import SyrupyCarrier
+
+_KINDS: tuple[type[Carrier], ...] = (CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier)
+
+__all__ = ["Carriers", "Refused"]
+
+
+class Carriers:
+    """Those of one session, for one of the two sides."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._all: list[Carrier] | None = None
+
+    def _found(self) -> list[Carrier]:
+        """Whether a plug-in is in use is known after collection, which may import it."""
+        if self._all is None:
+            self._all = [made for kind in _KINDS if (made := kind.of(self._config)) is not None]
+        return self._all
+
+    # Inside.
+
+    def begin(self) -> None:
+        """In a fresh fork: what there is by now is another's."""
+        for carrier in self._found():
+            carrier.begin()
+
+    def collect(self, item: pytest.Item, phase: str = "") -> Iterator[tuple[str, bytes]]:
+        """Name and JSON of what is new, on account of `item`; in `phase`, if only its wide fixtures have had one."""
+        for carrier in self._found():
+            found = carrier.collect(item, phase)
+            if found is not None:
+                yield carrier.name, json.dumps(found, separators=(",", ":")).encode()
+
+    # On the host.
+
+    def check(self, name: object, item: pytest.Item, payload: object) -> tuple[Carrier, Any]:
+        """Raises Refused."""
+        for carrier in self._found():
+            if carrier.name == name:
+                try:
+                    return carrier, carrier.check(item, json.loads(payload if isinstance(payload, bytes) else b""))
+                except Refused:
+                    raise
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                    raise Refused(f"{carrier.name}: {type(error).__name__}") from error
+        raise Refused("it is of no plug-in in use")
+
+    @staticmethod
+    def apply(item: pytest.Item, checked: tuple[Carrier, Any]) -> None:
+        """What was checked before, when pytest is told of the test."""
+        carrier, value = checked
+        carrier.apply(item, value)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtestloop(self) -> Generator[None, object, object]:
+        """Within the wrappers of all plug-ins: pytest-cov adds up in its own."""
+        try:
+            return (yield)
+        finally:
+            self.finish()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        self.finish()  # templates may have ended since
+
+    def finish(self) -> None:
+        for carrier in self._found():
+            carrier.finish()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        notes = [f"{carrier.name}: {note}" for carrier in self._found() for note in carrier.notes()]
+        if notes:
+            terminalreporter.section("isolation: other plug-ins", sep="-")
+        for note in notes:
+            terminalreporter.line(note)
