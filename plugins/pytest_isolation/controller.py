@@ -22,6 +22,7 @@ from pytest_isolation.carriers import Carriers
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.deferred import Deferred
 from pytest_isolation.emission import Emission
+from pytest_isolation.rerun import count_rerun, reruns_made
 from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
 from pytest_isolation.settings import Reader, Settings
@@ -72,6 +73,7 @@ class Controller:
         self._captures: dict[Settings, tuple[int, int]] = {}
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         self._current: tuple[pytest.Item, Run] | None = None
+        self._lender = debugger.Lender()
         self._teardowns: list[pytest.TestReport] = []
         self._warned: list[Any] = []
         self._unshared: dict[str, str] = {}
@@ -142,6 +144,7 @@ class Controller:
         return {
             "items": [[item.nodeid, self._nth[item]] for item in items],
             "tell_capture": self._settings[items[0]] not in self._captures,
+            "reruns_made": reruns_made(self._config),
         }
 
     def _setup_job(self, settings: Settings, carries_all: bool, items: Iterable[pytest.Item]) -> dict[str, Any]:
@@ -173,16 +176,17 @@ class Controller:
         self._flush()
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
-            return debugger.interact(fork)
+            return self._lender.interact(fork)
         capture.suspend_global_capture(in_=True)  # pytest has put /dev/null in the place of the user's keys
         try:
-            return debugger.interact(fork)
+            return self._lender.interact(fork)
         finally:
             capture.resume_global_capture()
             capture.suspend_global_capture(in_=False)
 
     def _close(self) -> None:
         self._schedule.close()
+        self._lender.close()
         for chain in self._chains.values():
             chain.close()
         self._chains.clear()
@@ -211,6 +215,7 @@ class Controller:
             self._emission.end(item, run, [])
             self._schedule.finish(item)
             reruns += 1
+            count_rerun(self._config)
             self._schedule.again(units.Unit([item], settings, reruns=reruns))
         # What follows the run's last test of a wide fixture is part of that test's own teardown.
         self._emission.end(item, run, self._end_levels(item, nextitem))

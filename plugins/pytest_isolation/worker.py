@@ -44,6 +44,8 @@ class Worker:
         for name in ("controller", "carriers", "deferred"):
             manager.unregister(name=f"isolation-{name}")
         quiet_terminal(manager)
+        for plugin in [each for each in manager.get_plugins() if type(each).__name__ == "WorkerInteractor"]:
+            manager.unregister(plugin)  # of pytest-xdist: its reports are made by the process that forks
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
         self._carriers.begin()
         found: dict[str, list[pytest.Item]] = {}
@@ -65,6 +67,7 @@ class Worker:
                     except pytest.exit.Exception as error:
                         guest.send({"done": {"exit": str(error.msg), "returncode": error.returncode}})
                         continue
+                    self._flush()
                     break  # this process is a template now
                 if "teardown" in job:
                     assert self._stage is not None
@@ -83,18 +86,18 @@ class Worker:
             if number:
                 guest.send({"next": number})
             last = number == len(items) - 1
-            end = self._run(item, after if last else items[number + 1], int(job.get("reruns", 0)))
+            end = self._run(item, after if last else items[number + 1], job)
             if end:
                 break
         guest.send({"done": end})
 
-    def _run(self, item: pytest.Item, nextitem: pytest.Item | None, reruns: int) -> dict[str, Any]:
+    def _run(self, item: pytest.Item, nextitem: pytest.Item | None, job: dict[str, Any]) -> dict[str, Any]:
         """One test. `nextitem` is what pytest tears down for: nothing that the template has set up, or all, where it has set
         up nothing: this fork is all that this test sees of the session then."""
         end: dict[str, Any] = {}
         counters = Counters()
         try:
-            remember_reruns(item, reruns)
+            remember_reruns(item, int(job.get("reruns", 0)), int(job.get("reruns_made", 0)))
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
         except Rerun:
             end = {"rerun": True}

@@ -1,0 +1,143 @@
+"""A debugger in a sandbox, on the user's terminal."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+SUITE = """
+    import os, sys, time
+    import pytest
+
+    def test_fails():
+        value = 41
+        print("captured")
+        assert value == 42
+
+    def test_breaks():
+        value = 7
+        breakpoint()
+        assert value == 8
+        assert os.getpid() < 10  # in its own PID namespace
+        with open("of-the-sandbox", "w"): pass
+
+    def test_fine(): pass
+
+    @pytest.fixture(scope="session")
+    def wide():
+        value = 5
+        breakpoint()
+        return value
+
+    def test_wide(wide): assert wide == 6
+    def test_wide_too(wide): assert wide == 6
+
+    def test_loops():
+        breakpoint()
+        time.sleep(60)
+"""
+
+
+def piped(pytester: pytest.Pytester, keys: str, *arguments: str) -> str:
+    pytester.makepyfile(SUITE)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--isolation", *arguments]
+    done = subprocess.run(command, input=keys, capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout + done.stderr
+
+
+def test_pdb_of_a_failure(pytester: pytest.Pytester) -> None:
+    text = piped(pytester, "p value + 1\nc\n", "--pdb", "-k", "fails or fine")
+    assert "entering PDB" in text
+    assert "(Pdb) p value + 1\n42\n" in text.replace("\r", "")
+    assert "1 failed, 1 passed" in text
+
+
+@pytest.mark.parametrize("capture", ["fd", "sys", "no"])
+def test_breakpoint(pytester: pytest.Pytester, capture: str) -> None:
+    text = piped(pytester, "p value * 6\n!value = 8\nc\n", "-k", "breaks or fine", f"--capture={capture}")
+    assert "(Pdb) p value * 6\n42\n" in text.replace("\r", "")
+    assert "2 passed" in text
+    assert not (pytester.path / "of-the-sandbox").exists()
+
+
+def test_trace(pytester: pytest.Pytester) -> None:
+    text = piped(pytester, "n\nc\n", "--trace", "-k", "fine")
+    assert "def test_fine" in text
+    assert "1 passed" in text
+
+
+def test_breakpoint_of_a_wide_fixture(pytester: pytest.Pytester) -> None:
+    text = piped(pytester, "!value = 6\nc\n", "-k", "test_wide")
+    assert text.count("PDB set_trace") == 1
+    assert "2 passed" in text
+
+
+def test_quitting_ends_the_run(pytester: pytest.Pytester) -> None:
+    text = piped(pytester, "q\n", "-k", "breaks or fine")
+    assert "Exit: Quitting debugger" in text
+    assert "passed" not in text
+
+
+def test_where_there_is_no_terminal_to_lend(pytester: pytest.Pytester) -> None:
+    assert "need --isolation-jobs=1" in piped(pytester, "", "--pdb", "--isolation-jobs=2")
+    text = piped(pytester, "", "-k", "breaks or fine", "--isolation-jobs=2")
+    assert "no debugger here: tests run at the same time" in text
+    assert "1 failed, 1 passed" in text
+
+
+class Screen:
+    """A terminal with pytest on it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._master, slave = os.openpty()
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        self.text = ""
+
+    def until(self, wanted: str, after: int = 0) -> int:
+        """Wait until it shows `wanted`; returns where it ends."""
+        deadline = time.monotonic() + 30
+        while wanted not in self.text[after:]:
+            assert time.monotonic() < deadline, self.text
+            if select.select([self._master], [], [], 0.2)[0]:
+                try:
+                    self.text += os.read(self._master, 65536).decode(errors="replace")
+                except OSError:
+                    assert wanted in self.text[after:], self.text
+        return self.text.index(wanted, after) + len(wanted)
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_a_real_terminal(pytester: pytest.Pytester) -> None:
+    """Line editing is the debugger's, Ctrl-C interrupts what it runs, and the terminal is as it was afterwards."""
+    pytester.makepyfile(SUITE)
+    screen = Screen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--isolation", "-k", "loops or fine"])
+    try:
+        at = screen.until("(Pdb) ")
+        screen.type("p 6 * 8\x7f7\r")
+        at = screen.until("42", at)
+        screen.type("p __import__('os').get_terminal_size()\r")
+        at = screen.until("terminal_size", screen.until("get_terminal_size", at))
+        screen.type("n\r")
+        time.sleep(1)
+        screen.type("\x03")
+        at = screen.until("KeyboardInterrupt", at)
+        screen.type("q\r")
+        screen.until("no tests ran" if "no tests ran" in screen.text else "=====", at)
+        assert screen.process.wait(20) in (1, 2)
+    finally:
+        screen.close()
