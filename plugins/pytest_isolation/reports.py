@@ -100,7 +100,8 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
         raise BadReport("not an object")
     if data.get("nodeid") != item.nodeid:
         raise BadReport(f"a report of another test: {clean_name(str(data.get('nodeid')), 200)}")
-    if data.get("outcome") not in _OUTCOMES or data.get("when") not in _PHASES:
+    outcomes = _OUTCOMES + (("rerun",) if item.config.pluginmanager.hasplugin("rerunfailures") else ())
+    if data.get("outcome") not in outcomes or data.get("when") not in _PHASES:
         raise BadReport("no such outcome or phase")
     checked: dict[str, Any] = {
         "$report_type": "TestReport",
@@ -117,6 +118,8 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
         ],
         **{name: _number(data.get(name)) for name in ("duration", "start", "stop")},
     }
+    if type(data.get("rerun")) is int:  # pytest-rerunfailures: how many runs came before
+        checked["rerun"] = data["rerun"]
     if "wasxfail" in data:
         checked["wasxfail"] = clean(_expect(data["wasxfail"], str))
     if data.get("_report_type") == "SubTestReport":
@@ -163,7 +166,7 @@ def _longrepr(value: Any, outcome: str, *, expected: bool) -> Any:
     """
     if outcome == "skipped" and not expected and not isinstance(value, list):
         raise BadReport("a skip without its reason")
-    if outcome == "failed" and value is None:
+    if outcome in ("failed", "rerun") and value is None:
         raise BadReport("a failure without a reason")
     if value is None or isinstance(value, str):
         return None if value is None else clean(value)

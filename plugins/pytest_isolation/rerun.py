@@ -7,6 +7,7 @@ the next worker of pytest-xdist after a crash.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -16,8 +17,36 @@ class Rerun(BaseException):
     """Ends a fork's run of a test: no `except Exception` of a plug-in's on the way must stop it."""
 
 
-def remember_reruns(item: pytest.Item, reruns: int) -> None:
-    """Before the test runs: it has failed that often."""
-    failures: Any = getattr(item.config, "failures_db", None)
-    for _ in range(reruns if failures is not None else 0):
+def remember_reruns(item: pytest.Item, reruns: int, before: int) -> None:
+    """Inside, before the test runs: it has failed that often, and `before` reruns were made in the whole run."""
+    known = getattr(sys.modules.get("pytest_rerunfailures"), "StatusDB", None)
+    if known is None or not hasattr(item.config, "failures_db"):
+        return
+    failures: Any = _counting(known)
+    for _ in range(reruns):
         failures.add_test_failure(item.nodeid)
+    for _ in range(before):
+        failures.increment_suite_reruns()
+    item.config.failures_db = failures
+
+
+def _counting(known: Any) -> Any:
+    """One of that plug-in's, that needs no other process to remember."""
+    kept: dict[tuple[str, str], int] = {}
+    found = known()
+    found._set = lambda test, key, value: kept.__setitem__((test, key), value)
+    found._get = lambda test, key: kept.get((test, key), 0)
+    return found
+
+
+def reruns_made(config: pytest.Config) -> int:
+    """On the host: in the whole run, which --max-suite-reruns limits."""
+    failures: Any = getattr(config, "failures_db", None)
+    return 0 if failures is None or not hasattr(failures, "get_suite_reruns") else int(failures.get_suite_reruns())
+
+
+def count_rerun(config: pytest.Config) -> None:
+    """On the host: one more."""
+    failures: Any = getattr(config, "failures_db", None)
+    if hasattr(failures, "increment_suite_reruns"):
+        failures.increment_suite_reruns()

@@ -213,7 +213,7 @@ class Run:
         if "report" in message:
             report = reports.decode(self._config, item, message.get("data"))
             if type(report) is pytest.TestReport:
-                if report.when in self._told.phases.seen and not hasattr(report, "rerun"):
+                if report.when in self._told.phases.seen:
                     raise reports.BadReport(f"a second report of its {report.when}")
                 self._told.phases.seen.append(str(report.when))
             self._keep("report", report)

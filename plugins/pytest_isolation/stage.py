@@ -109,11 +109,11 @@ class Stage:
         self._send_carried(item, "teardown")
 
     def _report(self, item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
-        try:
-            found: pytest.TestReport = item.ihook.pytest_runtest_makereport(item=item, call=call)
-        except Exception:  # of a plug-in that has seen no test begin here, as pytest-rerunfailures must have
-            found = self._caller("pytest_runtest_makereport")(item=item, call=call)
-        return found
+        """By pytest and the project: others, as pytest-rerunfailures, must have seen the test begin here."""
+        manager = self._session.config.pluginmanager
+        others = [each for each in manager.get_plugins() if not _is_pytests_own(each) and not _is_conftest(each)]
+        made: pytest.TestReport = manager.subset_hook_caller("pytest_runtest_makereport", others)(item=item, call=call)
+        return made
 
     def _send_carried(self, item: pytest.Item, phase: str) -> None:
         for name, data in self._carriers.collect(item, phase):
@@ -199,3 +199,7 @@ def _sections(boundary: Boundary, call: pytest.CallInfo[None]) -> list[tuple[str
 def _is_pytests_own(plugin: object) -> bool:
     module = plugin.__name__ if isinstance(plugin, types.ModuleType) else type(plugin).__module__
     return module.startswith("_pytest.")
+
+
+def _is_conftest(plugin: object) -> bool:
+    return isinstance(plugin, types.ModuleType) and (plugin.__file__ or "").endswith("/conftest.py")

@@ -35,6 +35,7 @@ class Worker:
         self._config = session.config
         self._guest: Guest | None = None
         self._tell_capture = False
+        self._runs_again = False
         self._stage: Stage | None = None
         self._terminal: Terminal | None = None
         self._carriers = Carriers(session.config)
@@ -143,7 +144,12 @@ class Worker:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._flush()  # what it printed past the capture belongs before its report
         self._send({"report": True}, reports.encode(self._config, report))
-        if str(report.outcome) == "rerun":
+        self._runs_again |= str(report.outcome) == "rerun"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self) -> None:
+        """Told by the host, but for another run of the same test."""
+        if self._runs_again:
             raise Rerun  # in a fork that nothing has happened in yet
 
     @pytest.hookimpl
