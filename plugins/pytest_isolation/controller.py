@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
 from pytest_isolation.settings import Reader, Settings
 from pytest_isolation.text import clean, clean_name
+from pytest_isolation.tmp import TmpPaths
 from pytest_isolation.worker import PAYLOAD, Worker, order_for
 
 _OUTPUT_AT_MOST = 256 << 10
@@ -73,6 +75,7 @@ class Controller:
         self._captures: dict[Settings, tuple[int, int]] = {}
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         self._current: tuple[pytest.Item, Run] | None = None
+        self._basetemp: Path | None = None
         self._lender = debugger.Lender()
         self._teardowns: list[pytest.TestReport] = []
         self._warned: list[Any] = []
@@ -111,6 +114,8 @@ class Controller:
             self._settings = {item: self._reader.of_item(item) for item in items}
         except IsolationError as error:
             raise pytest.UsageError(str(error)) from None
+        wanted = any("tmp_path_factory" in getattr(item, "fixturenames", ()) for item in items)
+        self._basetemp = TmpPaths(self._config, ()).make_base() if wanted else None
         self._flush()
         for settings in dict.fromkeys(self._settings.values()):
             if settings.enabled:
@@ -141,7 +146,8 @@ class Controller:
 
     def _job_of(self, items: Iterable[pytest.Item]) -> dict[str, Any]:
         items = list(items)
-        return {
+        base = {} if self._basetemp is None else {"basetemp": str(self._basetemp)}
+        return base | {
             "items": [[item.nodeid, self._nth[item]] for item in items],
             "tell_capture": self._settings[items[0]] not in self._captures,
             "reruns_made": reruns_made(self._config),

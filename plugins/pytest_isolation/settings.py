@@ -11,6 +11,7 @@ import pytest
 from isolation.errors import SpecError
 from isolation.spec import Limits, Mount, SandboxSpec
 from pytest_isolation import page
+from pytest_isolation.tmp import TmpPaths
 
 GRAINS = ("function", "class", "module")
 _JOBS_AT_MOST = 256
@@ -120,6 +121,10 @@ class Reader:
 def _project_mounts(config: pytest.Config) -> list[Mount]:
     """The project, copy-on-write: rootdir, the current directory, and what was named on the command line."""
     wanted = [str(config.rootpath), os.getcwd()]
+    given = config.getoption("basetemp", None)
+    if given is not None:
+        TmpPaths(config, ()).make_base()  # it is there then, and empty, as it is in plain pytest
+        wanted.append(os.path.abspath(given))
     for argument in config.args:
         path = os.path.abspath(argument.split("::")[0])
         if os.path.exists(path):

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from isolation.guest import Guest
-from pytest_isolation import reports
+from pytest_isolation import reports, tmp
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.counters import Counters
 from pytest_isolation.debugger import Terminal
 from pytest_isolation.rerun import Rerun, remember_reruns
 from pytest_isolation.stage import Stage
+from pytest_isolation.tmp import TmpPaths
 
 COLLECTOR = "isolation-controller"
 PAYLOAD = "pytest_isolation.worker:main"
@@ -36,9 +37,11 @@ class Worker:
         self._guest: Guest | None = None
         self._tell_capture = False
         self._runs_again = False
+        self._item: pytest.Item | None = None
         self._stage: Stage | None = None
         self._terminal: Terminal | None = None
         self._carriers = Carriers(session.config)
+        self._paths = TmpPaths(session.config, self._items)
 
     def __call__(self, guest: Guest) -> None:
         manager = self._config.pluginmanager
@@ -61,7 +64,10 @@ class Worker:
                 except (KeyError, IndexError):
                     guest.send({"done": {"internal_error": _NOT_COLLECTED}})
                     continue
+                if "basetemp" in job:
+                    self._paths.use_base(job["basetemp"])
                 if "setup" in job:
+                    self._paths.prepare()
                     self._stage = self._stage or Stage(self._session, self._carriers)
                     try:
                         self._stage.set_up(items, job, self._send)
@@ -97,6 +103,8 @@ class Worker:
         up nothing: this fork is all that this test sees of the session then."""
         end: dict[str, Any] = {}
         counters = Counters()
+        self._paths.prepare(item)
+        self._item = item
         try:
             remember_reruns(item, int(job.get("reruns", 0)), int(job.get("reruns_made", 0)))
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
@@ -144,6 +152,8 @@ class Worker:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._flush()  # what it printed past the capture belongs before its report
         self._send({"report": True}, reports.encode(self._config, report))
+        if report.failed and self._item is not None:
+            self._item.stash[tmp.failed] = True
         self._runs_again |= str(report.outcome) == "rerun"
 
     @pytest.hookimpl(tryfirst=True)
