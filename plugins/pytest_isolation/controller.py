@@ -68,7 +68,8 @@ class Controller:
         self._emission = Emission(config, run)
         self.carriers = Carriers(config)
         config.pluginmanager.register(self.carriers, "isolation-carriers")
-        config.pluginmanager.register(Deferred(self._is_isolated), "isolation-deferred")
+        self.deferred = Deferred(self._is_isolated)
+        config.pluginmanager.register(self.deferred, "isolation-deferred")
         self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}
         self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id

@@ -19,6 +19,7 @@ from pytest_isolation.text import clean, clean_all, clean_name
 
 _OUTCOMES = ("passed", "failed", "skipped")
 _PHASES = ("setup", "call", "teardown")
+_TEXTS = ("_hypothesis_stats",)  # other plug-ins' attributes of a report that they print
 _SECTIONS_AT_MOST = 1000
 _PROPERTIES_AT_MOST = 10_000
 _WARNING_NAMES = frozenset(
@@ -120,6 +121,9 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
     }
     if type(data.get("rerun")) is int:  # pytest-rerunfailures: how many runs came before
         checked["rerun"] = data["rerun"]
+    for name in _TEXTS:
+        if isinstance(data.get(name), str):
+            checked[name] = clean(data[name])
     if "wasxfail" in data:
         checked["wasxfail"] = clean(_expect(data["wasxfail"], str))
     if data.get("_report_type") == "SubTestReport":

@@ -16,6 +16,7 @@ from isolation.template import Fork
 from isolation.wire import Message
 from pytest_isolation import crash, reports
 from pytest_isolation.carriers import Carriers, Refused
+from pytest_isolation.deferred import Deferred
 from pytest_isolation.settings import Settings
 from pytest_isolation.text import clean
 from pytest_isolation.units import Unit
@@ -33,6 +34,8 @@ class Host(Protocol):
 
     @property
     def carriers(self) -> Carriers: ...
+    @property
+    def deferred(self) -> Deferred: ...
     def print_raw(self, fd: int, data: bytes) -> None: ...
     def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None: ...
     def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]: ...
@@ -293,7 +296,8 @@ class Run:
 
     def _die(self, verdict: Verdict) -> None:
         self._verdict = verdict
-        self._crash(crash.explain(verdict, self._limits))
+        wall = time.time() - self._told.started
+        self._crash(self._host.deferred.explain(self._item, verdict, wall) or crash.explain(verdict, self._limits))
 
     def _spoilt(self, message: str) -> None:
         if not self.over:

@@ -73,6 +73,11 @@ class Carriers:
         carrier, value = checked
         carrier.apply(item, value)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self) -> None:
+        for carrier in self._found():
+            carrier.prepare()
+
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self) -> Generator[None, object, object]:
         """Within the wrappers of all plug-ins: pytest-cov adds up in its own."""

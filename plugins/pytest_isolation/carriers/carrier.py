@@ -24,6 +24,9 @@ class Carrier:
         """One, if the plug-in is in use."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """On the host, before anything is forked: what each fork would have to do by itself."""
+
     def begin(self) -> None:
         """Inside: forget what was there before the fork."""
 

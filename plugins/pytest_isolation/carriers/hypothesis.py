@@ -43,6 +43,12 @@ class HypothesisCarrier(Carrier):
         database = hypothesis.settings.default.database if hypothesis.settings.default is not None else None
         return cls(database) if isinstance(database, DirectoryBasedExampleDatabase) else None
 
+    def prepare(self) -> None:
+        """A table of all characters takes longer than most tests: it is a file after the first run that has needed it."""
+        from hypothesis.internal import charmap
+
+        charmap.charmap()
+
     # Inside.
 
     def begin(self) -> None:
@@ -50,6 +56,7 @@ class HypothesisCarrier(Carrier):
         if not self._watching:
             self._watching = True
             self._watch()
+            self.prepare()
 
     def _watch(self) -> None:
         """Note what its two ways to change a directory are called with; `move` uses rename(2), and is the two in one."""
