@@ -84,7 +84,7 @@ def steps_of(project: Path) -> Any:
 
 
 def test_what_a_template_did_is_seen_and_what_a_fork_does_is_not(project: Path) -> None:
-    elsewhere = [name for name in (project.parts[2:3] if project.parts[1] == "tmp" else ())]
+    elsewhere = list(project.parts[2:3] if project.parts[1] == "tmp" else ())
     with here(steps_of(project), mounts=[Mount.overlay(project)]) as root, root.branch("a") as branch:
         first = made(branch)
         assert branch.receive(1) == {"did": "a"}
@@ -120,10 +120,8 @@ def test_depth_has_an_end(project: Path) -> None:
             kept.append(template.branch(name))
             template = made(kept[-1])
         assert ask(template, 1)["done"] == list("abcde")
-        with pytest.raises(LaunchError, match="at most 5 deep"), template.branch("f") as branch:
-            while branch.receive(20) is not None:
-                pass
-            branch.template(20)
+        with template.branch("f") as branch, pytest.raises(LaunchError, match="at most 5 deep"):
+            branch.receive(20)
         for branch in reversed(kept):
             branch.close()
 
