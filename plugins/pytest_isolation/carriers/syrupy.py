@@ -1,7 +1,9 @@
 """syrupy: which snapshots a test has used is counted (and unused ones deleted) where the run ends.
 
-A sandbox tells of each assertion which snapshot it was for, by its index; name and file follow from the test, here. The
-snapshots are written inside, at the end of each test, and reach the host through a writable mount of their directory.
+A sandbox tells of each assertion the file and the name of its snapshot, which protect what is there under these: no file is
+opened for them.
+The snapshots are written inside, at the end of each test, and reach the host through a writable
+mount of their directory.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from isolation.spec import Mount
-from pytest_isolation.carriers.carrier import Carrier, Refused, qualified, subclasses
+from pytest_isolation.carriers.carrier import Carrier, Refused, qualified, subclasses, text_of
 
 _ASSERTIONS_AT_MOST = 10_000  # of one test
 _CLASSES_AT_MOST = 50
@@ -44,10 +46,9 @@ class SyrupyCarrier(Carrier):
         self._known += len(new)
         found = []
         for assertion in new:
-            indices = {number: index for index, number in assertion._execution_name_index.items()}
             results = [
-                [indices.get(number), bool(result.created), bool(result.updated), bool(result.success)]
-                for number, result in assertion.executions.items()
+                [each.snapshot_location, each.snapshot_name, bool(each.created), bool(each.updated), bool(each.success)]
+                for each in assertion.executions.values()
             ]
             classes = [qualified(kind) for kind in type(assertion.extension).__mro__[:_CLASSES_AT_MOST]]
             found.append([classes, results])
@@ -67,12 +68,12 @@ class SyrupyCarrier(Carrier):
             kind = next((known[name] for name in classes[:_CLASSES_AT_MOST] if name in known), None)
             if kind is None or len(results) > _ASSERTIONS_AT_MOST:
                 raise Refused("syrupy: no extension, or too many results")
-            for index, *flags in results:
-                if type(index) not in (int, str) or len(str(index)) > 1000 or len(flags) != 3:
-                    raise Refused("syrupy: no index")
-                if not all(type(flag) is bool for flag in flags):
+            checked = []
+            for location, name, *flags in results:
+                if len(flags) != 3 or not all(type(flag) is bool for flag in flags):
                     raise Refused("syrupy: no result")
-            found.append((kind, results))
+                checked.append((text_of(location, 4096), text_of(name, 4096), *flags))
+            found.append((kind, checked))
         return found
 
     def apply(self, item: pytest.Item, value: list[tuple[type, list[Any]]]) -> None:
@@ -86,13 +87,10 @@ class SyrupyCarrier(Carrier):
                 session=self._session, extension_class=kind, test_location=place,
                 update_snapshots=option.update_snapshots,
             )  # fmt: skip
-            for number, (index, created, updated, success) in enumerate(results):
-                location = made.extension.get_location(test_location=place, index=index)
+            for number, (location, name, created, updated, success) in enumerate(results):
                 made._execution_results[number] = AssertionResult(
-                    snapshot_location=location,
-                    snapshot_name=made.extension.get_snapshot_name(test_location=place, index=index),
-                    asserted_data="", recalled_data="", created=created, updated=updated, success=success,
-                    exception=None, test_location=place,
+                    snapshot_location=location, snapshot_name=name, asserted_data="", recalled_data="", created=created,
+                    updated=updated, success=success, exception=None, test_location=place,
                 )  # fmt: skip
                 if (created or updated) and not self._is_there(location):
                     self._lost.add(os.path.dirname(location))
