@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -47,3 +48,32 @@ def test_hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert expected[:60] in done.stdout, (expected, done.stdout)
     assert (home / "precious").read_text() == "still here"
     assert (tmp_path / "hostile" / "test_hostile.py").exists()
+
+
+def needs_servers() -> None:
+    """Debian's packages; where CI runs, one that is missing is a failure."""
+    initdb = shutil.which("initdb") or next(Path("/usr/lib/postgresql").glob("*/bin/initdb"), None)
+    if not (initdb and shutil.which("redis-server")):
+        assert "CI" not in os.environ, "postgresql and redis-server are to be installed"
+        pytest.skip("postgresql and redis-server are not installed")
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_databases_in_processes(tmp_path: Path) -> None:
+    """Each test has its own, which is said."""
+    needs_servers()
+    done = run("databases", tmp_path, "--isolation", "--isolation-jobs=2")
+    root = os.geteuid() == 0  # whom PostgreSQL refuses to serve
+    assert ("2 passed, 3 skipped" if root else "5 passed") in done.stdout, done.stdout
+    for name in ("redis",) if root else ("redis", "postgres"):
+        assert f"fixture '{name}' leaves" in done.stdout
+
+
+@pytest.mark.usefixtures("microvm_ready")
+def test_databases_in_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_cache: str) -> None:
+    """Both servers start once, and every test has a running copy."""
+    needs_servers()
+    monkeypatch.setenv("XDG_CACHE_HOME", real_cache)
+    done = run("databases", tmp_path, "--isolation=microvm")
+    assert "5 passed" in done.stdout, done.stdout
+    assert "leaves" not in done.stdout

@@ -6,6 +6,7 @@ What it will ask for next runs meanwhile, and what is said of it waits for its t
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import time
@@ -27,6 +28,9 @@ from pytest_isolation.wide import Wide
 _AHEAD_AT_MOST = 2000  # units
 _KEPT_AT_MOST = 256 << 20  # bytes
 _SETUP_LOOKS_AHEAD = 500  # units
+_SAID_AT_MOST = 128 << 20  # bytes, by a template while it is set up
+_MESSAGE = 100  # bytes that one counts for at least
+_AT_ONCE = 500  # messages, or pieces of output
 
 
 class Schedule:
@@ -117,37 +121,27 @@ class Schedule:
         `output` get what it says."""
         deadline = None if wall is None else time.monotonic() + wall
         streams = {branch.stdout: 1, branch.stderr: 2}
+        said = 0
         fds = [*branch.filenos(), *streams]
         for fd in fds:
             self._poller.register(fd, select.POLLIN)
         try:
             while True:
                 for fd, number in streams.items():
-                    try:
-                        while data := os.read(fd, 1 << 16):
-                            output(number, data)
-                    except BlockingIOError:
-                        pass
-                ended = False
-                try:
-                    while (said := branch.receive(0)) is not None:
-                        message(said)
-                    ended = True
-                except TimeoutError:
-                    pass
-                except (WireError, LaunchError):
-                    return None
+                    said += _relay(fd, functools.partial(output, number))
                 try:
                     template = branch.template(0)
-                except LaunchError:
+                    more = _take(branch, message)
+                except (WireError, LaunchError):
                     return None
-                if template is not None or ended:
-                    try:
-                        while (said := branch.receive(0)) is not None:
-                            message(said)
-                    except (TimeoutError, WireError, LaunchError):
-                        pass
+                while template is not None and more:  # it waits, so this comes to an end
+                    more = _take(branch, message)
+                if template is not None or more is None:
                     return template
+                said += more
+                if said > _SAID_AT_MOST:
+                    branch.end(Verdict(Ended.KILLED))
+                    return None
                 if deadline is not None and time.monotonic() >= deadline:
                     branch.end(Verdict(Ended.TIMED_OUT))
                     return None
@@ -273,3 +267,33 @@ class Schedule:
         self._waiting += 1
         if run.rest:
             self.again(Unit(run.rest, run.unit.settings))
+
+
+def _relay(fd: int, output: Callable[[bytes], None]) -> int:
+    """Pass on what there is, within reason; how many bytes that was."""
+    count = 0
+    for _ in range(_AT_ONCE):
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            break
+        if not data:
+            break
+        count += len(data)
+        output(data)
+    return count
+
+
+def _take(branch: Branch, message: Callable[[Any], None]) -> int | None:
+    """Pass on what messages there are, within reason; how many bytes those were, or None at the end of them all."""
+    count = 0
+    for _ in range(_AT_ONCE):
+        try:
+            said = branch.receive(0)
+        except TimeoutError:
+            break
+        if said is None:
+            return None
+        count += _MESSAGE + len(said.get("data", b""))
+        message(said)
+    return count

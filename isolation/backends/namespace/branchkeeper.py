@@ -93,7 +93,7 @@ class BranchKeeper(Keeper):
         said = self._midwife.recv(64)
         if not said:
             raise WireError("the template is gone")
-        if said[:1] != b"w" or not said[1:].isdigit() or len(said) > 8:
+        if self._warm or said[:1] != b"w" or not said[1:].isdigit() or len(said) > 8:
             raise WireError("the template does not speak as it should")
         self._warm = True
         return min(_SCRATCH_AT_MOST, int(said[1:]))
@@ -175,7 +175,7 @@ class BranchKeeper(Keeper):
 
     def _answer(self, child: Child) -> None:
         if child.pid >= 0:
-            super()._answer(child)
+            self._answer_born(child)
             return
         request = b""
         ancillary: list[tuple[int, int, bytes]] = []
@@ -188,6 +188,21 @@ class BranchKeeper(Keeper):
         refused = OSError("the template made no copy of itself")
         self._unforked(child.number, error_in(request) if request[:1] == b"x" else refused)
         self._drop(child)
+
+    def _answer_born(self, child: Child) -> None:
+        """Its code is the template's, which is not trusted: it may have its ids mapped, and nothing else."""
+        request = b""
+        with contextlib.suppress(ConnectionResetError):
+            request = child.leash.recv(64)
+        try:
+            if request != b"i":
+                child.leash.close()
+                return
+            self._map_inner(child)
+            child.leash.send(request)
+        except OSError as error:
+            self._unforked(child.number, error)
+            child.kill()
 
     def _is_born(self, child: Child, pid: int) -> None:
         """Its number is the kernel's word (SCM_CREDENTIALS, unix(7)), in this PID namespace."""
