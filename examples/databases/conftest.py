@@ -27,7 +27,8 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
         server = Postgres(Path(os.path.realpath(found)).parent, tmp_path_factory.mktemp("postgres"))
     except NotHere as error:
         pytest.skip(str(error))
-    server.sql("create table stock (item text primary key, number int); insert into stock values ('apples', 5), ('pears', 7)")
+    server.sql("create table stock (item text primary key, number int)")
+    server.sql("insert into stock values ('apples', 5), ('pears', 7)")
     yield server
     server.stop()
 

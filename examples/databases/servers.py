@@ -52,7 +52,8 @@ class Redis:
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while not self._socket.exists():
-            assert self._process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
+            assert self._process.poll() is None, "redis-server did not start"
+            assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.01)
 
     def __call__(self, *words: str) -> str:
