@@ -3,6 +3,7 @@ environment block holds the secret from its first moment on."""
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
@@ -94,7 +95,42 @@ def run_fork(host: Host, attack: str, without: str = "", **changes: Any) -> str:
         return "\n".join(message["lines"])
 
 
-RUNNERS = {"command": run_command, "fork": run_fork}
+def run_template(host: Host, attack: str, without: str = "", *, forked: bool = False, **changes: Any) -> str:
+    """Run an attack where a wide fixture would: in a template that is itself a fork; or (`forked`) in a fork of that."""
+    source = attack.format_map(host.facts())
+
+    def payload(guest: Guest) -> None:
+        def attempt() -> None:
+            lines: list[str] = []
+            exec(source, {"print": lambda *words, lines=lines: lines.append(" ".join(map(str, words)))})
+            guest.send({"lines": lines})
+
+        for _level in guest.forks():
+            if not forked:
+                attempt()
+            for _job in guest.forks():
+                attempt()
+
+    spec = SandboxSpec(mounts=[Mount.overlay(host.project)], workdir=str(host.project), **changes)
+    plan = make_plan(spec, python=python_environment(), defences=ALL_DEFENCES - set(without.split()))
+    with NamespaceTemplate(plan, payload) as root, root.branch() as branch:
+        template = branch.template(20)
+        assert template is not None, branch.wait(5)
+        if not forked:
+            message = branch.receive(20)
+        else:
+            with template.fork() as fork:
+                message = fork.receive(20)
+        assert message is not None
+        return "\n".join(message["lines"])
+
+
+RUNNERS = {
+    "command": run_command,
+    "fork": run_fork,
+    "template": run_template,
+    "fork-of-fork": functools.partial(run_template, forked=True),
+}
 
 
 def main() -> None:
