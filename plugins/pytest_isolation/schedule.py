@@ -129,14 +129,15 @@ class Schedule:
             while True:
                 for fd, number in streams.items():
                     said += _relay(fd, functools.partial(output, number))
+                over = False
                 try:
                     template = branch.template(0)
+                except LaunchError:
+                    template, over = None, True
+                more = _take(branch, message)
+                while more and (over or template is not None):  # it says no more than it has said
                     more = _take(branch, message)
-                except (WireError, LaunchError):
-                    return None
-                while template is not None and more:  # it waits, so this comes to an end
-                    more = _take(branch, message)
-                if template is not None or more is None:
+                if over or template is not None or more is None:
                     return template
                 said += more
                 if said > _SAID_AT_MOST:
@@ -292,6 +293,8 @@ def _take(branch: Branch, message: Callable[[Any], None]) -> int | None:
             said = branch.receive(0)
         except TimeoutError:
             break
+        except (WireError, LaunchError):
+            return None
         if said is None:
             return None
         count += _MESSAGE + len(said.get("data", b""))
