@@ -287,7 +287,7 @@ class Controller:
             for level in chain.open_levels():
                 if level.last is not None and chain.find(level.node) is level:  # type: ignore[arg-type]
                     self._schedule.tear_down(chain, level, level.last)
-        self._late += [f"{report.nodeid}: {report.longreprtext}" for report in self._teardowns if report.failed]
+        self._late += [f"error at teardown, after {report.nodeid}: {report.longreprtext}" for report in self._teardowns if report.failed]
 
     def _on_branch(self, branch: Branch, level: Level) -> Template | None:
         """A template is being made, or set up further, or torn down."""
@@ -369,10 +369,15 @@ class Controller:
                 f"every test. Use --isolation=microvm, or list it in 'isolation_share' if tests do not need that."
             )
         for text in self._late:
-            terminalreporter.line(f"error at teardown, after the last test: {text}")
+            terminalreporter.line(text, red=True)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        self._emission.write(exitstatus, self._backend)
+        try:
+            self._emission.write(exitstatus, self._backend)
+        except OSError as error:
+            self._late.append(f"the report could not be written: {error}")
+            if session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
 
     # Output.
 

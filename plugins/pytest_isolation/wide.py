@@ -7,6 +7,7 @@ stage.py, and where one is missing, no fixture is shared: every fork sets up its
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Container, Iterator, Mapping
@@ -44,7 +45,7 @@ def needs_of(item: pytest.Item, *, unshared: Container[str] = (), within: type[p
         if within is not None and isinstance(node, within):
             break
         here = {wide.name: wide for owner, wide in found if owner is node}
-        if isinstance(node, pytest.Package) and _has_setup(node):
+        if isinstance(node, pytest.Package) and _has_setup(str(node.path / "__init__.py")):
             here[f"setup_module of {node.nodeid}"] = Wide("", 0, None)
         if here and isinstance(node, pytest.Collector):
             needs[node] = here
@@ -91,9 +92,10 @@ def _owner(item: pytest.Item, definition: Any) -> pytest.Collector | None:
     return item.session
 
 
-def _has_setup(package: pytest.Package) -> bool:
-    """Whether a package's own `__init__` has functions for set-up (xunit style)."""
-    path = str(package.path / "__init__.py")
+@functools.cache
+def _has_setup(path: str) -> bool:
+    """Whether a package's own `__init__` has functions for set-up (xunit style). Asked when all has been collected, which
+    has imported it."""
     name = os.path.basename(os.path.dirname(path))
     for known, module in list(sys.modules.items()):
         if known.rpartition(".")[2] == name and getattr(module, "__file__", None) == path:
