@@ -287,7 +287,9 @@ class Controller:
             for level in chain.open_levels():
                 if level.last is not None and chain.find(level.node) is level:  # type: ignore[arg-type]
                     self._schedule.tear_down(chain, level, level.last)
-        self._late += [f"error at teardown, after {report.nodeid}: {report.longreprtext}" for report in self._teardowns if report.failed]
+        for report in self._teardowns:
+            if report.failed:
+                self._late.append(f"error at teardown, after {report.nodeid}: {report.longreprtext}")
 
     def _on_branch(self, branch: Branch, level: Level) -> Template | None:
         """A template is being made, or set up further, or torn down."""

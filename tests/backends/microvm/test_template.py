@@ -162,7 +162,8 @@ def test_the_clock_is_the_hosts(template: Template) -> None:
 def test_forks_of_a_fork(template: Template) -> None:
     with template.branch({"level": 1}) as one, template.branch({"level": 2}) as two:
         branch, other = one.template(120), two.template(120)
-        assert branch is not None and other is not None
+        assert branch is not None
+        assert other is not None
         for name, made in (("a", branch), ("b", other), ("c", branch)):
             level = 1 if made is branch else 2
             assert ask(made, name) == {"outer": {"level": level}, "inner": name, "count": 1, "mine": False}

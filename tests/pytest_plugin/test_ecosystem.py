@@ -1,0 +1,637 @@
+"""Other plug-ins do with --isolation what they do without: each test runs the real one twice, and compares."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pytest_isolation.carriers import Carriers, Refused
+
+ISOLATION = "--isolation"
+
+
+def need(*modules: str) -> None:
+    """A plug-in may be missing where someone works on other things; where all is checked, none may."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            if os.environ.get("CI"):
+                pytest.fail(f"{name} is not installed")
+            pytest.skip(f"needs {name}")
+
+
+def run(pytester: pytest.Pytester, *arguments: str, cache: bool = False) -> pytest.RunResult:
+    quiet = [] if cache else ["-p", "no:cacheprovider"]
+    return pytester.runpytest_subprocess(*quiet, *arguments, timeout=120)
+
+
+def outcomes(result: pytest.RunResult) -> list[str]:
+    """A line for each report of -rA, without the message, which may name a process or a time."""
+    words = ("PASSED", "FAILED", "SKIPPED", "XFAIL", "XPASS", "ERROR", "RERUN", "SUBFAILED", "SUBPASSED")
+    return sorted(line.split(" - ")[0] for line in result.outlines if line.startswith(words))
+
+
+def both(pytester: pytest.Pytester, *arguments: str, cache: bool = False) -> tuple[pytest.RunResult, pytest.RunResult]:
+    """Plain and isolated, with the same outcomes."""
+    plain = run(pytester, "-rA", *arguments, cache=cache)
+    isolated = run(pytester, "-rA", *arguments, ISOLATION, cache=cache)
+    assert outcomes(isolated) == outcomes(plain), isolated.stdout.str() + isolated.stderr.str()
+    assert outcomes(plain)
+    assert isolated.ret == plain.ret
+    return plain, isolated
+
+
+# coverage.py
+
+CODE = """
+    def branchy(n):
+        if n > 1:
+            return "big"
+        elif n == 1:
+            return "one"
+        return "small"
+
+    def in_fixture():
+        return 1
+
+    def in_teardown():
+        return 2
+
+    def in_thread():
+        return 3
+
+    def in_child():
+        return 4
+
+    def never():
+        return 5
+"""
+TESTS = """
+    import subprocess, sys, threading
+    import pytest
+    from app import code
+
+    @pytest.fixture(scope="module")
+    def wide():
+        yield code.in_fixture()
+        code.in_teardown()
+
+    def test_a(wide): assert code.branchy(2) == "big"
+    def test_b(wide): assert code.branchy(0) == "small"
+    def test_lazy():
+        from app import lazy
+        assert lazy.f() == 1
+    def test_thread():
+        thread = threading.Thread(target=code.in_thread)
+        thread.start()
+        thread.join()
+    def test_fails(): assert code.branchy(1) == "nope"
+    def test_child(): subprocess.run([sys.executable, "-c", "from app import code; code.in_child()"], check=True)
+"""
+
+
+@pytest.fixture
+def measured(pytester: pytest.Pytester) -> pytest.Pytester:
+    need("pytest_cov")
+    package = pytester.mkpydir("app")
+    package.joinpath("lazy.py").write_text("def f():\n    return 1\n")
+    pytester.makepyfile(**{"app/code": CODE, "tests/test_it": TESTS})
+    pytester.syspathinsert()
+    return pytester
+
+
+def table(result: pytest.RunResult) -> list[str]:
+    return [line for line in result.outlines if line.startswith(("app/", "TOTAL", "FAIL Required", "Required"))]
+
+
+def data(path: Path) -> dict[tuple[str, str], set[object]]:
+    """By context and file, what a data file holds; the run with a child's process id in it has none."""
+    from coverage import CoverageData
+
+    found = CoverageData(str(path))
+    found.read()
+    content = {}
+    for context in found.measured_contexts():
+        found.set_query_context(f"^{re.escape(context)}$")
+        for file in found.measured_files():
+            numbers = set(found.arcs(file) or ()) or set(found.lines(file) or ())
+            if numbers:
+                content[context, file] = numbers
+    return content
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cov=app"],
+        ["--cov=app", "--cov-branch"],
+        ["--cov=.", "--cov-branch"],
+        ["--cov=app", "--cov-context=test"],
+        ["--cov=app", "--cov-fail-under=99"],
+        ["--cov=app", "--cov-fail-under=10"],
+    ],
+    ids=" ".join,
+)
+def test_cov(measured: pytest.Pytester, arguments: list[str]) -> None:
+    arguments = ["-p", "pytest_cov", *arguments, "tests"]
+    results = []
+    for more in ([], [ISOLATION]):
+        done = run(measured, "-rA", *arguments, *more)
+        results.append((outcomes(done), table(done), done.ret, data(measured.path / ".coverage")))
+        (measured.path / ".coverage").unlink()
+    assert results[1] == results[0]
+    assert any(line.startswith("TOTAL") for line in results[0][1])
+
+
+def test_cov_with_xdist(measured: pytest.Pytester) -> None:
+    need("xdist")
+    plain, isolated = both(measured, "-p", "pytest_cov", "-p", "xdist", "-n2", "--cov=app", "--cov-branch", "tests")
+    assert table(isolated) == table(plain)
+
+
+@pytest.mark.parametrize("config", ["branch = true\nparallel = true", "patch = subprocess", "relative_files = true"])
+def test_coverage_run(measured: pytest.Pytester, config: str) -> None:
+    """Without pytest-cov; processes that a test starts are counted where coverage.py is told to."""
+    (measured.path / ".coveragerc").write_text(f"[run]\nsource = app\n{config}\n")
+    reports = []
+    for more in ([], [ISOLATION]):
+        for old in measured.path.glob(".coverage.*"):
+            old.unlink()
+        command = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests", *more]
+        done = measured.run(*command)
+        assert "1 failed, 5 passed" in done.stdout.str()
+        if list(measured.path.glob(".coverage.*")):
+            measured.run(sys.executable, "-m", "coverage", "combine")
+        report = measured.run(sys.executable, "-m", "coverage", "report", "-m")
+        reports.append(report.outlines)
+    assert reports[1] == reports[0]
+    assert any(line.startswith("TOTAL") for line in reports[0])
+
+
+def test_coverage_of_a_liar(measured: pytest.Pytester) -> None:
+    """A test says what it likes of lines and files: only lines of the project's own files are taken."""
+    measured.makepyfile(**{"tests/test_it": """
+        import pytest, sys
+        from app import code
+
+        def test_lies(request):
+            carriers = request.config.pluginmanager.getplugin("isolation-worker")._carriers
+            recorder = next(each for each in carriers._found() if each.name == "coverage")._recorder
+            for path in ("/etc/passwd", sys.modules["pytest"].__file__, "/nowhere/app/code.py", "app/code.py\\0"):
+                recorder.add_lines({path: {1, 2}})
+            recorder.add_lines({code.__file__: {2, 999_999}})
+    """})
+    done = run(measured, "-p", "pytest_cov", "--cov=app", ISOLATION, "tests")
+    assert done.ret == 0
+    assert {os.path.basename(file) for _context, file in data(measured.path / ".coverage")} == {"code.py"}
+    with sqlite3.connect(measured.path / ".coverage") as database:
+        names = {Path(path).name for (path,) in database.execute("select path from file")}
+    assert names <= {"__init__.py", "code.py", "lazy.py"}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"branch": false, "contexts": {"": {"a": [-1]}}, "tracers": {}}',
+        b'{"branch": false, "contexts": {"": {"a": [true]}}, "tracers": {}}',
+        b'{"branch": false, "contexts": {"": {"a": [1e9]}}, "tracers": {}}',
+        b'{"branch": false, "contexts": {"": {"a": [99999999]}}, "tracers": {}}',
+        b'{"branch": true, "contexts": {}, "tracers": {}}',
+        b"[" * 100_000,
+    ],
+    ids=lambda sent: sent.decode()[:60],
+)
+def test_what_is_not_coverage_is_refused(request: pytest.FixtureRequest, sent: bytes) -> None:
+    need("coverage")
+    import coverage
+
+    measuring = coverage.Coverage(data_file=None, branch=False)
+    with measuring.collect():
+        carriers = Carriers(request.config)
+        with pytest.raises(Refused):
+            carriers.check("coverage", request.node, sent)
+        with pytest.raises(Refused):
+            carriers.check("pickle", request.node, sent)
+
+
+# Plug-ins that decide on when and how a test runs.
+
+SUITE = """
+    import unittest
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def wide(): return 1
+    def test_pass(wide): assert wide == 1
+    def test_fail(wide): assert wide == 2
+    def test_skip(): pytest.skip("not today")
+    @pytest.mark.xfail
+    def test_xfail(): assert 0
+    @pytest.fixture
+    def broken(): raise ValueError("in setup")
+    def test_error(broken): pass
+    @pytest.mark.parametrize("n", range(10))
+    def test_many(n): assert n != 7
+    class TestCase(unittest.TestCase):
+        @classmethod
+        def setUpClass(cls): cls.shared = 1
+        def test_unit(self): self.assertEqual(self.shared, 1)
+        def test_unit_fails(self): self.assertEqual(self.shared, 2)
+        @unittest.skip("unit skip")
+        def test_unit_skip(self): pass
+        def test_sub(self):
+            for n in range(3):
+                with self.subTest(n=n): self.assertNotEqual(n, 1)
+    def test_subtests(subtests):
+        for n in range(3):
+            with subtests.test(n=n): assert n != 1
+"""
+
+
+@pytest.mark.parametrize("how", [["-n2"], ["-n2", "--dist=loadfile"], ["-n2", "--dist=loadgroup"], ["-n0"]], ids=" ".join)
+def test_xdist(pytester: pytest.Pytester, how: list[str]) -> None:
+    need("xdist")
+    pytester.makepyfile(test_one=SUITE, test_two=SUITE)
+    both(pytester, "-p", "xdist", *how)
+
+
+def test_xdist_goes_on_after_a_crash(pytester: pytest.Pytester) -> None:
+    need("xdist")
+    pytester.makepyfile("import os\ndef test_dies(): os.abort()\ndef test_lives(): pass\n")
+    done = run(pytester, "-p", "xdist", "-n2", ISOLATION)
+    done.assert_outcomes(passed=1, failed=1)
+    done.stdout.fnmatch_lines(["*SIGABRT*"])
+    done.stdout.no_fnmatch_line("*worker*crashed*")
+
+
+RERUNS = """
+    import os
+    import pytest
+
+    def test_always(): assert 0
+    @pytest.mark.flaky(reruns=2)
+    def test_third(request):
+        assert not os.path.exists("made-here")
+        open("made-here", "w").close()
+        assert request.node.execution_count == 3
+    def test_ok(): pass
+    @pytest.fixture
+    def bad(): raise ValueError
+    def test_setup(bad): pass
+    @pytest.fixture
+    def late():
+        yield
+        raise KeyError
+    def test_both(late): assert 0
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--reruns=2"], ["--reruns=1", "--only-rerun=Value"], ["--reruns=3", "--max-suite-reruns=2"], ["-p", "xdist", "-n2", "--reruns=2"]],
+    ids=" ".join,
+)
+def test_rerunfailures(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    need("pytest_rerunfailures", "xdist")
+    pytester.makepyfile(RERUNS.replace('assert not os.path.exists("made-here")', 'if os.path.exists("made-here"): os.unlink("made-here")'))
+    _plain, isolated = both(pytester, "-p", "rerunfailures", *arguments)
+    assert "rerun" in isolated.outlines[-1]
+
+
+def test_each_rerun_is_in_a_fork_of_its_own(pytester: pytest.Pytester) -> None:
+    need("pytest_rerunfailures")
+    pytester.makepyfile(RERUNS)
+    done = run(pytester, "-p", "rerunfailures", "-k", "test_third", ISOLATION)
+    assert done.parseoutcomes() == {"passed": 1, "rerun": 2, "deselected": 4}
+
+
+@pytest.mark.parametrize("method", ["signal", "thread"])
+@pytest.mark.parametrize("mark", ["", ", func_only=True"])
+def test_timeout(pytester: pytest.Pytester, method: str, mark: str) -> None:
+    """The thread method ends all of plain pytest; here it can only end the one test."""
+    need("pytest_timeout")
+    pytester.makepyfile(f"""
+        import time
+        import pytest
+
+        @pytest.mark.timeout(0.5, method={method!r}{mark})
+        def test_hangs(): time.sleep(30)
+        @pytest.mark.timeout(20, method={method!r}{mark})
+        def test_after(): pass
+    """)
+    done = run(pytester, "-p", "timeout", ISOLATION)
+    done.assert_outcomes(passed=1, failed=1)
+    assert "from pytest-timeout" in done.stdout.str() or (method == "thread" and mark)
+
+
+def test_session_timeout(pytester: pytest.Pytester) -> None:
+    need("pytest_timeout")
+    pytester.makepyfile("import time\ndef test_a(): time.sleep(1)\ndef test_b(): pass\n")
+    _plain, isolated = both(pytester, "-p", "timeout", "--session-timeout=0.5")
+    assert "session-timeout" in isolated.stdout.str()
+
+
+def test_randomly(pytester: pytest.Pytester) -> None:
+    need("pytest_randomly")
+    pytester.makepyfile("""
+        import random, pytest
+        @pytest.mark.parametrize("n", range(8))
+        def test_it(n): print("DRAWN", n, random.random())
+    """)
+    drawn = []
+    for more in ([], [ISOLATION], [ISOLATION, "--isolation-jobs=2"]):
+        done = run(pytester, "-p", "randomly", "--randomly-seed=7", "-s", *more)
+        assert done.ret == 0
+        drawn.append(re.findall(r"DRAWN (\d+) (\S+)", done.stdout.str()))
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert [n for n, _ in drawn[0]] != sorted(n for n, _ in drawn[0])
+
+
+# Plug-ins that run a test's function.
+
+
+def test_asyncio(pytester: pytest.Pytester) -> None:
+    need("pytest_asyncio")
+    pytester.makepyfile("""
+        import asyncio, pytest, pytest_asyncio
+        pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+        @pytest_asyncio.fixture(loop_scope="module", scope="module")
+        async def wide():
+            await asyncio.sleep(0)
+            loop = asyncio.get_running_loop()
+            yield loop
+            assert loop is asyncio.get_running_loop()
+
+        async def test_wide(wide): assert asyncio.get_running_loop() is wide
+        async def test_wide_again(wide): assert asyncio.get_running_loop() is wide
+        async def test_fails(wide): assert 0
+        @pytest.mark.asyncio(loop_scope="function")
+        async def test_function(): await asyncio.sleep(0.01)
+        @pytest.mark.asyncio(loop_scope="session")
+        async def test_session():
+            server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+            server.close()
+    """)
+    both(pytester, "-p", "asyncio", "-o", "asyncio_default_fixture_loop_scope=function")
+
+
+def test_anyio(pytester: pytest.Pytester) -> None:
+    need("anyio")
+    pytester.makepyfile("""
+        import anyio, pytest
+        pytestmark = pytest.mark.anyio
+
+        @pytest.fixture(scope="module")
+        def anyio_backend(): return "asyncio"
+        @pytest.fixture(scope="module")
+        async def wide():
+            await anyio.sleep(0)
+            yield 1
+
+        async def test_a(wide): await anyio.sleep(0.01)
+        async def test_b(wide): assert wide == 2
+        async def test_c(): await anyio.sleep(0.01)
+    """)
+    both(pytester, "-p", "anyio")
+
+
+HYPOTHESIS = """
+    from hypothesis import given, strategies as st
+
+    @given(st.integers())
+    def test_int(n): assert n < 1000
+    @given(st.text())
+    def test_text(text): pass
+"""
+
+
+def test_hypothesis(pytester: pytest.Pytester) -> None:
+    """What the first run finds, the second begins with; the statistics say so."""
+    need("hypothesis")
+    pytester.makepyfile(HYPOTHESIS)
+    both(pytester, "-p", "hypothesispytest", "--hypothesis-seed=1")
+    for path in (pytester.path / ".hypothesis" / "examples").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    first = run(pytester, "-p", "hypothesispytest", "--hypothesis-show-statistics", ISOLATION)
+    assert "during generate phase" in first.stdout.str()
+    found = [path for path in (pytester.path / ".hypothesis" / "examples").rglob("*") if path.is_file()]
+    assert found
+    assert not any(os.access(path, os.X_OK) for path in found)
+    second = run(pytester, "-p", "hypothesispytest", "-k", "test_int", "--hypothesis-show-statistics", ISOLATION)
+    assert "during reuse phase" in second.stdout.str()
+    assert "during generate phase" not in second.stdout.str()
+
+
+def test_examples_of_a_liar(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> None:
+    need("hypothesis")
+    from hypothesis.database import DirectoryBasedExampleDatabase
+    from pytest_isolation.carriers.hypothesis import HypothesisCarrier
+
+    carrier = HypothesisCarrier(DirectoryBasedExampleDatabase(pytester.path / "here" / "examples"))
+    key, value = (base64.b64encode(each).decode() for each in (b"../../../outside", b"x"))
+    carrier.apply(request.node, carrier.check(request.node, [[True, key, value]]))
+    made = [path for path in pytester.path.rglob("*") if path.is_file()]
+    assert made
+    assert all(path.is_relative_to(pytester.path / "here" / "examples") for path in made)
+    for bad in ([[True, "", value]], [[True, key, base64.b64encode(bytes(2 << 20)).decode()]], [[True, "!", value]], 5):
+        with pytest.raises((Refused, ValueError)):
+            carrier.check(request.node, bad)
+
+
+def test_mock(pytester: pytest.Pytester) -> None:
+    need("pytest_mock")
+    pytester.makepyfile("""
+        import os, pytest
+        def test_patched(mocker):
+            mocker.patch("os.getcwd", return_value="/x")
+            assert os.getcwd() == "/x"
+        def test_after(): assert os.getcwd() != "/x"
+        @pytest.fixture(scope="module")
+        def wide(module_mocker): module_mocker.patch("os.cpu_count", return_value=99)
+        def test_wide(wide): assert os.cpu_count() == 99
+        def test_not_called(mocker): mocker.Mock().assert_called_once_with(2)
+    """)
+    both(pytester, "-p", "pytest_mock")
+
+
+# Plug-ins that report.
+
+
+def test_benchmark(pytester: pytest.Pytester) -> None:
+    need("pytest_benchmark")
+    pytester.makepyfile("""
+        import pytest
+        def test_sum(benchmark): assert benchmark(sum, range(100)) == 4950
+        @pytest.mark.parametrize("n", [1, 2])
+        @pytest.mark.benchmark(group="g", min_rounds=7)
+        def test_par(benchmark, n):
+            benchmark.extra_info["about"] = {"n": n}
+            benchmark(lambda: n * 2)
+        def test_pedantic(benchmark): benchmark.pedantic(len, args=([],), rounds=3, iterations=2)
+    """)
+    about = []
+    options = ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", "-p", "benchmark"]
+    for name, more in (("plain", []), ("isolated", [ISOLATION])):
+        done = run(pytester, *options, f"--benchmark-json={name}.json", *more)
+        assert done.ret == 0
+        done.stdout.fnmatch_lines(["*benchmark: 2 tests*", "*test_sum*", "*benchmark 'g': 2 tests*"])
+        found = json.loads((pytester.path / f"{name}.json").read_text())["benchmarks"]
+        assert all(each["stats"]["min"] > 0 for each in found)
+        assert [each["stats"]["rounds"] for each in found][3:] == [3]
+        about.append([{key: value for key, value in each.items() if key != "stats"} for each in found])
+    assert about[1] == about[0]
+
+
+def test_html(pytester: pytest.Pytester) -> None:
+    need("pytest_html")
+    pytester.makepyfile(SUITE + "\n    def test_printed(): print('printed text')\n")
+    rows = []
+    for name, more in (("plain", []), ("isolated", [ISOLATION])):
+        run(pytester, "-p", "metadata", "-p", "html", f"--html={name}.html", "--self-contained-html", *more)
+        text = (pytester.path / f"{name}.html").read_text()
+        blob = re.search(r'data-jsonblob="([^"]*)"', text)
+        assert blob is not None
+        assert "printed text" in text
+        tests = json.loads(blob[1].replace("&#34;", '"').replace("&quot;", '"').replace("&amp;", "&").replace("&#39;", "'").replace("&lt;", "<").replace("&gt;", ">"))["tests"]
+        rows.append({test: [each["result"] for each in results] for test, results in tests.items()})
+    assert rows[1] == rows[0]
+
+
+@pytest.mark.parametrize("plugin", ["sugar", "instafail"])
+def test_other_reporters(pytester: pytest.Pytester, plugin: str) -> None:
+    need(f"pytest_{plugin}")
+    pytester.makepyfile(SUITE)
+    flag = {"sugar": "--force-sugar", "instafail": "--instafail"}[plugin]
+    results = [run(pytester, "-p", plugin, flag, "-rA", *more) for more in ([], [ISOLATION])]
+    assert outcomes(results[0]) == outcomes(results[1])
+    assert results[0].ret == results[1].ret == 1
+    counts = [re.findall(r"^\s+(\d+) (\w+)$", each.stdout.str(), re.MULTILINE) for each in results]
+    assert counts[0] == counts[1]
+    assert results[1].stderr.str() == results[0].stderr.str()
+
+
+SNAPSHOTS = """
+    from syrupy.extensions.json import JSONSnapshotExtension
+
+    def test_a(snapshot): assert {"a": 1} == snapshot
+    def test_two(snapshot):
+        assert [1, 2] == snapshot
+        assert "two" == snapshot
+    def test_named(snapshot): assert 5 == snapshot(name="five")
+    def test_json(snapshot): assert {"j": 1} == snapshot(extension_class=JSONSnapshotExtension)
+    def test_none(): pass
+"""
+
+
+def test_syrupy(pytester: pytest.Pytester) -> None:
+    need("syrupy")
+    steps = []
+    for more in ([], [ISOLATION, "--isolation-mount=tests/__snapshots__:rw"]):
+        where = pytester.mkdir("plain" if not more else "isolated")
+        folder = where / "tests" / "__snapshots__"
+        folder.mkdir(parents=True)
+        file = where / "tests" / "test_it.py"
+        os.chdir(where)
+        seen = []
+        for text, update in (
+            (SNAPSHOTS, True),
+            (SNAPSHOTS, False),
+            (SNAPSHOTS.replace("5 ==", "6 =="), False),
+            (SNAPSHOTS.replace("test_a", "test_b"), False),
+            (SNAPSHOTS.replace("test_a", "test_b").replace("5 ==", "6 =="), True),
+        ):
+            file.write_text(pytester_dedent(text))
+            done = run(pytester, "-p", "syrupy", "--rootdir=.", *(["--snapshot-update"] if update else []), *more)
+            said = [line for line in done.outlines if "snapshot" in line and not line.startswith(("rootdir", "configfile"))]
+            files = {str(each.relative_to(where)): each.read_text() for each in sorted(folder.rglob("*")) if each.is_file()}
+            seen.append((done.ret, said, files))
+        steps.append(seen)
+    for plain, isolated in zip(*steps, strict=True):
+        assert isolated == plain
+
+
+def test_syrupy_says_what_is_lost(pytester: pytest.Pytester) -> None:
+    need("syrupy")
+    pytester.makepyfile(SNAPSHOTS)
+    done = run(pytester, "-p", "syrupy", "--snapshot-update", ISOLATION)
+    done.stdout.fnmatch_lines(["*syrupy: snapshots were written in sandboxes only*--isolation-mount=__snapshots__:rw*"])
+
+
+def pytester_dedent(text: str) -> str:
+    import textwrap
+
+    return textwrap.dedent(text)
+
+
+# What is pytest's own.
+
+
+def test_doctests(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(module='''
+        def f(x):
+            """
+            >>> f(1)
+            2
+            >>> f(2)
+            4
+            """
+            return x + 1
+        def g(x):
+            """
+            >>> g(1)
+            1
+            """
+            return x
+    ''')
+    pytester.maketxtfile(test_text=">>> 1 + 1\n2\n")
+    plain, isolated = both(pytester, "--doctest-modules", "--doctest-glob=*.txt")
+    assert [line for line in isolated.outlines if line.startswith(("Expected", "Got", "    "))] == [
+        line for line in plain.outlines if line.startswith(("Expected", "Got", "    "))
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--lf"], ["--ff"], ["--sw"], ["--nf"], ["--cache-clear"], ["--lf", "--lfnf=none"], ["--sw", "--sw-skip"]], ids=" ".join
+)
+def test_cache(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    """The second run goes by the first, and leaves the same cache for a third."""
+    pytester.makepyfile(SUITE)
+    found = []
+    for more in ([], [ISOLATION]):
+        subprocess.run(["rm", "-rf", ".pytest_cache"], check=True)
+        runs = [run(pytester, "-v", *(arguments if number else []), *more, cache=True) for number in range(3)]
+        cache = {
+            str(path.relative_to(pytester.path)): path.read_text()
+            for path in sorted((pytester.path / ".pytest_cache" / "v").rglob("*")) if path.is_file()
+        }
+        lines = [[line for line in each.outlines if "::" in line and "%]" in line] for each in runs]
+        found.append(([each.ret for each in runs], lines, cache))
+    assert found[1] == found[0]
+
+
+def test_basetemp(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        def test_it(tmp_path, tmp_path_factory):
+            assert tmp_path.parent == tmp_path_factory.getbasetemp()
+            (tmp_path / "file").write_text("content")
+            print("AT", tmp_path)
+        def test_fails(tmp_path):
+            (tmp_path / "file").write_text("content")
+            assert 0
+    """)
+    plain, isolated = both(pytester, "--basetemp=made")
+    shown = [[line for line in each.outlines if line.startswith("AT ")] for each in (plain, isolated)]
+    assert shown[0] == shown[1]
+    assert shown[0]
