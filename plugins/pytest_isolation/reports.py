@@ -44,6 +44,7 @@ def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
             report.longrepr = None
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
     data["isolation_after"] = after
+    data["isolation_drawn"] = hasattr(report.longrepr, "toterminal") and isinstance(data["longrepr"], str)
     context = data.get("_subtest.context")
     if isinstance(context, dict):
         context["kwargs"] = {name: _as_shown(report, name, value) for name, value in context["kwargs"].items()}
@@ -69,6 +70,20 @@ class _Shown(str):
         return str(self)
 
 
+class Drawn:
+    """What a test's failure looks like where it has a form of its own, as a doctest's: pytest puts text alone into its short
+    summary, and this not."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def toterminal(self, tw: Any) -> None:
+        tw.line(self._text)
+
+
 def _repr(value: object) -> str:
     try:
         return repr(value)
@@ -88,6 +103,8 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
             raise BadReport("not a test report")
         if isinstance(data.get("isolation_after"), dict):
             report.__dict__["_isolation_after"] = _check_after(data["isolation_after"])
+        if data.get("isolation_drawn") is True and isinstance(report.longrepr, str):
+            report.longrepr = Drawn(report.longrepr)  # type: ignore[assignment]
         _try_to_show(report)
     except BadReport:
         raise

@@ -38,7 +38,7 @@ Run = subprocess.CompletedProcess[str]
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a shell, whatever this pytest was started with."""
-    for name in ("VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTHONPATH", "CI", "BUILD_NUMBER"):
+    for name in ("VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "CI", "BUILD_NUMBER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
 
@@ -64,7 +64,7 @@ def sealed(*words: str, **options: Any) -> Run:
 
 
 def plain(*words: str, **options: Any) -> Run:
-    return run([sys.executable, "-P", "-m", "pytest"], *words, **options)
+    return run([sys.executable, "-P", "-m", "pytest", "-p", "isolation"], *words, **options)
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
@@ -94,6 +94,7 @@ def make_environment(path: Path, marks: Path) -> Path:
 
 def test_hostile_suite_leaves_no_mark_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marks, project = tmp_path / "marks", tmp_path / "project"
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__"))
     for path in project.rglob("*"):
         if path.is_file():
@@ -265,7 +266,7 @@ def test_coverage_is_that_of_a_plain_run(suite: Path) -> None:
     (suite / "test_it.py").write_text("import product\ndef test_it(): assert product.VALUE == 1\n")
     found = []
     for start in (plain, sealed):
-        done = start("--cov=product", "--cov-report=term-missing", "--cov-report=xml", "--cov-report=json", "-q")
+        done = start("-p", "pytest_cov", "--cov=product", "--cov-report=term-missing", "--cov-report=xml", "--cov-report=json", "-q")
         assert done.returncode == 0, done.stdout + done.stderr
         assert (suite / ".coverage").read_bytes().startswith(b"SQLite format 3")
         assert "line-rate" in (suite / "coverage.xml").read_text()
