@@ -125,8 +125,8 @@ def _relay(fork: Fork, master: int, slave: int, others: list[Message]) -> None:
 
 
 class _Keys:
-    """From the user to the test's terminal: a line at a time, when what came before has been read. A terminal would drop what
-    is too much for it, and what comes while readline takes it over."""
+    """From the user to the test's terminal: a line at a time, when what came before has been read. A terminal would drop
+    what is too much for it, and what comes while readline takes it over."""
 
     def __init__(self, master: int, slave: int) -> None:
         self._master = master
