@@ -41,6 +41,12 @@ E        +  where 3.6 = <Cart pear=3>.total
 shop/tests/test_cart.py:31: AssertionError"""
 
 
+CRASH = """the test's process was killed by signal 11 (SIGSEGV)
+
+Current thread 0x00007f (most recent call first):
+  File "<frozen runpy>", line 198 in _run_module_as_main"""
+
+
 def sample(count: int = 300, jobs: int = 4) -> RunRecord:
     """A run as it might have been: mostly passed, in lanes without gaps."""
     tests: list[TestRecord] = []
@@ -64,7 +70,7 @@ def sample(count: int = 300, jobs: int = 4) -> RunRecord:
         if test.outcome == "failed":
             test = replace(test, message=FAILURE, sections=(("Captured stdout call", "adding \x1b[32mpear\x1b[0m\n1 of 3\n"),))
         elif test.outcome == "error":
-            test = replace(test, verdict="killed by signal 11 (SIGSEGV)", message="the test's process was killed by signal 11 (SIGSEGV)")
+            test = replace(test, verdict="killed by signal 11 (SIGSEGV)", message=CRASH)
         elif test.outcome in ("skipped", "xfailed"):
             test = replace(test, message="Skipped: needs a database")
         if number % 9 == 0:
@@ -433,6 +439,15 @@ def test_search_and_filters_narrow_it(browser: Browser, report: Path) -> None:
     browser.click("#reset")
     assert browser.ask(STATUS) == "300 tests"
     assert browser.complaints() == []
+
+
+def test_the_reason_in_a_line(browser: Browser, report: Path) -> None:
+    browser.open(report)
+    reasons = browser.ask("[...document.querySelectorAll('tr.test:has(.reason)')].map(r => [r.className, r.querySelector('.reason').textContent].join('|'))")
+    said = {line.partition("|")[2] for line in reasons}
+    assert "the test's process was killed by signal 11 (SIGSEGV)" in said
+    assert "AssertionError: assert 3.6 == 4.2" in said
+    assert not any("frozen" in line for line in said)
 
 
 def test_a_row_opens(browser: Browser, report: Path) -> None:
