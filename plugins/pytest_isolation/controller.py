@@ -23,6 +23,7 @@ from pytest_isolation.carriers import Carriers
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.deferred import Deferred
 from pytest_isolation.emission import Emission
+from pytest_isolation.here import Here
 from pytest_isolation.rerun import count_rerun, reruns_made
 from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
@@ -70,6 +71,7 @@ class Controller:
         config.pluginmanager.register(self.carriers, "isolation-carriers")
         self.deferred = Deferred(self._is_isolated)
         config.pluginmanager.register(self.deferred, "isolation-deferred")
+        self._here = Here(config)
         self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}
         self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id
@@ -210,7 +212,7 @@ class Controller:
         settings = self._settings[item]
         if not settings.enabled:
             self._schedule.pass_by(item)
-            self._end_levels(item, nextitem)
+            self._here.ran(item, nextitem)
             return None
         ihook = item.ihook
         ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -225,12 +227,22 @@ class Controller:
             count_rerun(self._config)
             self._schedule.again(units.Unit([item], settings, reruns=reruns))
         # What follows the run's last test of a wide fixture is part of that test's own teardown.
-        self._emission.end(item, run, self._end_levels(item, nextitem))
+        self._emission.end(item, run, [*self._end_levels(item, nextitem), *self._here.end(item, nextitem)])
         end = run.told[item].end or {}
         self._schedule.finish(item)
         ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         self._obey(item.session, {**end, **self._end})
         return True
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+        """Of a test that runs here: what ends with it in templates is part of its teardown."""
+        try:
+            return (yield)
+        finally:
+            wrong = [report.longreprtext for report in self._end_levels(item, nextitem) if report.failed]
+            if wrong:
+                pytest.fail("\n\n".join(wrong), pytrace=False)
 
     def _run(self, item: pytest.Item, settings: Settings) -> Run:
         """Until it is done; told to pytest but for its end."""
