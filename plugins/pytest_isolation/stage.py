@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +28,9 @@ class Boundary(pytest.Item):
     funcargs: dict[str, Any]
     fixturenames: list[str]
     callspec: Any
+    obj: Any
     _fixtureinfo: Any
+    _item: pytest.Item | None = None
 
     def setup(self) -> None:
         if self.work is not None:
@@ -37,10 +39,15 @@ class Boundary(pytest.Item):
     def request_for(self, item: pytest.Item) -> Any:
         """A request for fixtures as `item` has one, of this node, which is the one that is set up now."""
         self.funcargs = {}
-        for name in ("_fixtureinfo", "fixturenames", "callspec"):
+        self._item = item
+        for name in ("_fixtureinfo", "fixturenames", "callspec", "obj"):
             if hasattr(item, name):
                 setattr(self, name, getattr(item, name))
         return type(item._request)(self, _ispytest=True)  # type: ignore[attr-defined]
+
+    def iter_parents(self) -> Iterator[Any]:
+        """Which fixtures there are (for `request.getfixturevalue`) depends on where the test is."""
+        return super().iter_parents() if self._item is None else self._item.iter_parents()
 
     def runtest(self) -> None:
         raise AssertionError("a boundary is no test")
