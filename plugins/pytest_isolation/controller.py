@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import functools
 import os
-import sys
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_HERE, Backend
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message
-from pytest_isolation import crash, debugger, reports, units
+from pytest_isolation import crash, debugger, reports, streams, units
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.deferred import Deferred
@@ -66,7 +65,7 @@ class Controller:
             on_death=self._on_death,
         )  # fmt: skip
         self._schedule.job_of = self._job_of
-        self._emission = Emission(config, run)
+        self._emission = Emission(config, run, self.print_raw)
         self.carriers = Carriers(config)
         config.pluginmanager.register(self.carriers, "isolation-carriers")
         self.deferred = Deferred(self._is_isolated)
@@ -95,8 +94,9 @@ class Controller:
         jobs = f", {run.jobs} at a time" if run.jobs > 1 else ""
         return f"isolation: {self._backend.describe()}, a fresh sandbox for every {per}{jobs}; network: {network}; {limits}"
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Within what others wrap around it: pytest's handlers of log records are then in the forks, too."""
         try:
             if not session.testsfailed or session.config.option.continue_on_collection_errors:
                 self._warm_up(session)
@@ -119,7 +119,7 @@ class Controller:
             raise pytest.UsageError(str(error)) from None
         wanted = any("tmp_path_factory" in getattr(item, "fixturenames", ()) for item in items)
         self._basetemp = TmpPaths(self._config, ()).make_base() if wanted else None
-        self._flush()
+        streams.flush(self._config)
         for settings in dict.fromkeys(self._settings.values()):
             if settings.enabled:
                 self._open_chain(session, settings)
@@ -182,7 +182,8 @@ class Controller:
             debugger.refuse(fork, "tests run at the same time, and there is one terminal: leave out --isolation-jobs and -n")
             return []
         self._emit()
-        self._flush()
+        self._emission.show_at_once()
+        streams.flush(self._config)
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
             return self._lender.interact(fork)
@@ -268,7 +269,7 @@ class Controller:
         while told.events:
             kind, value = told.events.pop(0)
             if kind == "output":
-                self.print_raw(*value)
+                self._emission.show(*value)
             elif kind == "warning":
                 self._config.hook.pytest_warning_recorded.call_historic(kwargs=value)
             elif kind == "carried":
@@ -278,6 +279,11 @@ class Controller:
                     add = getattr(plugin, "add_global_property", None)
                     if add is not None:
                         add(*value)
+            elif kind == "xml_attribute":
+                for plugin in self._config.pluginmanager.get_plugins():
+                    reporter_of = getattr(plugin, "node_reporter", None)
+                    if reporter_of is not None:
+                        reporter_of(getattr(item, "id", item.nodeid)).add_attribute(*value)
             else:
                 self._emission.take(item, run, value)
 
@@ -395,17 +401,9 @@ class Controller:
 
     # Output.
 
-    def _flush(self) -> None:
-        """What is buffered must be written before a fork, or every fork writes it again."""
-        for stream in (self._config.get_terminal_writer(), sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-            try:
-                stream.flush()  # type: ignore[union-attr]
-            except (OSError, ValueError, AttributeError):
-                continue
-
     def print_raw(self, fd: int, data: bytes) -> None:
         """What a test wrote past pytest's capture (-s, capsys.disabled()) goes where it would have gone."""
-        self._flush()
+        streams.flush(self._config)
         if os.isatty(fd):
             decoder = self._decoders.setdefault(fd, codecs.getincrementaldecoder("utf-8")("replace"))
             data = clean(decoder.decode(data)).encode()

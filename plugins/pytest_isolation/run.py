@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ _MESSAGES_AT_MOST = 200_000
 _BYTES_AT_MOST = 128 << 20
 _CHUNKS_AT_MOST = 64  # of output in one turn: a flood must not keep the rest waiting
 _SANDBOXES_AT_MOST = 16
+_XML_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,199}")
+_XML_IDENTITY = ("classname", "file", "line", "name", "url")
 _END_WAIT = 5.0  # s, for a process that has said that it is done
 
 
@@ -220,12 +223,16 @@ class Run:
                     raise reports.BadReport(f"a second report of its {report.when}")
                 self._told.phases.seen.append(str(report.when))
             self._keep("report", report)
+            if message.get("wait") is True:
+                self.fork.send({"taken": True})
         elif "warning" in message:
             self._keep("warning", reports.decode_warning(item, message["warning"]))
         elif "capture" in message:
             self._host.remember_capture(self.unit.settings, self.fork, message["capture"])
         elif "suite_property" in message:
             self._suite_property(message["suite_property"])
+        elif "xml_attribute" in message:
+            self._xml_attribute(message["xml_attribute"])
         elif "sandbox" in message:
             self._lend_sandbox()
         elif "debugger" in message:
@@ -278,6 +285,13 @@ class Run:
     def _suite_property(self, pair: object) -> None:
         if isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):
             self._keep("suite_property", (clean(pair[0], 4096), clean(pair[1], 1 << 16)))
+
+    def _xml_attribute(self, pair: object) -> None:
+        """In junit's file, which attributes' names get into as they are. Which test it is, is not its to change."""
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise reports.BadReport("an attribute that is none")
+        if _XML_NAME.fullmatch(pair[0]) and pair[0] not in _XML_IDENTITY:
+            self._keep("xml_attribute", (pair[0], clean(pair[1], 1 << 16)))
 
     def _lend_sandbox(self) -> None:
         """A sandbox beside the test's own, for its commands; the test gets the wire to it, and no more."""

@@ -16,11 +16,12 @@ from pytest_isolation.carriers.benchmark import BenchmarkCarrier
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.carriers.coverage import CoverageCarrier
 from pytest_isolation.carriers.hypothesis import HypothesisCarrier
+from pytest_isolation.carriers.log_file import LogFileCarrier
 from pytest_isolation.carriers.syrupy import SyrupyCarrier
 from pytest_isolation.carriers.tmp_path import TmpPathCarrier
 
 _KINDS: tuple[type[Carrier], ...] = (
-    CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier,
+    CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier,
 )  # fmt: skip
 
 __all__ = ["Carriers", "Refused"]
