@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import os
+import time
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,8 @@ class Controller:
         backend = self.backend_of(settings)
         return backend.launch(settings.spec.replace(inherit_env=False)), backend.name
 
-    def debug(self, fork: Fork) -> list[Message]:
-        """A test has come to a debugger. Returns what else it says until it leaves it."""
+    def debug(self, fork: Fork, deadline: float | None = None) -> list[Message]:
+        """A test has come to a debugger. Returns what else it says until it leaves it, or until `deadline`."""
         if self._reader.run.jobs > 1 or self._told_what_to_run:
             debugger.refuse(fork, "tests run at the same time, and there is one terminal: leave out --isolation-jobs and -n")
             return []
@@ -186,10 +187,10 @@ class Controller:
         streams.flush(self._config)
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
-            return self._lender.interact(fork)
+            return self._lender.interact(fork, deadline)
         capture.suspend_global_capture(in_=True)  # pytest has put /dev/null in the place of the user's keys
         try:
-            return self._lender.interact(fork)
+            return self._lender.interact(fork, deadline)
         finally:
             capture.resume_global_capture()
             capture.suspend_global_capture(in_=False)
@@ -327,36 +328,38 @@ class Controller:
         try:
             if "wide" in message:
                 nodeid, nth = message["wide"]
-                sections = [(str(name), clean(str(text))) for name, text in message["sections"][:_SECTIONS_AT_MOST]]
+                told = message["sections"][:_SECTIONS_AT_MOST]
+                sections = [(clean_name(str(name), 200), clean(str(text))) for name, text in told]
                 warned, self._warned = self._warned, []
-                self._emission.remember_setup(self._item_of(nodeid, nth), float(message["duration"]), sections)
+                item = self._item_of(level, nodeid, nth)
+                self._emission.remember_setup(item, float(message["duration"]), sections)
                 for each in warned:
-                    arguments = reports.decode_warning(self._item_of(nodeid, nth), each)
+                    arguments = reports.decode_warning(item, each)
                     self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
             elif "carried" in message:
-                item = self._item_of(message["of"], 0)
+                item = self._item_of(level, message["of"], 0)
                 self.carriers.apply(item, self.carriers.check(message["carried"], item, message.get("data")))
             elif "warning" in message:
                 self._warned = [*self._warned[:_SECTIONS_AT_MOST], message["warning"]]
             elif "debugger" in message:
+                wall = level.settings.spec.limits.wall
                 if level.branch is not None:
-                    self.debug(level.branch)
+                    self.debug(level.branch, None if wall is None or os.isatty(0) else time.monotonic() + wall)
             elif "unshared" in message:
                 self._schedule.unshared |= {str(name) for name in message["unshared"]}
                 self._unshared.setdefault(clean_name(str(message["name"]), 200), clean_name(str(message["left"]), 200))
-            elif "teardown" in message:
-                assert level.tearing is not None
+            elif "teardown" in message and level.tearing is not None:
                 self._teardowns.append(reports.decode(self._config, level.tearing, message.get("data")))
                 level.told = True
             elif "done" in message and isinstance(message["done"], dict):
                 self._end = message["done"] if "exit" in message["done"] else {}
-        except (reports.BadReport, ValueError, TypeError, KeyError, StopIteration):
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
             return
 
-    def _item_of(self, nodeid: object, nth: object) -> pytest.Item:
-        """Raises KeyError."""
+    def _item_of(self, level: Level, nodeid: object, nth: object) -> pytest.Item:
+        """Of those whose template it is. Raises KeyError."""
         for item, number in self._nth.items():
-            if item.nodeid == nodeid and number == nth:
+            if item.nodeid == nodeid and number == nth and level.node in item.listchain():
                 return item
         raise KeyError(nodeid)
 

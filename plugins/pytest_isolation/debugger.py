@@ -12,6 +12,7 @@ import os
 import select
 import struct
 import termios
+import time
 import tty
 from collections.abc import Iterator
 
@@ -23,6 +24,8 @@ from pytest_isolation.sealed.screen import Screen
 from pytest_isolation.text import clean_name
 
 _END_OF_FILE = b"\x04"
+_INTERRUPT = b"\x03"
+_ENOUGH = 5  # of it, one after the other
 _LOOK_AT_SIZE = 500  # ms
 
 
@@ -68,8 +71,9 @@ class Lender:
         self._ends: tuple[int, int] | None = None
         self._fork: Fork | None = None
 
-    def interact(self, fork: Fork) -> list[Message]:
-        """Lend the terminal until the debugger is left, or the test has ended. Returns what else it said meanwhile."""
+    def interact(self, fork: Fork, deadline: float | None) -> list[Message]:
+        """Lend the terminal until the debugger is left, the test has ended, or (a monotonic time) `deadline`. Returns what
+        else it said meanwhile. Raises KeyboardInterrupt."""
         if self._fork is not fork or self._ends is None:
             self.close()
             self._ends, self._fork = os.openpty(), fork
@@ -78,7 +82,7 @@ class Lender:
         _copy_size(master)
         with contextlib.suppress(WireError), _raw_terminal():  # one that is gone is told of elsewhere
             fork.send({"terminal": True, "fds": 1}, fds=(slave,))
-            _relay(fork, master, others)
+            _relay(fork, master, others, deadline)
         return others
 
     def close(self) -> None:
@@ -88,12 +92,13 @@ class Lender:
         self._ends = self._fork = None
 
 
-def _relay(fork: Fork, master: int, others: list[Message]) -> None:
+def _relay(fork: Fork, master: int, others: list[Message], deadline: float | None) -> None:
     screen = Screen()
     poller = select.poll()
     for fd in (0, master, *fork.filenos()):
         poller.register(fd, select.POLLIN)
-    while True:
+    interrupts = 0
+    while deadline is None or time.monotonic() < deadline:
         ready = {fd for fd, _event in poller.poll(_LOOK_AT_SIZE)}
         _copy_size(master)
         if master in ready:
@@ -102,6 +107,9 @@ def _relay(fork: Fork, master: int, others: list[Message]) -> None:
             typed = os.read(0, 4096)
             if not typed:
                 poller.unregister(0)
+            interrupts = interrupts + typed.count(_INTERRUPT) if typed.strip(_INTERRUPT) == b"" else 0
+            if interrupts >= _ENOUGH:
+                raise KeyboardInterrupt  # whoever has the terminal does not listen
             os.write(master, typed or _END_OF_FILE)
         try:
             while (message := fork.receive(0)) is not None:

@@ -229,6 +229,15 @@ def decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
     the guest names is never imported (pytest-xdist does, and so runs what the guest likes). A source line is
     always given, else printing would read any file that the guest names.
     """
+    try:
+        return _decode_warning(item, data)
+    except BadReport:
+        raise
+    except Exception as error:
+        raise BadReport(f"a malformed warning: {type(error).__name__}") from error
+
+
+def _decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("when") not in ("config", "collect", "runtest"):
         raise BadReport("not a warning")
     name = str(data.get("category"))

@@ -43,7 +43,7 @@ class Host(Protocol):
     def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None: ...
     def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]: ...
     def launch_beside(self, settings: Settings) -> tuple[Any, str]: ...
-    def debug(self, fork: Fork) -> list[Message]: ...
+    def debug(self, fork: Fork, deadline: float | None = None) -> list[Message]: ...
 
 
 @dataclass
@@ -209,7 +209,7 @@ class Run:
     def _charge(self, message: Message) -> None:
         """A test may say much, but not without end: what it says is kept until the end of the run."""
         self._messages += 1
-        size = len(message.get("data", b"")) + len(str(message.get("warning", "")))
+        size = size_of(message)
         self._told.size += size
         if self._messages > _MESSAGES_AT_MOST * len(self.unit.items) or self._told.size > _BYTES_AT_MOST:
             raise reports.BadReport(f"more than {_MESSAGES_AT_MOST} messages or {_BYTES_AT_MOST >> 20}M of them")
@@ -219,9 +219,8 @@ class Run:
         if "report" in message:
             report = reports.decode(self._config, item, message.get("data"))
             if type(report) is pytest.TestReport:
-                if report.when in self._told.phases.seen:
+                if not self._told.phases.note(str(report.when)):
                     raise reports.BadReport(f"a second report of its {report.when}")
-                self._told.phases.seen.append(str(report.when))
             self._keep("report", report)
             if message.get("wait") is True:
                 self.fork.send({"taken": True})
@@ -236,8 +235,9 @@ class Run:
         elif "sandbox" in message:
             self._lend_sandbox()
         elif "debugger" in message:
-            self._deadline = None  # people think longer than tests
-            for other in self._host.debug(self.fork):
+            if os.isatty(0):
+                self._deadline = None  # people think longer than tests
+            for other in self._host.debug(self.fork, self._deadline):
                 self._handle(other)
         elif "counted" in message:
             self._told.counted = _counts(message["counted"])
@@ -338,6 +338,11 @@ class Run:
         told.wall = time.time() - told.started
         self.rest = self.unit.items[self._at + 1 :]
         self._stop()
+
+
+def size_of(message: Message) -> int:
+    """Bytes, about, that it takes to keep it."""
+    return sum(len(value) if isinstance(value, bytes) else len(str(value)) for value in message.values())
 
 
 def _counts(value: object) -> dict[str, int]:

@@ -20,7 +20,7 @@ from isolation.result import Ended, Verdict
 from isolation.template import Branch, Template
 from pytest_isolation import units
 from pytest_isolation.chain import Chain, Level
-from pytest_isolation.run import Host, Run
+from pytest_isolation.run import Host, Run, size_of
 from pytest_isolation.settings import Settings
 from pytest_isolation.units import Unit
 from pytest_isolation.wide import Wide
@@ -317,6 +317,6 @@ def _take(branch: Branch, message: Callable[[Any], None]) -> int | None:
             return None
         if said is None:
             return None
-        count += _MESSAGE + len(said.get("data", b""))
+        count += _MESSAGE + size_of(said)
         message(said)
     return count
