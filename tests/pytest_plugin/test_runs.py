@@ -333,7 +333,11 @@ LOGS = """
 def test_log_file(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(LOGS)
     run(pytester, "--log-file=plain.log", "--log-file-level=INFO")
-    run(pytester, "--log-file=isolated.log", "--log-file-level=INFO", "--isolation", "--isolation-jobs=2")
+    result = run(
+        pytester, "--log-file=isolated.log", "--log-file-level=INFO", "--isolation", "--isolation-jobs=2",
+        "-W", "error", "-W", "ignore:.*fork.*:DeprecationWarning",
+    )  # fmt: skip
+    result.assert_outcomes(passed=2, failed=1)
     plain, isolated = ((pytester.path / f"{name}.log").read_text() for name in ("plain", "isolated"))
     assert isolated == plain.replace("\x1b", "\\x1b").replace("\x07", "\\x07")
     assert isolated.count("WARNING") == 8

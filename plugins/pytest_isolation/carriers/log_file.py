@@ -23,6 +23,7 @@ class LogFileCarrier(Carrier):
     def __init__(self, handler: logging.FileHandler) -> None:
         self._handler = handler
         self._text = io.StringIO()
+        self._outside: object = None
         self._cut: list[str] = []
         self._lost = ""
 
@@ -35,7 +36,8 @@ class LogFileCarrier(Carrier):
 
     def begin(self) -> None:
         self._text = io.StringIO()
-        self._handler.setStream(self._text)  # type: ignore[arg-type]
+        before = self._handler.setStream(self._text)  # type: ignore[arg-type]
+        self._outside = self._outside or before  # else Python would warn of a file that nobody has closed
 
     def collect(self, item: pytest.Item, phase: str) -> object | None:
         text = self._text.getvalue()
