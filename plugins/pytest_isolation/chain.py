@@ -104,6 +104,8 @@ class Chain:
             return False
         found.template = template
         for fixtures in wanted.values():
+            if any(found.done.get(name, fixture) != fixture for name, fixture in fixtures.items()):
+                found.done.clear()  # with another parameter, what depends on it has ended; what has not, is asked for again
             found.done.update(fixtures)
         return True
 

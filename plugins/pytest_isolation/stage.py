@@ -66,6 +66,8 @@ class Stage:
         self._watching = False
         self._left: list[tuple[str, str]] = []
         self._fresh: list[Any] = []
+        self._of_fork: list[tuple[Any, Any]] = []  # fixtures that no template has set up, with the requests for them
+        self._ends = False
         self._send: Callable[..., None] = lambda message, data=b"": None
         session.config.pluginmanager.register(self, "isolation-stage")
 
@@ -114,6 +116,19 @@ class Stage:
         report.sections = [pair for pair in _sections(boundary, call) if "teardown" in pair[0]]
         send({"teardown": True}, reports.encode(item.config, report))
         self._send_carried(item, "teardown")
+
+    def begin(self, *, last: bool) -> None:
+        """In a fork, before a test; `last`: nothing comes behind it."""
+        self._ends = last
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """What was set up in this fork ends with it: pytest leaves the nodes alone that it belongs to."""
+        try:
+            return (yield)
+        finally:
+            if self._ends and not isinstance(item, Boundary):
+                _finish(self._of_fork)
 
     def _report(self, item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
         """By pytest and the project: others, as pytest-rerunfailures, must have seen the test begin here."""
@@ -184,8 +199,10 @@ class Stage:
         self._send({"unshared": sorted({name, asked}), "name": name, "left": left})
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, object, object]:
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Generator[None, object, object]:
         """See what each leaves behind. In a test's fork that does not matter."""
+        if not self._watching and fixturedef.scope != "function":
+            self._of_fork.append((fixturedef, request))
         if not self._watching or self._carries_all or fixturedef.scope == "function" or fixturedef.argname in self._shared:
             return (yield)
         before = Held.now()
@@ -196,6 +213,16 @@ class Stage:
             left = Held.now().beyond(before)
             if left:
                 self._left.append((fixturedef.argname, left))
+
+
+def _finish(fixtures: list[tuple[Any, Any]]) -> None:
+    """The last one first; what one raises does not keep the others."""
+    while fixtures:
+        fixturedef, request = fixtures.pop()
+        try:
+            fixturedef.finish(request)
+        finally:
+            _finish(fixtures)
 
 
 def _sections(boundary: Boundary, call: pytest.CallInfo[None]) -> list[tuple[str, str]]:

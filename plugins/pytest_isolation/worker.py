@@ -93,6 +93,8 @@ class Worker:
             if number:
                 guest.send({"next": number})
             last = number == len(items) - 1
+            if self._stage is not None:
+                self._stage.begin(last=last)
             end = self._run(item, after if last else items[number + 1], job)
             if end:
                 break

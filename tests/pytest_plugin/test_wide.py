@@ -508,3 +508,52 @@ def test_a_template_that_dies_while_it_waits_is_made_again(pytester: pytest.Pyte
         def test_two(watched): watched.append(2); assert watched == [1, 2]
     """)
     run(pytester, "--isolation").assert_outcomes(passed=1, failed=1)
+
+
+def test_what_is_set_up_in_a_fork_ends_in_it(pytester: pytest.Pytester) -> None:
+    """Though it is the session's: asked for by name, or not to be carried. What goes wrong then is an error."""
+    pytester.makepyfile("""
+        import threading
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def shared(): print("up shared"); yield 1; print("down shared")
+        @pytest.fixture(scope="session")
+        def by_name(shared): print("up by_name"); yield 2; print("down by_name"); raise ValueError("bad end")
+        @pytest.fixture(scope="module")
+        def thread(shared):
+            stop = threading.Event()
+            made = threading.Thread(target=stop.wait)
+            made.start()
+            yield made
+            stop.set(); made.join(); print("down thread")
+
+        def test_one(shared): pass
+        def test_by_name(shared, request): assert request.getfixturevalue("by_name") == 2
+        def test_thread(shared, thread): assert thread.is_alive()
+        def test_thread_too(shared, thread): assert thread.is_alive()
+        def test_last(shared): pass
+    """)
+    result = run(pytester, "--isolation")
+    result.assert_outcomes(passed=5, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_by_name*", "*ValueError: bad end*"])
+    for step, times in (("up shared", 1), ("down shared", 1), ("down by_name", 1), ("down thread", 3)):
+        assert steps(result).count(step) == times, (step, steps(result))
+
+
+def test_another_parameter_ends_what_depends_on_it(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.fixture(scope="session", params=[1, 2])
+        def kind(request): return request.param
+        @pytest.fixture(scope="session")
+        def depends(kind): print("up depends", kind); yield kind; print("down depends", kind)
+
+        def test_one(depends): pass
+        def test_two(kind): pass
+        def test_three(kind, depends): assert kind == depends
+    """)
+    plain, isolated = run(pytester, "-s"), run(pytester, "--isolation", "-s")
+    isolated.assert_outcomes(passed=6)
+    assert sorted(steps(isolated)) == sorted(steps(plain))
