@@ -13,6 +13,7 @@ import select
 import struct
 import sys
 import termios
+import time
 import tty
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ from pytest_isolation.text import clean_name
 
 _CTRL_C = b"\x03"
 _END_OF_FILE = b"\x04"
+_ENOUGH = 5  # times Ctrl-C, one after the other
 _KEYS_AT_MOST = 1 << 16
 _LINE_AT_MOST = 1024
 _WAIT_FOR_READER = 5  # ms
@@ -73,8 +75,9 @@ class Lender:
         self._ends: tuple[int, int] | None = None
         self._fork: Fork | None = None
 
-    def interact(self, fork: Fork) -> list[Message]:
-        """Lend the terminal until the debugger is left, or the test has ended. Returns what else it said meanwhile."""
+    def interact(self, fork: Fork, deadline: float | None) -> list[Message]:
+        """Lend the terminal until the debugger is left, the test has ended, or (a monotonic time) `deadline`. Returns what
+        else it said meanwhile. Raises KeyboardInterrupt."""
         if self._fork is not fork or self._ends is None:
             self.close()
             self._ends, self._fork = os.openpty(), fork
@@ -88,7 +91,7 @@ class Lender:
         _copy_size(master)
         with contextlib.suppress(WireError), _raw_terminal():  # one that is gone is told of elsewhere
             fork.send({"terminal": True, "fds": 1}, fds=(slave,))
-            _relay(fork, master, slave, others)
+            _relay(fork, master, slave, others, deadline)
         return others
 
     def close(self) -> None:
@@ -98,10 +101,10 @@ class Lender:
         self._ends = self._fork = None
 
 
-def _relay(fork: Fork, master: int, slave: int, others: list[Message]) -> None:
+def _relay(fork: Fork, master: int, slave: int, others: list[Message], deadline: float | None) -> None:
     screen = Screen()
     keys = _Keys(master, slave)
-    while True:
+    while deadline is None or time.monotonic() < deadline:
         poller = select.poll()
         for fd in (master, *fork.filenos(), *keys.wanted()):
             poller.register(fd, select.POLLIN)
@@ -125,14 +128,16 @@ def _relay(fork: Fork, master: int, slave: int, others: list[Message]) -> None:
 
 
 class _Keys:
-    """From the user to the test's terminal: a line at a time, when what came before has been read. A terminal would drop
-    what is too much for it, and what comes while readline takes it over."""
+    """From the user to the test's terminal. What comes from a file or a pipe: a line at a time, when what came before has
+    been read, as a terminal would drop what is too much for it, and what comes while readline takes it over."""
 
     def __init__(self, master: int, slave: int) -> None:
         self._master = master
         self._slave = slave
         self._typed = b""
         self._over = False
+        self._interrupts = 0
+        self._at_terminal = os.isatty(0)
 
     def wanted(self) -> tuple[int, ...]:
         """The descriptor to read from, if there is room for more."""
@@ -144,17 +149,18 @@ class _Keys:
         return _WAIT_FOR_READER if self._typed else _LOOK_AT_SIZE
 
     def go_on(self, ready: bool, *, idle: bool) -> None:
-        """Raises KeyboardInterrupt where the user wants out, and the test reads nothing."""
+        """Raises KeyboardInterrupt where the user wants out, and the test does not listen."""
         if ready:
             typed = os.read(0, _KEYS_AT_MOST)
             self._over = not typed
-            if self._typed and _CTRL_C in typed and os.isatty(0):
+            self._interrupts = self._interrupts + typed.count(_CTRL_C) if typed.strip(_CTRL_C) == b"" else 0
+            if self._interrupts >= _ENOUGH:
                 raise KeyboardInterrupt
             self._typed += typed
-        if self._unread():
+        if not self._at_terminal and self._unread():
             return
         if self._typed:
-            line = self._typed[: self._typed.find(b"\n") + 1 or None][:_LINE_AT_MOST]
+            line = self._typed if self._at_terminal else self._typed[: self._typed.find(b"\n") + 1 or None][:_LINE_AT_MOST]
             with contextlib.suppress(BlockingIOError):
                 self._typed = self._typed[os.write(self._master, line) :]
         elif self._over and idle:

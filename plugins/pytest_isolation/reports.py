@@ -116,14 +116,15 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
 def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadReport("not an object")
-    if data.get("nodeid") != item.nodeid:
+    # An item may say of itself what its reports do not: pytest keeps apart the two.
+    if data.get("nodeid") not in (item.nodeid, str(getattr(item, "id", item.nodeid))):
         raise BadReport(f"a report of another test: {clean_name(str(data.get('nodeid')), 200)}")
     outcomes = _OUTCOMES + (("rerun",) if item.config.pluginmanager.hasplugin("rerunfailures") else ())
     if data.get("outcome") not in outcomes or data.get("when") not in _PHASES:
         raise BadReport("no such outcome or phase")
     checked: dict[str, Any] = {
         "$report_type": "TestReport",
-        "nodeid": item.nodeid,
+        "nodeid": data["nodeid"],
         "location": item.location,
         "keywords": {clean_name(name): 1 for name in _expect(data.get("keywords"), dict)},
         "outcome": data["outcome"],
@@ -228,6 +229,15 @@ def decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
     the guest names is never imported (pytest-xdist does, and so runs what the guest likes). A source line is
     always given, else printing would read any file that the guest names.
     """
+    try:
+        return _decode_warning(item, data)
+    except BadReport:
+        raise
+    except Exception as error:
+        raise BadReport(f"a malformed warning: {type(error).__name__}") from error
+
+
+def _decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("when") not in ("config", "collect", "runtest"):
         raise BadReport("not a warning")
     name = str(data.get("category"))

@@ -54,7 +54,7 @@ def piped(pytester: pytest.Pytester, keys: str, *arguments: str) -> str:
 
 def test_pdb_of_a_failure(pytester: pytest.Pytester) -> None:
     text = piped(pytester, "p value + 1\nc\n", "--pdb", "-k", "fails or fine")
-    assert "entering PDB" in text
+    assert text.index("E       assert") < text.index("entering PDB")
     assert "(Pdb) 42\n" in text.replace("\r", "")
     assert "1 failed, 1 passed" in text
 

@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -348,6 +349,29 @@ def test_colours_and_interrupt(suite: Path) -> None:
     assert b"KeyboardInterrupt" in seen
     assert b"\x1b[32m" in seen
     assert "<testsuite" in (suite / "out.xml").read_text()
+
+
+def test_a_suite_that_does_not_listen_and_floods(suite: Path) -> None:
+    """The second Ctrl-C ends it; what it has written meanwhile waits in no memory of the host's."""
+    (suite / "conftest.py").write_text(
+        "import os, signal\n"
+        "def pytest_sessionstart():\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
+        "    while True: os.write(1, b'flood' * 1000)\n"
+    )
+    with subprocess.Popen(PROGRAM, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            seen = b""
+            while b"flood" not in seen[-100_000:]:
+                seen += os.read(process.stdout.fileno(), 1 << 16)
+            process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline and os.read(process.stdout.fileno(), 1 << 16):
+                pass
+        while os.read(process.stdout.fileno(), 1 << 16):
+            pass
+        assert process.wait(PATIENCE) == 130
 
 
 def test_debugger(suite: Path) -> None:
