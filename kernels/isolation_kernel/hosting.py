@@ -1,0 +1,190 @@
+"""The host's part in a kernel's life, from its order to its end: one loop over everything that may have news."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from isolation.result import Ended, Verdict
+from isolation.units import format_size
+from isolation_kernel.box import KernelBox
+from isolation_kernel.connection import Connection, Doors, printable
+from isolation_kernel.options import Options
+
+if TYPE_CHECKING:
+    from isolation_kernel.relay import Relay
+    from isolation_kernel.services import Services
+
+_OUTPUT_AT_MOST: Final = 64 << 10  # bytes that a kernel may print past its channels in a second; the rest is dropped
+_DRAIN: Final = 0.3  # s, for the last bytes of a kernel that has ended
+_TO_GROUP: Final = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Signals(Protocol):
+    def fileno(self) -> int: ...
+    def take(self) -> bytes: ...
+
+
+class _Parent(Protocol):
+    def fileno(self) -> int: ...
+    def gone(self) -> bool: ...
+
+
+class Hosting:
+    """One kernel: `start`, `order`, `serve`. Ends it with the `with` block."""
+
+    def __init__(self, options: Options, doors: Doors) -> None:
+        self.options = options
+        self._doors = doors
+        self._box: KernelBox | None = None
+        self._services: Services | None = None
+        self._epoll = select.epoll()
+        self._relay: Relay | None = None
+        self._printed = 0
+        self._second = 0.0
+
+    @property
+    def box(self) -> KernelBox:
+        assert self._box is not None
+        return self._box
+
+    def start(self, cwd: str, environ: Mapping[str, str], *, standby: bool = False) -> None:
+        """Make the sandbox, and start the kernel in it. Raises IsolationError."""
+        spec = self.options.spec(cwd, environ)
+        self._box = KernelBox(spec, self._doors, standby=standby)
+        from isolation_kernel.services import Services  # while the kernel starts
+
+        self._services = Services(self._box, self.options, spec)
+
+    def order(self, connection: Connection, arguments: Sequence[str]) -> None:
+        """Tell the kernel what it is to be. Raises IsolationError."""
+        spec = self.box.sandbox.spec
+        self.box.order(connection.told, arguments, spec.workdir, dict(spec.env))
+
+    def serve(self, listeners: Sequence[socket.socket], signals: _Signals, parent: _Parent) -> int:
+        """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""
+        from isolation_kernel.relay import Relay
+
+        box, services, epoll = self.box, self._services, self._epoll
+        assert services is not None
+        self._relay = relay = Relay(epoll, listeners, self._doors.connect)
+        wire, output, news = box.wire.fileno(), box.output, box.news
+        for fd in {signals.fileno(), parent.fileno(), wire, output, news} - {-1}:
+            epoll.register(fd, select.EPOLLIN)
+        if parent.gone():
+            return 128 + signal.SIGHUP
+        while (verdict := box.ended()) is None:
+            for fd, events in epoll.poll(services.patience()):
+                if relay.handles(fd):
+                    relay.handle(fd, events)
+                elif fd == wire:
+                    if not services.read():
+                        epoll.unregister(wire)
+                elif fd == output:
+                    self._pass_output()
+                elif fd == signals.fileno():
+                    for number in signals.take():
+                        if not self._signalled(number):
+                            return 128 + number
+                elif fd == parent.fileno():
+                    return 128 + signal.SIGHUP
+            services.look_at_the_clock()
+        self._finish(relay, output)
+        self._explain(verdict)
+        return verdict.shell_code
+
+    def _signalled(self, number: int) -> bool:
+        """False when this one ends the kernel."""
+        if number not in _TO_GROUP:
+            return False
+        if number != signal.SIGINT or (self._services is not None and self._services.ready):
+            self.box.signal(number)  # before it is ready, it would die of an interrupt
+        return True
+
+    def _finish(self, relay: Relay, output: int) -> None:
+        """What the kernel said before it ended is passed on."""
+        deadline = time.monotonic() + _DRAIN
+        relay.accept_no_more()
+        while relay.busy and (left := deadline - time.monotonic()) > 0:
+            for fd, events in self._epoll.poll(left):
+                if relay.handles(fd):
+                    relay.handle(fd, events)
+                elif fd != output:
+                    self._epoll.unregister(fd)
+                else:
+                    self._pass_output()
+        self._pass_output()
+
+    def _pass_output(self) -> None:
+        """What was printed past the channels (a crash, say) is for the frontend's log. Bounded, and without control
+        sequences: it may be a terminal."""
+        try:
+            data = os.read(self.box.output, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            try:
+                self._epoll.unregister(self.box.output)
+            except OSError:
+                pass  # it was met at the end already
+            return
+        now = time.monotonic()
+        if now - self._second >= 1:
+            self._second, self._printed = now, 0
+        room = max(0, _OUTPUT_AT_MOST - self._printed)
+        self._printed += len(data)
+        if room:
+            _write(printable(data[:room].decode("utf-8", "replace"), room))
+
+    def _explain(self, verdict: Verdict) -> None:
+        """Ends that a user would wonder about."""
+        limits = self.box.sandbox.spec.limits
+        if self._services is not None and self._services.reason:
+            say(f"the kernel was ended: {self._services.reason}")
+        elif verdict.ended is Ended.OUT_OF_MEMORY:
+            limit = f" (its limit is {format_size(limits.memory)}: --memory)" if limits.memory is not None else ""
+            say(f"the kernel ran out of memory{limit}")
+        elif verdict.ended is Ended.TIMED_OUT:
+            say(f"the kernel's time was up after {limits.wall:g} s (--timeout)")
+        elif not verdict.ok:
+            say(f"the kernel {verdict}")
+
+    def close(self) -> None:
+        """End the kernel, and everything in its sandbox."""
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+        if self._box is not None:
+            self._box.close()
+            self._box = None
+        self._doors.close()
+        if not self._epoll.closed:
+            self._epoll.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def say(text: str) -> None:
+    """A line for the frontend's log."""
+    _write(f"isolation: {printable(text)}\n")
+
+
+def _write(text: str) -> None:
+    try:
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass  # nobody listens
+
+
