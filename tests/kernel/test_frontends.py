@@ -75,8 +75,8 @@ class Server:
     def __init__(self, root: Path) -> None:
         self.token = "0123456789abcdef"
         words = [
-            sys.executable, "-m", "jupyter_server", "--no-browser", "--port=0", f"--ServerApp.root_dir={root}", "--allow-root",
-            f"--IdentityProvider.token={self.token}", "--ServerApp.open_browser=False",
+            sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", f"--ServerApp.root_dir={root}", "--allow-root",
+            f"--IdentityProvider.token={self.token}", "--LabApp.expose_app_in_browser=True",
         ]  # fmt: skip
         self.log = root / "server.log"
         with open(self.log, "w") as file:
