@@ -47,6 +47,13 @@ def _parser() -> _Parser:
     _add_install(install)
     listing = commands.add_parser("list", help="list the installed ones")
     listing.set_defaults(action=_list)
+    warm = commands.add_parser(
+        "warm",
+        help="keep some started, so that the next one is there at once",
+        description="Start a process in the background that keeps kernels ready, with numpy, pandas and matplotlib "
+        "imported where they are installed: for the kernels named (or all) in this directory, and what is asked for later.",
+    )
+    _add_warm(warm)
     remove = commands.add_parser("remove", help="remove one")
     remove.add_argument("name", metavar="NAME")
     remove.set_defaults(action=_remove)
@@ -65,6 +72,18 @@ def _add_install(install: argparse.ArgumentParser) -> None:
     place.add_argument("--prefix", metavar="DIR", help="below DIR/share/jupyter/kernels")
     add_sandbox_options(install)
     install.set_defaults(action=_install)
+
+
+def _add_warm(warm: argparse.ArgumentParser) -> None:
+    add = warm.add_argument
+    add("names", metavar="NAME", nargs="*", help="which kernels")
+    add("--count", metavar="N", default="1", help="how many of each (1)")
+    add("--directory", metavar="DIR", help="for notebooks in this directory (the current one)")
+    add("--idle", metavar="TIME", default="1h", help="end when nobody has asked for this long (1h)")
+    add("--foreground", action="store_true", help="stay, until ^C")
+    add("--status", action="store_true", help="tell what is ready")
+    add("--stop", action="store_true", help="end it")
+    warm.set_defaults(action=_warm)
 
 
 def add_sandbox_options(parser: argparse.ArgumentParser) -> None:
@@ -140,3 +159,15 @@ def _remove(options: argparse.Namespace) -> int:
     except PermissionError as error:
         raise SpecError(f"{error.filename} cannot be removed: {error.strerror}; whose is it?") from error
     return 0
+
+
+def _warm(options: argparse.Namespace) -> int:
+    from isolation_kernel.pool import commands
+
+    if options.stop:
+        return commands.stop()
+    if options.status:
+        return commands.status()
+    return commands.start(
+        options.names, options.count, options.directory, options.idle, foreground=options.foreground
+    )

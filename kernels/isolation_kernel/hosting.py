@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
+from isolation.errors import LaunchError
 from isolation.result import Ended, Verdict
 from isolation.units import format_size
+from isolation.wire import wait_readable
 from isolation_kernel.box import KernelBox
 from isolation_kernel.connection import Connection, Doors, printable
 from isolation_kernel.options import Options
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _OUTPUT_AT_MOST: Final = 64 << 10  # bytes that a kernel may print past its channels in a second; the rest is dropped
 _DRAIN: Final = 0.3  # s, for the last bytes of a kernel that has ended
 _TO_GROUP: Final = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+# Of a frontend's environment, what the core's allowlist has too, and a kernel that has started long ago can still heed.
+_TOLD: Final = frozenset("COLORTERM COLUMNS FORCE_COLOR LANG LANGUAGE LINES NO_COLOR TERM TZ".split())
 
 
 class _Signals(Protocol):
@@ -62,6 +66,25 @@ class Hosting:
 
         self._services = Services(self._box, self.options, spec)
 
+    def wait_until_warm(self, timeout: float) -> None:
+        """For one that stands by: until it waits for its order. Raises LaunchError."""
+        assert self._services is not None
+        deadline = time.monotonic() + timeout
+        wire = self.box.wire
+        while not self._services.warm:
+            ended = self.box.ended()
+            if ended is not None or time.monotonic() > deadline:
+                self._pass_output()
+                raise LaunchError(f"the kernel did not become ready ({ended or 'it takes too long'})")
+            if wait_readable(wire.fileno(), 0.1):
+                self._services.read()
+
+    def hand_over(self, connection: Connection, cwd: str, environ: Mapping[str, str]) -> None:
+        """To who has asked for it: `order`, with the environment that a kernel of theirs would have had."""
+        spec = self.options.spec(cwd, environ)
+        env = {name: value for name, value in environ.items() if name in _TOLD or name.startswith("LC_")}
+        self.box.order(connection.told, (), spec.workdir, {**env, **dict(spec.env)})
+
     def order(self, connection: Connection, arguments: Sequence[str]) -> None:
         """Tell the kernel what it is to be. Raises IsolationError."""
         spec = self.box.sandbox.spec
@@ -78,7 +101,7 @@ class Hosting:
         for fd in {signals.fileno(), parent.fileno(), wire, output, news} - {-1}:
             epoll.register(fd, select.EPOLLIN)
         if parent.gone():
-            return 128 + signal.SIGHUP
+            return 128 + signal.SIGHUP  # it was before it could be watched
         while (verdict := box.ended()) is None:
             for fd, events in epoll.poll(services.patience()):
                 if relay.handles(fd):
@@ -115,10 +138,10 @@ class Hosting:
             for fd, events in self._epoll.poll(left):
                 if relay.handles(fd):
                     relay.handle(fd, events)
-                elif fd != output:
-                    self._epoll.unregister(fd)
-                else:
+                elif fd == output:
                     self._pass_output()
+                else:
+                    self._look_away(fd)
         self._pass_output()
 
     def _pass_output(self) -> None:
@@ -129,10 +152,7 @@ class Hosting:
         except BlockingIOError:
             return
         if not data:
-            try:
-                self._epoll.unregister(self.box.output)
-            except OSError:
-                pass  # it was met at the end already
+            self._look_away(self.box.output)
             return
         now = time.monotonic()
         if now - self._second >= 1:
@@ -141,6 +161,12 @@ class Hosting:
         self._printed += len(data)
         if room:
             _write(printable(data[:room].decode("utf-8", "replace"), room))
+
+    def _look_away(self, fd: int) -> None:
+        try:
+            self._epoll.unregister(fd)
+        except OSError:
+            pass  # closed, or looked away from, already
 
     def _explain(self, verdict: Verdict) -> None:
         """Ends that a user would wonder about."""

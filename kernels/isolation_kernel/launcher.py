@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Final
+
+from isolation.errors import IsolationError, SpecError
+from isolation_kernel.pool import client
 
 _FAILED: Final = 125
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -16,8 +20,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the kernel's exit code, or 125 when there is none."""
     signals = Signals()  # first: a manager interrupts before every restart, and perhaps before this has begun
     parent = Parent()
-    from isolation.errors import IsolationError
-
     try:
         return _launch(sys.argv[1:] if argv is None else argv, signals, parent)
     except IsolationError as error:
@@ -29,20 +31,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
     from isolation_kernel.connection import Connection, Doors
+
+    if "-f" not in argv[:-1]:
+        raise SpecError("no connection file (… -f FILE): this is what a kernelspec runs; see 'isolation kernel --help'")
+    place = list(argv).index("-f")
+    connection = Connection.read(argv[place + 1])
+    # Before all that takes time: a client that is refused waits a tenth of a second before it tries again.
+    listeners = connection.listen_tcp() if connection.transport == "tcp" else []
+    adopted = client.ask(argv[:place], os.getcwd(), os.environ, connection.raw, argv[place + 2 :], listeners)
+    if adopted is not None:
+        for listener in listeners:
+            listener.close()
+        return _accompany(adopted, signals, parent)
+
+    from isolation_kernel.hosting import Hosting
     from isolation_kernel.options import parse
 
     line = parse(argv)
-    connection = Connection.read(line.connection_file)
-    # Before all that takes time: a client that is refused waits a tenth of a second before it tries again.
-    listeners = connection.listen_tcp() if connection.transport == "tcp" else []
     doors = Doors(connection.paths() if connection.transport == "ipc" else None)
-
-    from isolation_kernel.hosting import Hosting
-
     with Hosting(line.options, doors) as hosting:
         hosting.start(os.getcwd(), os.environ)
         hosting.order(connection, line.forwarded)
         return hosting.serve(listeners, signals, parent)
+
+
+def _accompany(adopted: client.Adopted, signals: Signals, parent: Parent) -> int:
+    """Stand for a kernel of the pool: it gets our signals, and ends with us; we end with it."""
+    poller = select.poll()
+    for fd in (adopted.fileno(), signals.fileno(), parent.fileno()):
+        if fd >= 0:
+            poller.register(fd, select.POLLIN)
+    while (code := adopted.poll()) is None:
+        ready = [fd for fd, _events in poller.poll()]
+        if parent.fileno() in ready or parent.gone():
+            return 128 + signal.SIGHUP
+        if signals.fileno() in ready:
+            for number in signals.take():
+                adopted.send_signal(number)
+    return code if code >= 0 else 128 - code
 
 
 class Signals:

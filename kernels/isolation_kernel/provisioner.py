@@ -14,8 +14,9 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from traitlets import Dict
 
-from isolation_kernel.connection import CHANNELS, private_directory
+from isolation_kernel.connection import CHANNELS, Connection, private_directory
 from isolation_kernel.options import Options, parse
+from isolation_kernel.pool import client
 
 
 class Provisioner(LocalProvisioner):
@@ -26,6 +27,7 @@ class Provisioner(LocalProvisioner):
         "{'memory': '2G', 'network': 'none'}. `start_kernel(isolation={…})` has the last word."
     ).tag(config=True)
 
+    process: Any
     _directory: str | None = None
     _last: dict[str, Any] | None = None
 
@@ -50,7 +52,16 @@ class Provisioner(LocalProvisioner):
         given = {**self.options, **(self._last or {})}
         words = Options.of(given).words() if given else []
         self._line = parse([*cmd[cmd.index("isolation_kernel") + 1 : place], *words, *cmd[place:]])
-        return await super().launch_kernel([*cmd[:place], *words, *cmd[place:]], **kwargs)
+        cwd = os.path.abspath(kwargs.get("cwd") or os.getcwd())
+        environ = kwargs.get("env") or os.environ
+        told = Connection.read(cmd[place + 1]).raw
+        first = cmd.index("isolation_kernel") + 1
+        adopted = client.ask([*cmd[first:place], *words], cwd, environ, told, cmd[place + 2 :])
+        if adopted is None:
+            return await super().launch_kernel([*cmd[:place], *words, *cmd[place:]], **kwargs)
+        # No process to start: the kernel's own host has it, and does what a launcher would.
+        self.process, self.pid, self.pgid, self.cwd = adopted, adopted.pid, None, cwd
+        return self.connection_info
 
     async def cleanup(self, restart: bool = False) -> None:
         """Nothing is left of a kernel that will not be restarted."""

@@ -29,12 +29,13 @@ _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and t
 class Services:
     """Answers one kernel.
 
+    warm    it has said that it waits for its order
     ready   it has said that it can be interrupted
     reason  why it had to be ended, for people
     """
 
     def __init__(self, box: KernelBox, options: Options, spec: SandboxSpec) -> None:
-        self.ready = False
+        self.warm = self.ready = False
         self.reason = ""
         self._box = box
         self._options = options
@@ -61,6 +62,8 @@ class Services:
         op = message.get("op")
         if op == "ready":
             self.ready = True
+        elif op == "warm":
+            self.warm = True
         elif op == "cell":
             self._cell(busy=message.get("busy") is True)
         elif op in ("status", "changes", "export"):

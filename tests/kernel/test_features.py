@@ -44,6 +44,7 @@ def test_interrupt_reaches_a_child_process(kernel: Kernel) -> None:
 def test_interrupts_of_an_idle_kernel_change_nothing(kernel: Kernel) -> None:
     for _ in range(5):
         kernel.manager.interrupt_kernel()
+    time.sleep(0.5)  # they are on their way
     assert kernel.value("6*7") == "42"
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
+import secrets
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -12,6 +16,8 @@ from isolation_kernel.inside.host import FIRST_GIVEN, Host
 
 _CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
 _RUNTIME: Final = "/tmp/.isolation-kernel"
+_INLINE: Final = "module://matplotlib_inline.backend_inline"
+_STACK: Final = ("numpy", "pandas", "matplotlib.pyplot")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,29 +26,73 @@ def main(argv: Sequence[str]) -> None:
     for fd in given:
         os.set_inheritable(fd, False)  # not for programs that a cell starts
     host = Host(FIRST_GIVEN + len(_CHANNELS))
-    order = host.receive()
-    if order is None:
-        return
     os.makedirs(_RUNTIME, mode=0o700, exist_ok=True)
     os.environ.setdefault("IPYTHONDIR", f"{_RUNTIME}/ipython")  # history is this kernel's alone
-    path = _write_connection_file(order["connection"])
     # As `python -m ipykernel_launcher` has it. Here it is the sandbox's own directory; on the host it would not be safe.
     sys.path.insert(0, "")
-    sys.argv = ["ipykernel_launcher", "-f", path, *order["arguments"]]
-    app = _application(given)
-    app.initialize(sys.argv[1:])
+    if "--standby" in argv:
+        app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, [])
+        _import_stack(app.shell)
+        host.tell("warm")
+        order = host.receive()
+        if order is None:
+            return
+        _take_over(app, order)
+    else:
+        order = host.receive()
+        if order is None:
+            return
+        app = _application(given, order["connection"], order["arguments"])
     _finish(app, host, order)
     app.start()
 
 
-def _application(given: Sequence[int]) -> Any:
+def _application(given: Sequence[int], told: dict[str, Any], arguments: Sequence[str]) -> Any:
+    """An IPKernelApp up to where only its loop is missing."""
     from isolation_kernel.inside import deferred
 
     deferred.client_side()
     from isolation_kernel.inside.app import KernelApp
 
+    sys.argv = ["ipykernel_launcher", "-f", _write_connection_file(told), *arguments]
     KernelApp.given = {number + 1: fd for number, fd in enumerate(given)}
-    return KernelApp.instance(kernel_class=deferred.kernel_class())
+    app: Any = KernelApp.instance(kernel_class=deferred.kernel_class())
+    app.initialize(sys.argv[1:])
+    return app
+
+
+def _import_stack(shell: Any) -> None:
+    """Ahead of the first cell. The first plot takes longer than most imports, so there is one that nobody sees."""
+    os.environ.setdefault("MPLBACKEND", _INLINE)  # pyplot chooses when it is imported
+    for name in _STACK:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+    if "matplotlib.pyplot" in sys.modules:
+        shell.run_cell(
+            "import io, matplotlib.pyplot as p; p.plot([0, 1]); p.savefig(io.BytesIO()); p.close('all'); del io, p",
+            silent=True, store_history=False,
+        )  # fmt: skip
+    else:
+        shell.run_cell("pass", silent=True, store_history=False)
+
+
+def _take_over(app: Any, order: dict[str, Any]) -> None:
+    """Become who the order says: another key, another environment, other random numbers."""
+    told = order["connection"]
+    _write_connection_file(told)
+    app.session.signature_scheme = told.get("signature_scheme", "hmac-sha256")
+    app.session.key = told.get("key", "").encode()
+    os.environ.update(order["env"])
+    time.tzset()
+    os.chdir(order["cwd"])
+    if "JPY_SESSION_NAME" in os.environ:
+        app.shell.user_ns["__session__"] = os.environ["JPY_SESSION_NAME"]
+    import random
+
+    random.seed()
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed()
 
 
 def _finish(app: Any, host: Host, order: dict[str, Any]) -> None:
