@@ -16,14 +16,17 @@ from isolation_kernel.connection import Doors
 
 _REQUEST_AT_MOST: Final = 1 << 16  # bytes of JSON; a guest sends small things only
 INSIDE: Final = "isolation_kernel.inside"
+FORWARDER: Final = "isolation_kernel.inside.forwarder"
 
 
 class KernelBox:
     """One kernel. Its channels are behind `doors`, its wire carries JSON, and what it prints past them is in `output`."""
 
-    def __init__(self, spec: SandboxSpec, doors: Doors, *, standby: bool = False) -> None:
-        """Start it; with `standby`, up to where it needs its order. Raises IsolationError."""
+    def __init__(self, spec: SandboxSpec, doors: Doors, *, standby: bool = False, exits: Doors | None = None) -> None:
+        """Start it; with `standby`, up to where it needs its order. Where it has a way out to some hosts, that is by
+        `exits`, the door of a program of ours in there. Raises IsolationError."""
         self.doors = doors
+        self.exits = exits
         self.sandbox = Sandbox(spec)
         ours, theirs = Wire.pair()
         output, its_output = os.pipe2(os.O_CLOEXEC)
@@ -34,6 +37,10 @@ class KernelBox:
             argv = [sys.executable, "-I", "-m", INSIDE, *(["--standby"] if standby else [])]
             fds = [*(listener.fileno() for listener in doors.listeners), theirs.fileno()]
             self.process: Process = self.sandbox.popen(argv, stdout=its_output, stderr=its_output, pass_fds=fds)
+            if exits is not None:
+                fds = [listener.fileno() for listener in exits.listeners]
+                self.sandbox.popen([sys.executable, "-I", "-m", FORWARDER], stderr=its_output, pass_fds=fds)
+                exits.given_away()
         except BaseException:
             self.close()
             raise
@@ -71,6 +78,8 @@ class KernelBox:
         self.sandbox.close()
         self.wire.close()
         self.doors.close()
+        if self.exits is not None:
+            self.exits.close()
         if self.output >= 0:
             os.close(self.output)
             self.output = -1

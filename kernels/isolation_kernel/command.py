@@ -121,6 +121,7 @@ def _install(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from isolation import registry
+    from isolation.hookspecs import PASS_FDS
     from isolation_kernel import kernelspec
     from isolation_kernel.options import Options
 
@@ -129,7 +130,8 @@ def _install(options: argparse.Namespace) -> int:
         given["export"] = os.path.abspath(given["export"])
     wanted = kernelspec.absolute(Options.of(given))
     # Says now what would not work; and a kernel that knows its backend need not try which one does.
-    wanted = replace(wanted, backend=registry.choose(wanted.spec(None, {})).name)
+    backend = registry.choose(wanted.spec(None, {}), [PASS_FDS])
+    wanted = replace(wanted, backend=backend.name)
     name = options.name
     shown = options.display_name or ("Python (isolation)" if name == _DEFAULT_NAME else f"Python ({name})")
     prefix = sys.prefix if options.sys_prefix else options.prefix

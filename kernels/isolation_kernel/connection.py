@@ -85,15 +85,15 @@ class Connection(NamedTuple):
 
 
 class Doors:
-    """Five listening unix sockets that a kernel accepts its frontends on, and the ways to them from outside."""
+    """Listening unix sockets that a kernel accepts its frontends on, and the ways to them from outside."""
 
-    def __init__(self, paths: Sequence[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[str] | None = None, count: int = len(CHANNELS)) -> None:
         """At `paths`, where what a kernel before it has left is replaced; else without a name. Raises LaunchError."""
         self.listeners: list[socket.socket] = []
         self.ways: list[int] = []  # O_PATH descriptors of the sockets' inodes; each can be connected to
         directory = None if paths is not None else private_directory()
         try:
-            for number in range(len(CHANNELS)):
+            for number in range(count):
                 path = f"{directory}/{number}" if paths is None else paths[number]
                 self._open(path)
                 if paths is None:

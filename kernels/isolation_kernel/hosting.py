@@ -20,6 +20,7 @@ from isolation_kernel.connection import Connection, Doors, printable
 from isolation_kernel.options import Options
 
 if TYPE_CHECKING:
+    from isolation_kernel.proxy import Proxy
     from isolation_kernel.relay import Relay
     from isolation_kernel.services import Services
 
@@ -50,6 +51,7 @@ class Hosting:
         self._services: Services | None = None
         self._epoll = select.epoll()
         self._relay: Relay | None = None
+        self._proxy: Proxy | None = None
         self._printed = 0
         self._second = 0.0
 
@@ -61,7 +63,13 @@ class Hosting:
     def start(self, cwd: str, environ: Mapping[str, str], *, standby: bool = False) -> None:
         """Make the sandbox, and start the kernel in it. Raises IsolationError."""
         spec = self.options.spec(cwd, environ)
-        self._box = KernelBox(spec, self._doors, standby=standby)
+        hosts = self.options.allowed_hosts
+        exits = Doors(count=1) if hosts else None
+        self._box = KernelBox(spec, self._doors, standby=standby, exits=exits)
+        if exits is not None:
+            from isolation_kernel.proxy import Proxy
+
+            self._proxy = Proxy(hosts, exits)
         from isolation_kernel.services import Services  # while the kernel starts
 
         self._services = Services(self._box, self.options, spec)
@@ -186,6 +194,9 @@ class Hosting:
         if self._relay is not None:
             self._relay.close()
             self._relay = None
+        if self._proxy is not None:
+            self._proxy.close()
+            self._proxy = None
         if self._box is not None:
             self._box.close()
             self._box = None

@@ -13,6 +13,8 @@ from isolation.units import parse_seconds
 
 Notebook = Literal["overlay", "ro", "rw", "none"]
 
+PROXY_PORT: Final = 3128  # inside, where every port is free
+PACKAGES: Final = "/tmp/.isolation-kernel/packages"  # where pip installs to, inside
 # The frontend's, beside the allowlist that the core has; neither tells a secret.
 _ENVIRONMENT: Final = ("JPY_SESSION_NAME", "MPLBACKEND")
 
@@ -99,6 +101,10 @@ class Options:
             elif name in environ:
                 env[name] = environ[name]
         network = Network.parse(self.network)
+        if network.mode == "allow":
+            env |= proxy_environment(network.hosts)
+        if network.mode != "none":
+            env.setdefault("PIP_TARGET", PACKAGES)  # the environment itself is read-only
         return SandboxSpec(
             backend=self.backend,
             mounts=mounts,
@@ -113,6 +119,13 @@ class Options:
     def allowed_hosts(self) -> tuple[str, ...]:
         """Network mode "allow": the names that may be connected to."""
         return Network.parse(self.network).hosts
+
+
+def proxy_environment(hosts: Sequence[str]) -> dict[str, str]:
+    """What makes programs ask the forwarder inside, which is the only way out."""
+    env = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), f"http://127.0.0.1:{PROXY_PORT}")
+    own = [name for name in ("localhost", "127.0.0.1", "::1") if name not in hosts]
+    return env | {name: ",".join(own) for name in ("no_proxy", "NO_PROXY")}
 
 
 @dataclass(frozen=True)

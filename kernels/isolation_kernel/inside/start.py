@@ -16,6 +16,7 @@ from isolation_kernel.inside.host import FIRST_GIVEN, Host
 
 _CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
 _RUNTIME: Final = "/tmp/.isolation-kernel"
+_PACKAGES: Final = f"{_RUNTIME}/packages"  # of `%pip install`: the environment itself is read-only
 _INLINE: Final = "module://matplotlib_inline.backend_inline"
 _STACK: Final = ("numpy", "pandas", "matplotlib.pyplot")
 
@@ -26,10 +27,10 @@ def main(argv: Sequence[str]) -> None:
     for fd in given:
         os.set_inheritable(fd, False)  # not for programs that a cell starts
     host = Host(FIRST_GIVEN + len(_CHANNELS))
-    os.makedirs(_RUNTIME, mode=0o700, exist_ok=True)
+    os.makedirs(_PACKAGES, mode=0o700, exist_ok=True)  # now: what was not there is not looked at again
     os.environ.setdefault("IPYTHONDIR", f"{_RUNTIME}/ipython")  # history is this kernel's alone
     # As `python -m ipykernel_launcher` has it. Here it is the sandbox's own directory; on the host it would not be safe.
-    sys.path.insert(0, "")
+    sys.path[:0] = ["", _PACKAGES]
     if "--standby" in argv:
         app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, [])
         _import_stack(app.shell)

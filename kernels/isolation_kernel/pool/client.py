@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import binascii
 import os
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,10 +20,11 @@ _HARMLESS = frozenset(["--HistoryManager.hist_file=:memory:"])  # nbclient's; a 
 
 
 def place() -> str:
-    """The directory of this user's pool."""
+    """The directory of this user's pool. Each Python environment has its own: its kernels import what is installed there."""
     run = f"/run/user/{os.geteuid()}"
     root = run if os.path.isdir(run) and os.access(run, os.W_OK) else "/tmp"
-    return f"{root}/isolation-kernel-{os.geteuid()}"
+    environment = binascii.crc32(os.fsencode(f"{sys.prefix}:{__file__}"))
+    return f"{root}/isolation-kernel-{os.geteuid()}-{environment:08x}"
 
 
 def connect() -> socket.socket | None:

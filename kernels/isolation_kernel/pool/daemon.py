@@ -26,6 +26,7 @@ Key = tuple[tuple[str, ...], str]  # the words of a launcher before its connecti
 _KEYS_AT_MOST: Final = 3
 _REQUEST: Final = 2.0  # s
 _LATER: Final = 0.5  # s, until a kernel that was handed out is replaced: its first cells come first
+_NOT_NOW: Final = 3.0  # s, after somebody has had to start one: theirs comes first
 _AGAIN: Final = 30.0  # s, until a kernel that did not start is tried again
 
 
@@ -178,8 +179,11 @@ class Daemon:
 
     def _hand_out(self, message: Message, asker: Wire) -> bool:
         key: Key = (tuple(message["words"]), str(message["cwd"]))
+        new = key not in self._shelves
         self.keep(key)
         shelf = self._shelves[key]
+        if new:
+            shelf.refill = time.monotonic() + _NOT_NOW
         state = state_of(key[1])
         for waiting in list(shelf.waiting):
             if waiting.state != state:
