@@ -14,6 +14,7 @@ from isolation.errors import LaunchError
 # In the order of their numbers, wherever there are five of something.
 CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
 BACKLOG: Final = 128
+_PREFIX: Final = "isk-"  # of private directories
 _PATH_AT_MOST: Final = 107  # bytes, of a unix socket's (unix(7))
 _FILE_AT_MOST: Final = 1 << 16
 _SECRETS: Final = ("key", "signature_scheme", "curve_publickey", "curve_secretkey", "kernel_name", "jupyter_session")
@@ -158,9 +159,38 @@ def runtime_root() -> str:
 
 def private_directory() -> str:
     """A new directory, mode 0700, which nobody can have foreseen."""
-    path = f"{runtime_root()}/isk-{os.urandom(8).hex()}"
+    path = f"{runtime_root()}/{_PREFIX}{os.getpid()}-{os.urandom(8).hex()}"
     os.mkdir(path, 0o700)
     return path
+
+
+def sweep() -> None:
+    """Remove directories of processes that were killed. Nothing listens in those any more."""
+    root = runtime_root()
+    for name in os.listdir(root):
+        pid = name[len(_PREFIX) :].partition("-")[0]
+        if name.startswith(_PREFIX) and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            path = f"{root}/{name}"
+            try:
+                if os.lstat(path).st_uid == os.geteuid() and not any(_listens(entry.path) for entry in os.scandir(path)):
+                    for entry in os.scandir(path):
+                        os.unlink(entry.path)
+                    os.rmdir(path)
+            except OSError:
+                continue  # somebody else sweeps, too
+
+
+def _listens(path: str) -> bool:
+    """The process may be one of another container, that has the same /tmp."""
+    with socket.socket(socket.AF_UNIX) as end:
+        end.setblocking(False)
+        try:
+            end.connect(path)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def printable(text: str, most: int = 2000) -> str:

@@ -14,7 +14,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from traitlets import Dict
 
-from isolation_kernel.connection import CHANNELS, Connection, private_directory
+from isolation_kernel.connection import CHANNELS, Connection, private_directory, sweep
 from isolation_kernel.options import Options, parse
 from isolation_kernel.pool import client
 
@@ -37,6 +37,7 @@ class Provisioner(LocalProvisioner):
         manager = self.parent
         if manager is not None:
             if self._directory is None:
+                sweep()
                 self._directory = private_directory()
             manager.cache_ports = False  # of TCP ports, that is
             manager.transport = "ipc"
