@@ -40,6 +40,7 @@ test: lint machine
 bench: $(VENV)/installed
 	$(RUN) benchmarks/per_test.py
 	$(RUN) benchmarks/launch.py
+	$(RUN) benchmarks/kernel.py
 	$(RUN) benchmarks/microvm.py
 	$(RUN) benchmarks/suites.py
 
