@@ -131,6 +131,7 @@ def _install(options: argparse.Namespace) -> int:
     wanted = kernelspec.absolute(Options.of(given))
     # Says now what would not work; and a kernel that knows its backend need not try which one does.
     backend = registry.choose(wanted.spec(None, {}), [PASS_FDS])
+    backend.explain(wanted.spec(None, {}))
     wanted = replace(wanted, backend=backend.name)
     name = options.name
     shown = options.display_name or ("Python (isolation)" if name == _DEFAULT_NAME else f"Python ({name})")

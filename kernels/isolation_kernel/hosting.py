@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -102,6 +103,7 @@ class Hosting:
         """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""
         from isolation_kernel.relay import Relay
 
+        gc.enable()
         box, services, epoll = self.box, self._services, self._epoll
         assert services is not None
         self._relay = relay = Relay(epoll, listeners, self._doors.connect)

@@ -7,9 +7,14 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from kernel.frontend import PATIENCE, Kernel
+
+from isolation import cli, registry
+from isolation.backends.namespace.cgroup import Hierarchy
+from isolation.hookspecs import CPU_LIMIT
 
 Kernels = Callable[..., Kernel]
 
@@ -139,11 +144,20 @@ def test_heartbeat(kernel: Kernel) -> None:
 
 
 def test_usage_report(kernels: Kernels) -> None:
-    kernel = kernels("argv", "--memory", "400M", "--cpus", "1")
+    held = CPU_LIMIT in registry.get("namespace").features()  # not where an ordinary user has no cgroup
+    kernel = kernels("argv", "--memory", "400M", *(["--cpus", "1"] if held else []))
     report = kernel.control("usage_request", {})
     assert report["host_virtual_memory"]["total"] == 400 << 20
     assert 0 < report["host_virtual_memory"]["used"] < 400 << 20
-    assert report["cpu_count"] == 1
+    assert report["cpu_count"] == (1 if held else os.cpu_count())
+
+
+def test_a_limit_that_cannot_be_held_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Hierarchy, "can", lambda _self, _name: False)
+    assert cli.main(["kernel", "install", "--prefix", str(tmp_path), "--cpus", "1"]) == 125
+    assert "cgroup" in capfd.readouterr().err
 
 
 def test_large_message(kernel: Kernel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
             return
         app = _application(given, order["connection"], order["arguments"])
     _finish(app, host, order)
+    gc.enable()
     app.start()
 
 
