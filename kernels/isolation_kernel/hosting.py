@@ -103,6 +103,7 @@ class Hosting:
         """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""
         from isolation_kernel.relay import Relay
 
+        gc.freeze()
         gc.enable()
         box, services, epoll = self.box, self._services, self._epoll
         assert services is not None

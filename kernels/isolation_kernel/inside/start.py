@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+from isolation_kernel.inside import usage
 from isolation_kernel.inside.host import FIRST_GIVEN, Host
 
 _CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     if "--standby" in argv:
         app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, [])
         _import_stack(app.shell)
+        _equip(app, host)
+        _settle()
         host.tell("warm")
         order = host.receive()
         if order is None:
@@ -45,8 +48,10 @@ def main(argv: Sequence[str]) -> None:
         if order is None:
             return
         app = _application(given, order["connection"], order["arguments"])
-    _finish(app, host, order)
-    gc.enable()
+        _equip(app, host)
+        _settle()
+    usage.show_limits(order["memory"], order["cpus"])
+    host.tell("ready")
     app.start()
 
 
@@ -98,16 +103,20 @@ def _take_over(app: Any, order: dict[str, Any]) -> None:
         numpy.seed()
 
 
-def _finish(app: Any, host: Host, order: dict[str, Any]) -> None:
-    """What an ordinary kernel does not have."""
-    from isolation_kernel.inside import usage
+def _equip(app: Any, host: Host) -> None:
+    """With what an ordinary kernel does not have."""
     from isolation_kernel.inside.magic import Magic
 
-    usage.show_limits(order["memory"], order["cpus"])
     Magic(host).register(app.shell)
     app.shell.events.register("pre_run_cell", lambda _info: host.tell("cell", busy=True))
     app.shell.events.register("post_run_cell", lambda _result: host.tell("cell", busy=False))
-    host.tell("ready")
+
+
+def _settle() -> None:
+    """What is there now, stays: with the collector merely enabled, it would look through all of it first (50 ms, with
+    matplotlib)."""
+    gc.freeze()
+    gc.enable()
 
 
 def _write_connection_file(told: dict[str, Any]) -> str:
