@@ -17,7 +17,7 @@ from isolation.result import Ended, Verdict
 from isolation.units import format_size
 from isolation.wire import wait_readable
 from isolation_kernel.box import KernelBox
-from isolation_kernel.connection import Connection, Doors, printable
+from isolation_kernel.connection import CHANNELS, Connection, Doors, printable
 from isolation_kernel.options import Options
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Hosting:
         self._epoll = select.epoll()
         self._relay: Relay | None = None
         self._proxy: Proxy | None = None
+        self._connection: Connection | None = None
         self._printed = 0
         self._second = 0.0
 
@@ -90,12 +91,14 @@ class Hosting:
 
     def hand_over(self, connection: Connection, cwd: str, environ: Mapping[str, str]) -> None:
         """To who has asked for it: `order`, with the environment that a kernel of theirs would have had."""
+        self._connection = connection
         spec = self.options.spec(cwd, environ)
         env = {name: value for name, value in environ.items() if name in _TOLD or name.startswith("LC_")}
         self.box.order(connection.told, (), spec.workdir, {**env, **dict(spec.env)})
 
     def order(self, connection: Connection, arguments: Sequence[str]) -> None:
         """Tell the kernel what it is to be. Raises IsolationError."""
+        self._connection = connection
         spec = self.box.sandbox.spec
         self.box.order(connection.told, arguments, spec.workdir, dict(spec.env))
 
@@ -130,7 +133,7 @@ class Hosting:
                     return 128 + signal.SIGHUP
             services.look_at_the_clock()
         self._finish(relay, output)
-        self._explain(verdict)
+        self._explain(verdict, relay)
         return verdict.shell_code
 
     def _signalled(self, number: int) -> bool:
@@ -179,18 +182,27 @@ class Hosting:
         except OSError:
             pass  # closed, or looked away from, already
 
-    def _explain(self, verdict: Verdict) -> None:
-        """Ends that a user would wonder about."""
+    def _explain(self, verdict: Verdict, relay: Relay) -> None:
+        """Ends that a user would wonder about: in the frontend's log, and in the cell that ran."""
         limits = self.box.sandbox.spec.limits
         if self._services is not None and self._services.reason:
-            say(f"the kernel was ended: {self._services.reason}")
+            text = f"the kernel was ended: {self._services.reason}"
         elif verdict.ended is Ended.OUT_OF_MEMORY:
             limit = f" (its limit is {format_size(limits.memory)}: --memory)" if limits.memory is not None else ""
-            say(f"the kernel ran out of memory{limit}")
+            text = f"the kernel ran out of memory{limit}"
         elif verdict.ended is Ended.TIMED_OUT:
-            say(f"the kernel's time was up after {limits.wall:g} s (--timeout)")
+            text = f"the kernel's time was up after {limits.wall:g} s (--timeout)"
         elif not verdict.ok:
-            say(f"the kernel {verdict}")
+            text = f"the kernel {verdict}"
+        else:
+            return
+        say(text)
+        if self._connection is not None and self._services is not None and self._services.cell:
+            from isolation_kernel import obituary
+
+            relay.close()
+            endpoint = self._connection.endpoint(CHANNELS.index("iopub"))
+            obituary.publish(endpoint, self._connection.told, self._services.cell, f"isolation: {text}\n")
 
     def close(self) -> None:
         """End the kernel, and everything in its sandbox."""
