@@ -18,7 +18,7 @@ from isolation.units import format_size
 from isolation.wire import wait_readable
 from isolation_kernel.box import KernelBox
 from isolation_kernel.connection import CHANNELS, Connection, Doors, printable
-from isolation_kernel.options import Options
+from isolation_kernel.options import Options, holds_home
 
 if TYPE_CHECKING:
     from isolation_kernel.proxy import Proxy
@@ -65,6 +65,9 @@ class Hosting:
     def start(self, cwd: str, environ: Mapping[str, str], *, standby: bool = False) -> None:
         """Make the sandbox, and start the kernel in it. Raises IsolationError."""
         spec = self.options.spec(cwd, environ)
+        shown = cwd in {mount.target for mount in spec.mounts}
+        if self.options.notebook != "none" and holds_home(cwd) and not shown:
+            say(f"{cwd} is not shown to the kernel, because all of a home directory would be (--mount {cwd}:{cwd}:overlay)")
         hosts = self.options.allowed_hosts
         exits = Doors(count=1) if hosts else None
         self._box = KernelBox(spec, self._doors, standby=standby, exits=exits)

@@ -112,7 +112,7 @@ class Services:
             "limits": spec.limits.describe(),
             "cell_timeout": options.cell_timeout,
             "network": options.network,
-            "notebook": options.notebook,
+            "notebook": options.notebook if spec.workdir in {mount.target for mount in spec.mounts} else "not shown",
             "workdir": spec.workdir,
             "mounts": [str(mount) for mount in spec.mounts],
             "export": options.export,

@@ -148,6 +148,24 @@ def test_the_notebooks_directory(
     assert (directory / "new.txt").exists() is kept
 
 
+@pytest.mark.parametrize("above", [False, True])
+def test_a_home_directory_is_not_shown_because_a_notebook_lies_in_it(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home" / "somebody"
+    home.mkdir(parents=True)
+    (home / "id_ed25519").write_text(SECRET)
+    monkeypatch.setenv("HOME", str(home))
+    kernel = kernels("argv", cwd=home.parent if above else home)
+    assert kernel.value("__import__('os').getcwd()") == ("/" if above else str(home))
+    assert kernel.run(f"open('{home}/id_ed25519')").content["ename"] == "FileNotFoundError"
+    assert "not shown" in kernel.run("%isolation").text
+    assert "is not shown to the kernel" in capfd.readouterr().err
+    (home / "project").mkdir()
+    (home / "project/data.csv").write_text("1")
+    assert kernels("argv", cwd=home / "project").value("open('data.csv').read()") == "1"
+
+
 def test_magic(kernels: Kernels, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
