@@ -110,7 +110,7 @@ class Server:
     def execute(self, kernel: str, code: str, *, wait: bool = True) -> str:
         """What the code prints, by a websocket as browsers have one. Without `wait`, nothing is read."""
         channels = websocket.create_connection(
-            f"ws://{self.address}/api/kernels/{kernel}/channels?token={self.token}", timeout=20, suppress_origin=True
+            f"ws://{self.address}/api/kernels/{kernel}/channels?token={self.token}", timeout=60, suppress_origin=True
         )
         try:
             header = {"msg_id": "m", "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
@@ -178,7 +178,7 @@ def test_nothing_of_a_server_that_was_killed_is_left(server: Server) -> None:
     below = descendants(server.process.pid)
     assert len(below) >= 2 * 4  # launcher, keeper, PID 1, kernel
     server.process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while alive := [pid for pid in below if os.path.exists(f"/proc/{pid}") and not zombie(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
