@@ -43,6 +43,7 @@ bench: $(VENV)/installed
 	$(RUN) benchmarks/fixtures.py
 	$(RUN) benchmarks/parallel.py
 	$(RUN) benchmarks/launch.py
+	$(RUN) benchmarks/kernel.py
 	$(RUN) benchmarks/microvm.py
 	$(RUN) benchmarks/suites.py
 

@@ -1,0 +1,1 @@
+"""What runs in the sandbox: an ordinary ipykernel that takes the five sockets it was given instead of making its own."""

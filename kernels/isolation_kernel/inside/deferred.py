@@ -1,0 +1,97 @@
+"""Importing what a kernel needs only sometimes when it is needed: debugpy when somebody debugs, and Jupyter's client side.
+
+ipykernel imports both while it starts: its debugger to see whether there is one, the package `jupyter_client` on its way to
+some of its modules. That is nearly half of a kernel's start, and a quarter of its memory. Neither is changed: what stands
+in for a module knows what ipykernel asks for, and becomes the real one at the first look at anything else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+from traitlets import Type
+
+
+class _Deferred(ModuleType):
+    """A module whose code has not run yet."""
+
+    _isolation_lock: threading.RLock
+    _isolation_state: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("__", "_isolation")):
+            raise AttributeError(name)  # the import system's own questions
+        with self._isolation_lock:
+            if self._isolation_state == "deferred":
+                self._isolation_state = "running"
+                spec = self.__spec__
+                assert spec is not None
+                assert spec.loader is not None
+                spec.loader.exec_module(self)
+                self._isolation_state = "done"
+        try:
+            return self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+
+def _defer(name: str, **known: Any) -> _Deferred | None:
+    """Put a stand-in where imports look; None when the module is there already, or cannot be found."""
+    if name in sys.modules:
+        return None
+    spec = importlib.util.find_spec(name)
+    if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+        return None
+    module = _Deferred(name)
+    module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
+    module.__package__ = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
+    if spec.submodule_search_locations is not None:
+        module.__path__ = list(spec.submodule_search_locations)
+    module._isolation_lock, module._isolation_state = threading.RLock(), "deferred"
+    module.__dict__.update(known)
+    sys.modules[name] = module
+    return module
+
+
+def client_side() -> None:
+    """Of `jupyter_client` itself, ipykernel wants one name when it is imported. Call this before that."""
+    module = _defer("jupyter_client")
+    if module is not None:
+        module.__dict__["write_connection_file"] = importlib.import_module("jupyter_client.connect").write_connection_file
+
+
+class _Debugger:
+    """Stands for an `ipykernel.debugger.Debugger`, and makes it when it is needed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.__dict__["_arguments"] = arguments
+
+    def _made(self) -> Any:
+        if "_debugger" not in self.__dict__:
+            self.__dict__["_debugger"] = importlib.import_module("ipykernel.debugger").Debugger(*self._arguments)
+        return self.__dict__["_debugger"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._made(), name, value)
+
+
+def kernel_class() -> Any:
+    """IPython's kernel; one whose debugger is made when it is needed, where there is one and it is not imported yet."""
+    from ipykernel.ipkernel import IPythonKernel
+
+    if importlib.util.find_spec("debugpy") is None or _defer("ipykernel.debugger", _is_debugpy_available=True) is None:
+        return IPythonKernel
+
+    class DeferringKernel(IPythonKernel):
+        debugger_class = Type(_Debugger)
+
+    return DeferringKernel

@@ -1,0 +1,48 @@
+"""The kernel's wire to its host. In every cell's reach: the host believes nothing that comes by it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any, Final
+
+from isolation.wire import Message, Wire
+
+FIRST_GIVEN: Final = 64  # number of the first descriptor that the host passes: five listening sockets, and the wire
+_ANSWER: Final = 60.0  # s
+
+
+class Refused(Exception):
+    """The host says no; the message says why."""
+
+
+class Host:
+    """Requests, and their answers. May be used by several threads."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_inheritable(fd, False)
+        self._wire = Wire(socket.socket(fileno=fd))
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
+
+    def receive(self) -> Message | None:
+        """The next message: the order. None when the host is gone."""
+        return self._wire.receive()
+
+    def tell(self, op: str, **details: Any) -> None:
+        """Say something that has no answer."""
+        if os.getpid() == self._owner:  # not a child that was forked off this process
+            with self._lock:
+                self._wire.send({"op": op, **details})
+
+    def ask(self, op: str, **details: Any) -> Any:
+        """The answer. Raises Refused; WireError or TimeoutError when the host has none."""
+        with self._lock:
+            self._wire.send({"op": op, **details})
+            message = self._wire.receive(_ANSWER)
+        if message is None:
+            raise Refused("the host is gone")
+        if "error" in message:
+            raise Refused(str(message["error"]))
+        return message["answer"]

@@ -1,0 +1,83 @@
+"""`%isolation …`: what a notebook can ask about its sandbox."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import Any
+
+from IPython.core.error import UsageError
+
+from isolation.errors import WireError
+from isolation_kernel.inside import usage
+from isolation_kernel.inside.host import Host, Refused
+
+_USAGE = """\
+%isolation                 what this sandbox is, and what it uses
+%isolation changes         which files were added, changed or deleted in it
+%isolation export PATH     copy a file out, into the directory that the kernel was installed with (--export)"""
+
+
+class Magic:
+    """The line magic of one kernel."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def register(self, shell: Any) -> None:
+        """Offer it in `shell`."""
+        shell.register_magic_function(self.isolation, "line", "isolation")
+
+    def isolation(self, line: str) -> None:
+        """Ask about this kernel's sandbox: `%isolation [status | changes | export PATH]`."""
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        name, arguments = (words[0], words[1:]) if words else ("status", [])
+        command = {"status": self._status, "changes": self._changes, "export": self._export}.get(name)
+        if command is None:
+            raise UsageError(f"there is no '%isolation {name}'; there is:\n{_USAGE}")
+        try:
+            command(arguments)
+        except Refused as error:
+            raise UsageError(str(error)) from None
+        except (WireError, TimeoutError) as error:
+            raise UsageError(f"the host does not answer: {error}") from None
+
+    def _status(self, arguments: list[str]) -> None:
+        _none(arguments)
+        said = self._host.ask("status")
+        network = {"none": "own loopback only", "host": "the host's: NOT isolated"}.get(said["network"], said["network"])
+        rows = [
+            ("backend", said["backend"]),
+            ("limits", said["limits"] + (f", cell {said['cell_timeout']}" if said["cell_timeout"] else "")),
+            ("in use", f"memory {usage.size(usage.memory_used())}, {usage.processes()} processes, up {said['wall']:.0f}s"),
+            ("network", network),
+            ("notebook", f"{said['workdir']} ({said['notebook']})"),
+            *(("mount", mount) for mount in said["mounts"]),
+            ("export", said["export"] or "nothing (installed without --export)"),
+        ]
+        print("\n".join(f"{name:9} {text}" for name, text in rows))
+
+    def _changes(self, arguments: list[str]) -> None:
+        _none(arguments)
+        found, count = self._host.ask("changes")
+        for kind, what, path, size in found:
+            of = f" ({usage.size(size)})" if size is not None else ""
+            print(f"{kind:8} {path}{'/' if what == 'directory' else ''}{of}")
+        if count > len(found):
+            print(f"… and {count - len(found)} more")
+        if not found:
+            print("nothing was changed")
+
+    def _export(self, arguments: list[str]) -> None:
+        if len(arguments) != 1:
+            raise UsageError("%isolation export PATH")
+        said = self._host.ask("export", path=os.path.abspath(os.path.expanduser(arguments[0])))
+        print(f"exported to {said['target']} ({said['size']})")
+
+
+def _none(arguments: list[str]) -> None:
+    if arguments:
+        raise UsageError(f"too many words:\n{_USAGE}")

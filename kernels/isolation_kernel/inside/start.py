@@ -1,0 +1,134 @@
+"""From the start of the process to the kernel's loop."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from isolation_kernel.inside import usage
+from isolation_kernel.inside.host import FIRST_GIVEN, Host
+
+_CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
+_RUNTIME: Final = "/tmp/.isolation-kernel"
+_PACKAGES: Final = f"{_RUNTIME}/packages"  # of `%pip install`: the environment itself is read-only
+_INLINE: Final = "module://matplotlib_inline.backend_inline"
+_STACK: Final = ("numpy", "pandas", "matplotlib.pyplot")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Be a kernel until the frontend, or the host, wants no more."""
+    given = [FIRST_GIVEN + number for number in range(len(_CHANNELS))]
+    for fd in given:
+        os.set_inheritable(fd, False)  # not for programs that a cell starts
+    host = Host(FIRST_GIVEN + len(_CHANNELS))
+    os.makedirs(_PACKAGES, mode=0o700, exist_ok=True)  # now: what was not there is not looked at again
+    os.environ.setdefault("IPYTHONDIR", f"{_RUNTIME}/ipython")  # history is this kernel's alone
+    # As `python -m ipykernel_launcher` has it. Here it is the sandbox's own directory; on the host it would not be safe.
+    sys.path[:0] = ["", _PACKAGES]
+    if "--standby" in argv:
+        app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, [])
+        _import_stack(app.shell)
+        _equip(app, host)
+        _settle()
+        host.tell("warm")
+        order = host.receive()
+        if order is None:
+            return
+        _take_over(app, order)
+    else:
+        order = host.receive()
+        if order is None:
+            return
+        app = _application(given, order["connection"], order["arguments"])
+        _equip(app, host)
+        _settle()
+    usage.show_limits(order["memory"], order["cpus"])
+    host.tell("ready")
+    app.start()
+
+
+def _application(given: Sequence[int], told: dict[str, Any], arguments: Sequence[str]) -> Any:
+    """An IPKernelApp up to where only its loop is missing."""
+    from isolation_kernel.inside import deferred
+
+    deferred.client_side()
+    from isolation_kernel.inside.app import KernelApp
+
+    sys.argv = ["ipykernel_launcher", "-f", _write_connection_file(told), *arguments]
+    KernelApp.given = {number + 1: fd for number, fd in enumerate(given)}
+    app: Any = KernelApp.instance(kernel_class=deferred.kernel_class())
+    app.initialize(sys.argv[1:])
+    return app
+
+
+def _import_stack(shell: Any) -> None:
+    """Ahead of the first cell. The first plot takes longer than most imports, so there is one that nobody sees."""
+    os.environ.setdefault("MPLBACKEND", _INLINE)  # pyplot chooses when it is imported
+    for name in _STACK:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+    if "matplotlib.pyplot" in sys.modules:
+        shell.run_cell(
+            "import io, matplotlib.pyplot as p; p.plot([0, 1]); p.savefig(io.BytesIO()); p.close('all'); del io, p",
+            silent=True, store_history=False,
+        )  # fmt: skip
+    else:
+        shell.run_cell("pass", silent=True, store_history=False)
+
+
+def _take_over(app: Any, order: dict[str, Any]) -> None:
+    """Become who the order says: another key, another environment, other random numbers."""
+    told = order["connection"]
+    _write_connection_file(told)
+    app.session.signature_scheme = told.get("signature_scheme", "hmac-sha256")
+    app.session.key = told.get("key", "").encode()
+    os.environ.update(order["env"])
+    time.tzset()
+    os.chdir(order["cwd"])
+    if "JPY_SESSION_NAME" in os.environ:
+        app.shell.user_ns["__session__"] = os.environ["JPY_SESSION_NAME"]
+    import random
+
+    random.seed()
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed()
+
+
+def _equip(app: Any, host: Host) -> None:
+    """With what an ordinary kernel does not have."""
+    from isolation_kernel.inside.magic import Magic
+
+    Magic(host).register(app.shell)
+    app.shell.events.register("pre_run_cell", lambda _info: host.tell("cell", parent=_header(app)))
+    app.shell.events.register("post_run_cell", lambda _result: host.tell("cell", parent=None))
+
+
+def _header(app: Any) -> dict[str, str]:
+    """Of the request that a cell came with."""
+    header = app.kernel.get_parent("shell").get("header", {})
+    return {name: str(header[name]) for name in ("msg_id", "msg_type", "session", "username", "version") if name in header}
+
+
+def _settle() -> None:
+    """What is there now, stays: with the collector merely enabled, it would look through all of it first (50 ms, with
+    matplotlib)."""
+    gc.freeze()
+    gc.enable()
+
+
+def _write_connection_file(told: dict[str, Any]) -> str:
+    """For %connect_info, and for ipykernel, which reads its keys there."""
+    ports = {f"{name}_port": number + 1 for number, name in enumerate(_CHANNELS)}
+    path = f"{_RUNTIME}/connection.json"
+    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        json.dump({"transport": "ipc", "ip": f"{_RUNTIME}/k", **ports, **told}, file)
+    return path

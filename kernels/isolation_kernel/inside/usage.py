@@ -1,0 +1,60 @@
+"""What the sandbox uses, and may use, where programs would otherwise be shown the host's figures."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from isolation.units import format_size as size
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def processes() -> int:
+    """How many processes there are in the sandbox."""
+    return sum(name.isdigit() for name in os.listdir("/proc"))
+
+
+def memory_used() -> int:
+    """Bytes of memory of all processes in the sandbox; what they share is counted once for each of them."""
+    used = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/statm", encoding="ascii") as file:
+                    used += int(file.read().split()[1]) * _PAGE
+            except (OSError, IndexError):
+                continue
+    return used
+
+
+def show_limits(memory: int | None, cpus: float | None) -> None:
+    """Let psutil, and with it ipykernel's usage report, tell of the sandbox."""
+    try:
+        import psutil
+    except ImportError:
+        return
+    if memory is not None:
+        host_memory = psutil.virtual_memory
+
+        def virtual_memory() -> Any:
+            found = host_memory()
+            total = min(memory, found.total)
+            used = min(memory_used(), total)
+            return found._replace(
+                total=total, used=used, free=total - used, available=total - used, percent=round(100 * used / total, 1)
+            )
+
+        psutil.virtual_memory = virtual_memory
+    if cpus is not None:
+        host_count = psutil.cpu_count
+
+        def cpu_count(logical: bool = True) -> int | None:
+            found = host_count(logical)
+            return None if found is None else min(found, math.ceil(cpus))
+
+        psutil.cpu_count = cpu_count
+
+
+__all__ = ["memory_used", "processes", "show_limits", "size"]

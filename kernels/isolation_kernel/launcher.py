@@ -1,0 +1,117 @@
+"""What a frontend starts: one process for each kernel, on the host."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from isolation.errors import IsolationError, SpecError
+from isolation_kernel.pool import client
+
+_FAILED: Final = 125
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the kernel's exit code, or 125 when there is none."""
+    signals = Signals()  # first: a manager interrupts before every restart, and perhaps before this has begun
+    parent = Parent()
+    try:
+        return _launch(sys.argv[1:] if argv is None else argv, signals, parent)
+    except IsolationError as error:
+        from isolation_kernel.hosting import say
+
+        say(str(error))
+        return _FAILED
+
+
+def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
+    from isolation_kernel.connection import Connection, Doors
+
+    if "-f" not in argv[:-1]:
+        raise SpecError("no connection file (… -f FILE): this is what a kernelspec runs; see 'isolation kernel --help'")
+    place = list(argv).index("-f")
+    connection = Connection.read(argv[place + 1])
+    # Before all that takes time: a client that is refused waits a tenth of a second before it tries again.
+    listeners = connection.listen_tcp() if connection.transport == "tcp" else []
+    adopted = client.ask(argv[:place], os.getcwd(), os.environ, connection.raw, argv[place + 2 :], listeners)
+    if adopted is not None:
+        for listener in listeners:
+            listener.close()
+        return _accompany(adopted, signals, parent)
+
+    from isolation_kernel.hosting import Hosting
+    from isolation_kernel.options import parse
+
+    line = parse(argv)
+    doors = Doors(connection.paths() if connection.transport == "ipc" else None)
+    with Hosting(line.options, doors) as hosting:
+        hosting.start(os.getcwd(), os.environ)
+        hosting.order(connection, line.forwarded)
+        return hosting.serve(listeners, signals, parent)
+
+
+def _accompany(adopted: client.Adopted, signals: Signals, parent: Parent) -> int:
+    """Stand for a kernel of the pool: it gets our signals, and ends with us; we end with it."""
+    poller = select.poll()
+    for fd in (adopted.fileno(), signals.fileno(), parent.fileno()):
+        if fd >= 0:
+            poller.register(fd, select.POLLIN)
+    while (code := adopted.poll()) is None:
+        ready = [fd for fd, _events in poller.poll()]
+        if parent.fileno() in ready or parent.gone():
+            return 128 + signal.SIGHUP
+        if signals.fileno() in ready:
+            for number in signals.take():
+                adopted.send_signal(number)
+    return code if code >= 0 else 128 - code
+
+
+class Signals:
+    """Signals as bytes in a pipe, for a loop of epoll."""
+
+    def __init__(self) -> None:
+        self._read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, _noted)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def take(self) -> bytes:
+        """The numbers of those that came."""
+        try:
+            return os.read(self._read, 64)
+        except BlockingIOError:
+            return b""
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """The pipe has it already."""
+
+
+class Parent:
+    """Who started this. The process, not the thread of it, as PR_SET_PDEATHSIG would have it: frontends start kernels from
+    threads that end."""
+
+    def __init__(self) -> None:
+        self._pid = os.getppid()
+        self._fd = -1
+        if self._pid > 1:
+            try:
+                self._fd = os.pidfd_open(self._pid)
+            except OSError:
+                pass
+
+    def fileno(self) -> int:
+        """Readable when it is gone; -1 when there is nobody to watch."""
+        return self._fd
+
+    def gone(self) -> bool:
+        """It ended before it could be watched."""
+        return self._pid > 1 and os.getppid() != self._pid

@@ -1,0 +1,143 @@
+"""What a kernel asks its host for: status, changes, export; and the clock of its cells.
+
+All of it is a hostile guest's word: requests are small JSON objects, checked here, and an answer that is not read in time
+costs the kernel its wire.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any, Final
+
+from isolation.errors import GuestError, IsolationError, WireError
+from isolation.hookspecs import CHANGES
+from isolation.spec import SandboxSpec
+from isolation.units import format_size
+from isolation.wire import Message
+from isolation_kernel.box import KernelBox
+from isolation_kernel.options import Options
+
+RUNTIME: Final = "/tmp/.isolation-kernel"  # the kernel's own files, inside
+_ANSWER: Final = 2.0  # s
+_CHANGES_AT_MOST: Final = 500
+_EXPORT_AT_MOST: Final = 1 << 30
+_HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
+_HEADER_AT_MOST: Final = 200  # characters
+_GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
+
+
+class Services:
+    """Answers one kernel.
+
+    warm    it has said that it waits for its order
+    ready   it has said that it can be interrupted
+    reason  why it had to be ended, for people
+    cell    the header of the request that it works on
+    """
+
+    def __init__(self, box: KernelBox, options: Options, spec: SandboxSpec) -> None:
+        self.warm = self.ready = False
+        self.reason = ""
+        self.cell: dict[str, str] = {}
+        self._box = box
+        self._options = options
+        self._spec = spec
+        self._began = time.monotonic()
+        self._deadline: float | None = None
+        self._interrupted = False
+        box.wire.sock.settimeout(_ANSWER)
+
+    def read(self) -> bool:
+        """Read and answer what has come; False when nothing will any more."""
+        wire = self._box.wire
+        try:
+            alive = wire.fill()
+            while (message := wire.next_message()) is not None:
+                answer = self._answer(message)
+                if answer is not None:
+                    wire.send(answer)
+        except WireError:
+            return False
+        return alive
+
+    def _answer(self, message: Message) -> Message | None:
+        op = message.get("op")
+        if op == "ready":
+            self.ready = True
+        elif op == "warm":
+            self.warm = True
+        elif op == "cell":
+            self._cell(message.get("parent"))
+        elif op in ("status", "changes", "export"):
+            try:
+                found: Any = getattr(self, f"_{op}")(message)
+                return {"answer": found}
+            except (IsolationError, OSError) as error:
+                return {"error": str(error)}
+        return None
+
+    def _cell(self, parent: Any) -> None:
+        """One begins, for the request with the header `parent`; or (None) ends."""
+        seconds = self._options.cell_seconds
+        self._interrupted = False
+        self.cell = {}
+        if isinstance(parent, dict):
+            values = ((name, parent.get(name)) for name in _HEADER)
+            self.cell = {name: value[:_HEADER_AT_MOST] for name, value in values if isinstance(value, str)}
+        self._deadline = time.monotonic() + seconds if parent is not None and seconds is not None else None
+
+    def patience(self) -> float | None:
+        """Seconds until the clock has to be looked at; None (or -1, as epoll has it) when there is no hurry."""
+        return -1 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def look_at_the_clock(self) -> None:
+        """Interrupt a cell whose time is up; end the kernel where that does not help."""
+        if self._deadline is None or time.monotonic() < self._deadline:
+            return
+        if not self._interrupted:
+            self._interrupted = True
+            self._deadline += _GRACE
+            self._box.signal(signal.SIGINT)
+        else:
+            self._deadline = None
+            self.reason = f"a cell took longer than {self._options.cell_timeout}, and an interrupt did not end it"
+            self._box.signal(signal.SIGKILL)
+
+    def _status(self, _message: Message) -> dict[str, Any]:
+        spec, options = self._spec, self._options
+        return {
+            "backend": self._box.sandbox.backend.name,
+            "limits": spec.limits.describe(),
+            "cell_timeout": options.cell_timeout,
+            "network": options.network,
+            "notebook": options.notebook if spec.workdir in {mount.target for mount in spec.mounts} else "not shown",
+            "workdir": spec.workdir,
+            "mounts": [str(mount) for mount in spec.mounts],
+            "export": options.export,
+            "wall": time.monotonic() - self._began,
+        }
+
+    def _changes(self, _message: Message) -> list[Any]:
+        if CHANGES not in self._box.sandbox.backend.features():
+            raise GuestError(f"the {self._box.sandbox.backend.name} backend does not tell what was changed")
+        found = [change for change in self._box.sandbox.changes() if not change.path.startswith(RUNTIME)]
+        said = [[change.kind, change.type, change.path[:4096], change.size] for change in found[:_CHANGES_AT_MOST]]
+        return [said, len(found)]
+
+    def _export(self, message: Message) -> dict[str, Any]:
+        directory = self._options.export
+        path = message.get("path")
+        if directory is None:
+            raise GuestError("this kernel exports nothing: it was installed without --export DIR")
+        if not isinstance(path, str) or not path.startswith("/") or "\0" in path or len(path) > 4096:
+            raise GuestError("export wants the path of a file in the sandbox")
+        name = os.path.basename(path)
+        if not name or name in (".", "..") or not name.isprintable():
+            raise GuestError(f"{name!r} is no name for a file")
+        target = os.path.join(directory, name)
+        if os.path.isdir(target):
+            raise GuestError(f"{name!r} is a directory in {directory}")
+        size = self._box.sandbox.copy_out(path, target, limit=_EXPORT_AT_MOST)
+        return {"target": target, "size": format_size(size)}

@@ -1,0 +1,297 @@
+"""What jupyter_kernel_test leaves out, by both routes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kernel.frontend import PATIENCE, Kernel
+
+from isolation import cli, registry
+from isolation.backends.namespace.cgroup import Hierarchy
+from isolation.hookspecs import CPU_LIMIT
+
+Kernels = Callable[..., Kernel]
+
+
+def test_runs_in_a_sandbox(kernel: Kernel) -> None:
+    assert kernel.value("__import__('os').getpid()") == "2"
+    assert kernel.value("__import__('socket').if_nameindex()") == "[(1, 'lo')]"
+    assert kernel.value("(__import__('os').getpgid(0), __import__('os').getsid(0))") == "(2, 2)"
+
+
+def test_interrupt(kernel: Kernel) -> None:
+    sleeping = kernel.send("import time\nprint('on', flush=True)\nwhile True: time.sleep(0.01)")
+    while kernel.client.get_iopub_msg(timeout=PATIENCE)["msg_type"] != "stream":
+        pass
+    began = time.monotonic()
+    kernel.manager.interrupt_kernel()
+    reply = kernel.collect(sleeping)
+    assert reply.content["ename"] == "KeyboardInterrupt"
+    assert time.monotonic() - began < 5
+    assert kernel.value("6*7") == "42"
+
+
+def test_interrupt_reaches_a_child_process(kernel: Kernel) -> None:
+    sleeping = kernel.send("import subprocess\nprint('on', flush=True)\nsubprocess.run(['sleep', '60'])")
+    while kernel.client.get_iopub_msg(timeout=PATIENCE)["msg_type"] != "stream":
+        pass
+    time.sleep(0.3)
+    kernel.manager.interrupt_kernel()
+    assert kernel.collect(sleeping, 10).content["ename"] == "KeyboardInterrupt"
+
+
+def test_interrupts_of_an_idle_kernel_change_nothing(kernel: Kernel) -> None:
+    for _ in range(5):
+        kernel.manager.interrupt_kernel()
+    time.sleep(0.5)  # they are on their way
+    assert kernel.value("6*7") == "42"
+
+
+def test_stdin(kernel: Kernel) -> None:
+    asked = kernel.send("print(input('name? ') * 2)", allow_stdin=True)
+    reply = kernel.collect(asked, on_input=lambda message: "ab" if message["content"]["prompt"] == "name? " else "?")
+    assert reply.text == "abab\n"
+
+
+def test_comms(kernel: Kernel) -> None:
+    kernel.run("from ipykernel.comm import Comm\nseen = []")
+    code = "def opened(comm, message):\n comm.on_msg(lambda m: comm.send({'twice': m['content']['data']['n'] * 2}))\n"
+    assert kernel.run(code + "get_ipython().kernel.comm_manager.register_target('t', opened)").status == "ok"
+    session = kernel.client.session
+    kernel.client.shell_channel.send(session.msg("comm_open", {"comm_id": "c", "target_name": "t", "data": {}}))
+    kernel.client.shell_channel.send(session.msg("comm_msg", {"comm_id": "c", "data": {"n": 21}}))
+    while True:
+        message = kernel.client.get_iopub_msg(timeout=PATIENCE)
+        if message["msg_type"] == "comm_msg":
+            assert message["content"]["data"] == {"twice": 42}
+            return
+
+
+def test_widgets(kernel: Kernel) -> None:
+    reply = kernel.run("import ipywidgets\nslider = ipywidgets.IntSlider(value=3)\ndisplay(slider)")
+    assert "application/vnd.jupyter.widget-view+json" in reply.data
+    opened = next(m for m in reply.messages if m["msg_type"] == "comm_open" and "value" in m["content"]["data"]["state"])
+    data = {"method": "update", "state": {"value": 7}}
+    message = kernel.client.session.msg("comm_msg", {"comm_id": opened["content"]["comm_id"], "data": data})
+    kernel.client.shell_channel.send(message)
+    assert kernel.value("slider.value") == "7"
+
+
+def test_plot_inline(kernel: Kernel) -> None:
+    reply = kernel.run("import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()", timeout=60)
+    assert "image/png" in reply.data, reply.text
+
+
+def test_debugger_stops_at_a_breakpoint(kernel: Kernel) -> None:
+    sequence = iter(range(1, 100))
+
+    def debug(command: str, **arguments: object) -> dict[str, object]:
+        request = {"type": "request", "command": command, "seq": next(sequence), "arguments": arguments}
+        reply = kernel.control("debug_request", request)
+        assert reply.get("success"), reply
+        return dict(reply)
+
+    debug("initialize", clientID="test", adapterID="", pathFormat="path", linesStartAt1=True, columnsStartAt1=True)
+    debug("attach")
+    code = "def f(a):\n    b = a + 1\n    return b\nf(41)\n"
+    source = debug("dumpCell", code=code)["body"]["sourcePath"]  # type: ignore[index]
+    debug("setBreakpoints", breakpoints=[{"line": 3}], source={"path": source}, sourceModified=False)
+    debug("configurationDone")
+    running = kernel.send(code)
+    while True:
+        message = kernel.client.get_iopub_msg(timeout=PATIENCE)
+        if message["msg_type"] == "debug_event" and message["content"]["event"] == "stopped":
+            thread = message["content"]["body"]["threadId"]
+            break
+    frames = debug("stackTrace", threadId=thread)["body"]["stackFrames"]  # type: ignore[index]
+    assert (frames[0]["name"], frames[0]["line"]) == ("f", 3)
+    debug("continue", threadId=thread)
+    assert kernel.collect(running).status == "ok"
+    assert debug("inspectVariables")["body"]  # by way of the kernel's own shell
+    debug("disconnect", restart=False, terminateDebuggee=False)
+
+
+def test_subshells(kernel: Kernel) -> None:
+    subshell = kernel.control("create_subshell_request", {})["subshell_id"]
+    sleeping = kernel.send("import time\nwhile not globals().get('done'): time.sleep(0.01)")
+    message = kernel.client.session.msg("execute_request", {
+        "code": "done = True", "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False,
+    })  # fmt: skip
+    message["header"]["subshell_id"] = subshell
+    kernel.client.shell_channel.send(message)
+    assert kernel.collect(sleeping).status == "ok"
+    assert kernel.control("delete_subshell_request", {"subshell_id": subshell})["status"] == "ok"
+
+
+def test_control_channel_while_busy(kernel: Kernel) -> None:
+    sleeping = kernel.send("import time; time.sleep(2)")
+    began = time.monotonic()
+    assert kernel.control("kernel_info_request", {})["status"] == "ok"
+    assert time.monotonic() - began < 1.5
+    kernel.collect(sleeping)
+
+
+def test_heartbeat(kernel: Kernel) -> None:
+    kernel.client.hb_channel.unpause()
+    time.sleep(1.5)
+    assert kernel.client.hb_channel.is_beating()
+
+
+def test_usage_report(kernels: Kernels) -> None:
+    held = CPU_LIMIT in registry.get("namespace").features()  # not where an ordinary user has no cgroup
+    kernel = kernels("argv", "--memory", "400M", *(["--cpus", "1"] if held else []))
+    report = kernel.control("usage_request", {})
+    assert report["host_virtual_memory"]["total"] == 400 << 20
+    assert 0 < report["host_virtual_memory"]["used"] < 400 << 20
+    assert report["cpu_count"] == (1 if held else os.cpu_count())
+
+
+def test_a_limit_that_cannot_be_held_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Hierarchy, "can", lambda _self, _name: False)
+    assert cli.main(["kernel", "install", "--prefix", str(tmp_path), "--cpus", "1"]) == 125
+    assert "cgroup" in capfd.readouterr().err
+
+
+def test_large_message(kernel: Kernel) -> None:
+    reply = kernel.run("from IPython.display import display\ndisplay({'x/y': 'a' * 200_000_000}, raw=True)", timeout=90)
+    assert len(reply.data["x/y"]) == 200_000_000
+
+
+def test_large_request(kernel: Kernel) -> None:
+    assert kernel.run(f"print(len('{'b' * 5_000_000}'))").text == "5000000\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing(kernel: Kernel, method: str) -> None:
+    code = f"import multiprocessing\nwith multiprocessing.get_context('{method}').Pool(2) as pool: print(pool.map(abs, [-1, 2]))"
+    assert kernel.run(code).text == "[1, 2]\n"
+
+
+def test_restart_25_times(kernel: Kernel) -> None:
+    took = []
+    for number in range(25):
+        kernel.run(f"x = {number}")
+        began = time.monotonic()
+        kernel.manager.restart_kernel()
+        took.append(time.monotonic() - began)
+        assert kernel.run("print('x' in globals())").text == "False\n"
+    assert sorted(took)[20] < 2.5, took  # each would take as long, were it not for a clean end
+
+
+def test_restart_now_while_busy(kernel: Kernel) -> None:
+    kernel.send("while True: pass")
+    time.sleep(0.3)
+    kernel.manager.restart_kernel(now=True)
+    assert kernel.value("6*7") == "42"
+
+
+def test_shutdown(kernel: Kernel) -> None:
+    pid = kernel.pid
+    kernel.value("6*7")
+    began = time.monotonic()
+    kernel.manager.shutdown_kernel()
+    assert time.monotonic() - began < 2.5
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("import os; os._exit(3)", 3), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137), ("exit()", 0)],
+)
+def test_end_of_the_kernel_is_noticed(kernel: Kernel, code: str, status: int) -> None:
+    process = kernel.manager.provisioner.process
+    kernel.send(code)
+    assert process.wait(5) == status
+    assert not kernel.manager.is_alive()
+
+
+def test_history(kernel: Kernel) -> None:
+    kernel.run("first = 1")
+    kernel.run("second = 2")
+    kernel.client.history(hist_access_type="tail", n=2)
+    reply = kernel.client.get_shell_msg(timeout=PATIENCE)
+    while reply["msg_type"] != "history_reply":
+        reply = kernel.client.get_shell_msg(timeout=PATIENCE)
+    assert [entry[2] for entry in reply["content"]["history"]] == ["first = 1", "second = 2"]
+
+
+def test_arguments_for_ipykernel(kernels: Kernels) -> None:
+    kernel = kernels("argv", extra=("--HistoryManager.hist_file=:memory:",))
+    assert kernel.value("get_ipython().history_manager.hist_file") == ":memory:"
+
+
+def test_encryption_passes_untouched(kernels: Kernels) -> None:
+    for name in ("argv", "provisioner"):
+        kernel = kernels(name, encryption="required")
+        assert kernel.value("6*7") == "42"
+        assert kernel.manager.get_connection_info()["curve_publickey"]
+
+
+def test_connections_that_say_nothing(kernels: Kernels) -> None:
+    """As VS Code makes them, to see whether somebody listens."""
+    kernel = kernels("argv")
+    info = kernel.manager.get_connection_info()
+    for _ in range(20):
+        for name in ("shell", "iopub", "stdin", "control", "hb"):
+            socket.create_connection((info["ip"], info[f"{name}_port"]), 5).close()
+    assert kernel.value("6*7") == "42"
+
+
+def test_port_in_use_is_an_error(kernels: Kernels, capfd: pytest.CaptureFixture[str]) -> None:
+    kernel = kernels("argv")
+    command = kernel.manager.format_kernel_cmd()
+    assert os.spawnv(os.P_WAIT, command[0], command) == 125
+    assert "cannot listen on" in capfd.readouterr().err
+
+
+def test_cell_time_limit(kernels: Kernels) -> None:
+    kernel = kernels("argv", "--cell-timeout", "1s")
+    assert kernel.run("import time\ntime.sleep(30)").content["ename"] == "KeyboardInterrupt"
+    assert kernel.value("6*7") == "42"
+
+
+def test_cell_that_ignores_interrupts(kernels: Kernels, capfd: pytest.CaptureFixture[str]) -> None:
+    kernel = kernels("argv", "--cell-timeout", "1s")
+    process = kernel.manager.provisioner.process
+    kernel.send("import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass")
+    assert process.wait(20) == 128 + signal.SIGKILL
+    assert "a cell took longer than 1s" in capfd.readouterr().err
+
+
+def test_out_of_memory_is_said(kernels: Kernels, capfd: pytest.CaptureFixture[str]) -> None:
+    kernel = kernels("argv", "--memory", "300M")
+    process = kernel.manager.provisioner.process
+    kernel.send("x = bytearray(600 << 20)\nfor n in range(0, len(x), 4096): x[n] = 1")
+    assert process.wait(20) == 128 + signal.SIGKILL
+    assert "out of memory" in capfd.readouterr().err
+
+
+def test_wall_clock_limit_is_said(kernels: Kernels, capfd: pytest.CaptureFixture[str]) -> None:
+    kernel = kernels("argv", "--timeout", "4s")
+    assert kernel.manager.provisioner.process.wait(20) == 124
+    assert "time was up after 4 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("route", ["argv", "provisioner"])
+@pytest.mark.parametrize("encryption", ["disabled", "required"])
+def test_the_notebook_is_told_why_its_kernel_ended(kernels: Kernels, route: str, encryption: str) -> None:
+    kernel = kernels(route, "--memory", "300M", encryption=encryption)
+    identity = kernel.send("x = bytearray(600 << 20)\nfor n in range(0, len(x), 4096): x[n] = 1")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        message = kernel.client.get_iopub_msg(timeout=20)
+        if message["msg_type"] == "stream":
+            break
+    assert message["parent_header"]["msg_id"] == identity
+    assert message["content"] == {
+        "name": "stderr",
+        "text": "isolation: the kernel ran out of memory (its limit is 300M: --memory)\n",
+    }

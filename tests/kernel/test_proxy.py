@@ -1,0 +1,191 @@
+"""Network mode "allow": a local package index is reached, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import socket
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+
+import pytest
+from isolation_kernel import proxy
+from isolation_kernel.proxy import Allowed, Refused, parse
+from kernel.frontend import Kernel
+
+Kernels = Callable[..., Kernel]
+
+
+def wheel() -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr("hello_sandbox.py", "ANSWER = 42\n")
+        file.writestr("hello_sandbox-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: hello-sandbox\nVersion: 1.0\n")
+        file.writestr("hello_sandbox-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("hello_sandbox-1.0.dist-info/RECORD", "")
+    return data.getvalue()
+
+
+class Index:
+    """A package index, and what was asked of it."""
+
+    def __init__(self) -> None:
+        content = wheel()
+        name = "hello_sandbox-1.0-py3-none-any.whl"
+        page = f'<a href="/{name}#sha256={hashlib.sha256(content).hexdigest()}">{name}</a>'.encode()
+        asked = self.asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                body = content if self.path.endswith(".whl") else page
+                self.send_response(200)
+                self.send_header("Content-Type", "application/octet-stream" if body is content else "text/html")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_arguments: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def index() -> Iterator[Index]:
+    found = Index()
+    yield found
+    found.close()
+
+
+GET = "import urllib.request\nprint(urllib.request.urlopen('{}', timeout=20).read())"
+
+
+def test_pip_install_from_an_allowed_host(kernels: Kernels, index: Index) -> None:
+    kernel = kernels("argv", "--network", "allow:localhost")
+    url = f"http://localhost:{index.port}/simple"
+    reply = kernel.run(f"%pip install --quiet --disable-pip-version-check --index-url {url} hello-sandbox", timeout=90)
+    assert reply.status == "ok", reply.text
+    assert kernel.value("__import__('hello_sandbox').ANSWER") == "42", reply.text
+    assert "/simple/hello-sandbox/" in index.asked
+
+
+def test_a_tunnel(kernels: Kernels, index: Index) -> None:
+    """As HTTPS has it: CONNECT, and then bytes."""
+    kernel = kernels("provisioner", "--network", "allow:localhost")
+    reply = kernel.run(
+        "import socket\ns = socket.create_connection(('127.0.0.1', 3128), 10)\n"
+        f"s.sendall(b'CONNECT localhost:{index.port} HTTP/1.1\\r\\n\\r\\n')\nprint(s.recv(100))\n"
+        "s.sendall(b'GET /tunnelled HTTP/1.0\\r\\n\\r\\n')\ndata = b''\n"
+        "while more := s.recv(1000): data += more\nprint(b'hello_sandbox' in data)"
+    )
+    assert reply.text == "b'HTTP/1.1 200 Connection established\\r\\n\\r\\n'\nTrue\n", reply.error
+    assert index.asked == ["/tunnelled"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "2130706433", "[::1]", "0.0.0.0", "example.org", "localhost.example.org"])
+def test_other_hosts_are_refused(kernels: Kernels, index: Index, host: str) -> None:
+    kernel = kernels("argv", "--network", "allow:localhost")
+    code = (
+        "import http.client\nc = http.client.HTTPConnection('127.0.0.1', 3128, timeout=20)\n"
+        f"c.request('GET', 'http://{host}:{index.port}/')\nr = c.getresponse()\nprint(r.status, r.read())"
+    )
+    assert kernel.run(code).text.startswith("403 ")
+    assert index.asked == []
+
+
+def test_there_is_no_other_route(kernels: Kernels, index: Index) -> None:
+    kernel = kernels("argv", "--network", "allow:localhost")
+    reply = kernel.run(f"import socket\nsocket.create_connection(('127.0.0.1', {index.port}), 5)")
+    assert reply.content["ename"] == "ConnectionRefusedError"
+    assert kernel.run("import socket\nsocket.create_connection(('1.1.1.1', 443), 5)").content["ename"] == "OSError"
+    assert kernel.run("import socket\nsocket.getaddrinfo('example.org', 80)").content["ename"] == "gaierror"
+
+
+def test_a_flood_harms_only_its_kernel(kernels: Kernels, index: Index) -> None:
+    kernel = kernels("argv", "--network", "allow:localhost")
+    reply = kernel.run(
+        "import socket\nends = []\nfor _ in range(300):\n    s = socket.create_connection(('127.0.0.1', 3128), 5)\n"
+        "    s.settimeout(1)\n    ends.append(s)\n    s.sendall(b'x' * 1000)\nprint(len(ends))",
+        timeout=60,
+    )
+    assert reply.status in ("ok", "error")
+    assert kernel.value("6*7") == "42"
+    other = kernels("argv", "--network", "allow:localhost")
+    assert "hello_sandbox" in other.run(GET.format(f"http://localhost:{index.port}/")).text
+
+
+@pytest.mark.parametrize(
+    ("hosts", "host", "resolved", "good"),
+    [
+        (["pypi.org"], "pypi.org", "151.101.0.223", True),
+        (["pypi.org"], "PyPI.org.", "151.101.0.223", True),
+        (["*.example.org"], "a.b.example.org", "93.184.215.14", True),
+        (["*.example.org"], "example.org", "93.184.215.14", False),
+        (["*.example.org"], "badexample.org", "93.184.215.14", False),
+        (["pypi.org"], "evil.org", "151.101.0.223", False),
+        (["pypi.org"], "pypi.org.evil.org", "151.101.0.223", False),
+        (["pypi.org"], "pypi.org", "127.0.0.1", False),  # DNS rebinding
+        (["pypi.org"], "pypi.org", "10.0.0.1", False),
+        (["pypi.org"], "pypi.org", "169.254.169.254", False),
+        (["pypi.org"], "pypi.org", "::1", False),
+        (["pypi.org"], "pypi.org", "::ffff:127.0.0.1", False),
+        (["pypi.org"], "pypi.org", "fd00::1", False),
+        (["pypi.org"], "pypi.org", "224.0.0.1", False),
+        (["pypi.org"], "pypi.org", "100.64.0.1", False),
+        (["index.corp", "10.0.0.5"], "index.corp", "10.0.0.5", True),
+        (["index.corp", "10.0.0.5"], "10.0.0.5", "10.0.0.5", True),
+        (["localhost"], "localhost", "127.0.0.1", True),
+        (["localhost"], "127.0.0.1", "127.0.0.1", False),
+        (["localhost"], "127.1", "127.0.0.1", False),
+    ],
+)
+def test_the_list(monkeypatch: pytest.MonkeyPatch, hosts: list[str], host: str, resolved: str, good: bool) -> None:
+    monkeypatch.setattr(
+        proxy.socket, "getaddrinfo", lambda _name, port, **_rest: [(socket.AF_INET, 1, 6, "", (resolved, port))]
+    )
+    if good:
+        assert Allowed(hosts).addresses(host, 443) == [resolved]
+    else:
+        with pytest.raises(Refused):
+            Allowed(hosts).addresses(host, 443)
+
+
+def test_only_the_addresses_that_were_checked_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [(socket.AF_INET, 1, 6, "", (address, 443)) for address in ("127.0.0.1", "151.101.0.223")]
+    monkeypatch.setattr(proxy.socket, "getaddrinfo", lambda *_arguments, **_rest: both)
+    assert Allowed(["pypi.org"]).addresses("pypi.org", 443) == ["151.101.0.223"]
+
+
+@pytest.mark.parametrize("port", [22, 25, 0, 1023, 65536, -1])
+def test_ports(port: int) -> None:
+    with pytest.raises(Refused):
+        Allowed(["localhost"]).addresses("localhost", port)
+
+
+def test_requests() -> None:
+    assert parse(b"CONNECT pypi.org:443 HTTP/1.1\r\nHost: x") == ("pypi.org", 443, b"")
+    assert parse(b"CONNECT [::1]:443 HTTP/1.1") == ("::1", 443, b"")
+    found = parse(b"GET http://a.org:8000/x?y=1 HTTP/1.1\r\nHost: a.org\r\nProxy-Authorization: s\r\nConnection: keep-alive")
+    assert found == ("a.org", 8000, b"GET /x?y=1 HTTP/1.1\r\nHost: a.org\r\nConnection: close\r\n\r\n")
+    assert parse(b"GET http://a.org HTTP/1.1").first == b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"GET / HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"GET http://u:p@a/ HTTP/1.1", b"CONNECT a HTTP/1.1",
+     b"CONNECT a:b HTTP/1.1", b"GET http:///x HTTP/1.1", b"X" * 1000, b"\xff\xfe", b"GET http://a/ SPDY/1"],
+)  # fmt: skip
+def test_what_is_no_request(head: bytes) -> None:
+    with pytest.raises(Refused):
+        parse(head)
