@@ -127,6 +127,7 @@ EXPLAINED: dict[str, str] = {  # the first pattern that fits says why
     "testing/test_terminal.py::TestTerminal::test_keyboard_interrupt*": _KEY,
     "testing/test_debugging.py::TestPDB::test_pdb_print_captured_stdout_and_stderr": _LETTER,
     "testing/test_debugging.py::TestPDB::test_pdb_continue_with_recursive_debug*": _NOT_YET,
+    "testing/test_debugging.py::TestPDB::test_pdb_with_injected_do_debug": _NOT_YET,
     "testing/test_conftest.py::test_conftest_symlink_files": _LINKS,
     "testing/test_collection.py::test_collect_pyargs_with_testpaths": _LINKS,
 }
