@@ -70,7 +70,9 @@ def _application(given: Sequence[int], told: dict[str, Any], arguments: Sequence
 
 
 def _import_stack(shell: Any) -> None:
-    """Ahead of the first cell. The first plot takes longer than most imports, so there is one that nobody sees."""
+    """Ahead of the first cell. The first plot takes longer than most imports, and the first completion longer than that: so
+    there is one of each that nobody sees. (In an emulated machine, that first completion takes so long that another thread is
+    likely to change the filters of warnings meanwhile, which Python does for them all, and it fails.)"""
     os.environ.setdefault("MPLBACKEND", _INLINE)  # pyplot chooses when it is imported
     for name in _STACK:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
@@ -82,6 +84,10 @@ def _import_stack(shell: Any) -> None:
         )  # fmt: skip
     else:
         shell.run_cell("pass", silent=True, store_history=False)
+    from IPython.core.completer import provisionalcompleter
+
+    with provisionalcompleter():
+        list(shell.Completer.completions("zi", 2))
 
 
 def _take_over(app: Any, order: dict[str, Any]) -> None:
