@@ -90,8 +90,7 @@ class Hosting:
     def hand_over(self, connection: Connection, cwd: str, environ: Mapping[str, str]) -> None:
         """To who has asked for it: `order`, with the environment that a kernel of theirs would have had."""
         spec = self.options.spec(cwd, environ)
-        env = {name: value for name, value in environ.items() if name in _TOLD or name.startswith("LC_")}
-        self.box.order(connection.told, (), spec.workdir, {**env, **dict(spec.env)})
+        self.box.order(connection.told, (), spec.workdir, {**told_environment(environ), **dict(spec.env)})
 
     def order(self, connection: Connection, arguments: Sequence[str]) -> None:
         """Tell the kernel what it is to be. Raises IsolationError."""
@@ -200,6 +199,11 @@ class Hosting:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def told_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a kernel that has started long ago is told of a frontend's."""
+    return {name: value for name, value in environ.items() if name in _TOLD or name.startswith("LC_")}
 
 
 class Output:

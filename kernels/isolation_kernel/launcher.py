@@ -49,7 +49,7 @@ def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
 
     line = parse(argv)
     doors = Doors(connection.paths() if connection.transport == "ipc" else None)
-    if line.options.backend == "microvm":
+    if line.options.in_machine:
         from isolation_kernel.machine.hosting import MachineHosting
 
         with MachineHosting(line.options, listeners or doors.listeners) as machine:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import socket
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +55,12 @@ def kernel(kernels: Kernels, machine_kernel: str) -> Kernel:
 @pytest.mark.usefixtures("machine_kernel")
 class TestInAMachine(Samples, jupyter_kernel_test.KernelTests):
     kernel_name = "machine"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Not in the project's directory, parts of which a machine has already, as something to import from."""
+        with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+            super().setUpClass()
 
 
 def test_it_is_a_machine_with_the_notebook_s_directory(kernels: Kernels, machine_kernel: str, tmp_path: Path) -> None:

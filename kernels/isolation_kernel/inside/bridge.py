@@ -70,7 +70,7 @@ class Bridge:
         self._listeners = [self._listen(number) for number in range(_CHANNELS)]
         ours, theirs = Wire.pair()
         self._wire = ours
-        argv = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
+        argv = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), "--standby", *guest.config]
         given = [*(listener.fileno() for listener in self._listeners), theirs.fileno()]
         # The numbers that a kernel expects, which are above all that is open here.
         for number, fd in enumerate(given):
@@ -217,7 +217,7 @@ class Bridge:
 # `-I -m` would look in this interpreter's own places only, and this program may have been found in others.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from isolation_kernel.inside.start import main; main(['--standby'])"
+    "from isolation_kernel.inside.start import main; main(sys.argv[2:])"
 )
 
 

@@ -225,10 +225,9 @@ class _About:
         self.backend: Backend = Sandbox(spec).backend
 
 
-def make(spec: SandboxSpec, cwd: str) -> MachineBox:
+def make(spec: SandboxSpec, arguments: Sequence[str]) -> MachineBox:
     """A machine with a warm kernel, forked from the saved one. Raises IsolationError."""
-    machine_spec = saved.spec_for(spec, cwd)
-    return MachineBox(machine_spec, saved.template(machine_spec), {})
+    return MachineBox(spec, saved.template(spec, arguments), {})
 
 
-__all__ = ["WIRE", "MachineBox", "make"]
+__all__ = ["CONTROL", "FIRST", "WIRE", "MachineBox", "make"]

@@ -26,8 +26,8 @@ def pack(directory: str, target: BinaryIO, *, writable: bool) -> None:
         room -= entry.size
         if room < 0 or entries > _ENTRIES_AT_MOST:
             raise LaunchError(
-                f"the notebook's directory {directory} holds more than {format_size(AT_MOST)} or {_ENTRIES_AT_MOST} files, too "
-                "much to be copied into a machine for each kernel: install the kernel with --notebook none, and with "
+                f"the notebook's directory {directory} holds more than {format_size(AT_MOST)} or {_ENTRIES_AT_MOST} files, "
+                "too much to be copied into a machine for each kernel: install the kernel with --notebook none, and with "
                 f"--mount {directory} to show it"
             )
         entry.mode = entry.mode | 0o600 if writable or entry.isdir() else entry.mode & ~0o222

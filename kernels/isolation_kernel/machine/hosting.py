@@ -16,9 +16,9 @@ from isolation.result import Ended, Verdict
 from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.connection import Connection
-from isolation_kernel.hosting import TO_GROUP, Output, ParentLike, SignalsLike, say
+from isolation_kernel.hosting import TO_GROUP, Output, ParentLike, SignalsLike, say, told_environment
 from isolation_kernel.machine import box as boxes
-from isolation_kernel.machine import files
+from isolation_kernel.machine import files, saved
 from isolation_kernel.machine.services import MachineServices
 from isolation_kernel.options import Options
 
@@ -46,22 +46,20 @@ class MachineHosting:
     def start(self, cwd: str, environ: Mapping[str, str], connection: Connection, arguments: Sequence[str]) -> None:
         """Start it, and tell it who it is. Raises IsolationError."""
         spec = self._options.spec(cwd, environ)
-        self._box = box = boxes.make(spec, cwd)
+        machine_spec, copied = saved.spec_for(spec.replace(env=self._options.spec(None, {}).env), cwd)
+        self._box = box = boxes.make(machine_spec, arguments)
         self._services = MachineServices(box, self._options, spec, self._plan_move)
 
         def order() -> None:
-            box.order(connection.told, arguments, spec.workdir, dict(spec.env))
+            box.order(connection.told, (), spec.workdir, told_environment(environ) | dict(spec.env))
 
-        if spec.workdir == cwd and self._options.notebook != "none" and not self._is_mounted(cwd):
+        if copied:
             with tempfile.TemporaryFile() as archive:
                 files.pack(cwd, archive, writable=self._options.notebook != "ro")
                 archive.flush()
                 box.send_files(archive, cwd, order)
         else:
             order()
-
-    def _is_mounted(self, cwd: str) -> bool:
-        return any(text.split(":")[0] == cwd for text in self._options.mount)
 
     def serve(self, signals: SignalsLike, parent: ParentLike) -> int:
         """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""

@@ -65,8 +65,8 @@ class MachineServices(Services):
         name = self._name(message)
         if name not in self._checkpoints and len(self._checkpoints) >= _CHECKPOINTS_AT_MOST:
             raise GuestError(
-                f"there are {_CHECKPOINTS_AT_MOST} checkpoints, which is all that one kernel may have; use one of their names "
-                f"again: {', '.join(self._checkpoints)}"
+                f"there are {_CHECKPOINTS_AT_MOST} checkpoints, which is all that one kernel may have; use one of their "
+                f"names again: {', '.join(self._checkpoints)}"
             )
 
         def save() -> None:
