@@ -28,6 +28,7 @@ demo: machine
 	cd examples/leaky && $(CURDIR)/$(VENV)/bin/pytest -q --isolation
 	cd examples/hostile && $(CURDIR)/$(VENV)/bin/pytest -q --isolation --tb=line || true
 	cd examples/leaky && $(CURDIR)/$(VENV)/bin/pytest -q --isolation=microvm
+	cd examples/untrusted && $(CURDIR)/$(VENV)/bin/isolation pytest -q
 	$(RUN) benchmarks/suites.py itsdangerous pluggy
 
 lint: $(VENV)/installed
@@ -39,6 +40,8 @@ test: lint machine
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/per_test.py
+	$(RUN) benchmarks/fixtures.py
+	$(RUN) benchmarks/parallel.py
 	$(RUN) benchmarks/launch.py
 	$(RUN) benchmarks/kernel.py
 	$(RUN) benchmarks/microvm.py

@@ -4,6 +4,7 @@
     python benchmarks/suites.py flask click         these suites
     python benchmarks/suites.py --list              what there is, what is deselected, and why
     python benchmarks/suites.py --plain-only        only check that the plain runs are green
+    python benchmarks/suites.py --sealed            the second runs by `isolation pytest`
 
 Each suite is one project at a fixed version: its sdist is fetched with pip and unpacked, and a venv gets the
 project, what its tests need, pytest, and this checkout (editable). Every run has a fresh copy of the sdist;
@@ -258,6 +259,7 @@ class Options:
     plain_only: bool
     repeat: int
     timeout: float | None
+    sealed: bool = False
 
 
 def fetch(suite: Suite, options: Options) -> Path:
@@ -318,6 +320,8 @@ def run_suite(
     flags: Sequence[str],
     kind: str,
     timeout: float,
+    *,
+    sealed: bool = False,
 ) -> Result:
     """One run in a fresh copy of the sdist, always at the same path: tests may show it in their names."""
     copy = options.cache / "work" / suite.name
@@ -329,10 +333,14 @@ def run_suite(
     recorded = logs / f"{suite.name}-{kind}.jsonl"
     recorded.unlink(missing_ok=True)
     log = logs / f"{suite.name}-{kind}.log"
+    here = str(Path(__file__).resolve().parent)
+    start = ["-m", "pytest"]
+    if sealed:
+        start = ["-I", "-m", "isolation", "pytest", f"--mount={here}:{here}", f"--env=PYTHONPATH={here}"]
+        start += ["--env=OUTCOMES_FILE=outcomes.jsonl", "--export=outcomes.jsonl", "--"]
     command = [
         str(python),
-        "-m",
-        "pytest",
+        *start,
         "-q",
         "-p",
         "no:cacheprovider",
@@ -347,10 +355,10 @@ def run_suite(
         *flags,
         suite.tests,
     ]
-    environment = clean_environment(
-        python, PYTHONPATH=str(Path(__file__).resolve().parent), OUTCOMES_FILE=str(recorded)
-    )
+    environment = clean_environment(python, PYTHONPATH=here, OUTCOMES_FILE=str(recorded))
     run = timed_run(command, cwd=copy, environment=environment, log=log, timeout=timeout)
+    if sealed and (copy / "outcomes.jsonl").exists():
+        (copy / "outcomes.jsonl").rename(recorded)
     outcomes, unfinished, warnings = read_outcomes(recorded, suite.varying)
     return Result(run.seconds, run.status, run.timed_out, outcomes, unfinished, warnings, str(log))
 
@@ -434,7 +442,7 @@ def compare(suite: Suite, options: Options) -> Comparison:
             continue
         timeout = options.timeout or 300.0 + 0.05 * len(plain.outcomes)
         comparison.isolated.append(
-            run_suite(suite, source, python, options, options.flags, f"isolated-{number}", timeout)
+            run_suite(suite, source, python, options, options.flags, f"isolated-{number}", timeout, sealed=options.sealed)
         )
     return comparison
 
@@ -597,9 +605,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--flags",
-        default="--isolation",
-        help="what the second run adds, written --flags=… (default: %(default)s)",
+        help="what the second run adds, written --flags=… (default: --isolation, but with --sealed nothing)",
     )
+    parser.add_argument("--sealed", action="store_true", help="start the second run by `isolation pytest`")
     parser.add_argument(
         "--plain-only", action="store_true", help="without the second run, and without the checkout"
     )
@@ -620,10 +628,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         python=asked.python,
         pytest=asked.pytest,
         cache=asked.cache.resolve(),
-        flags=tuple(shlex.split(asked.flags)),
+        flags=tuple(shlex.split(asked.flags or "")) if asked.flags or asked.sealed else ("--isolation",),
         plain_only=asked.plain_only,
         repeat=max(1, asked.repeat),
         timeout=asked.timeout,
+        sealed=asked.sealed,
     )
     for part in ("sdists", "sources", "venvs", "logs", "work"):
         (options.cache / part).mkdir(parents=True, exist_ok=True)

@@ -120,8 +120,9 @@ def test_depth_has_an_end(project: Path) -> None:
             kept.append(template.branch(name))
             template = made(kept[-1])
         assert ask(template, 1)["done"] == list("abcde")
-        with template.branch("f") as branch, pytest.raises(LaunchError, match="at most 5 deep"):
-            branch.receive(20)
+        with pytest.raises(LaunchError, match="at most 5 deep"):  # now, or when it is asked
+            with template.branch("f") as branch:
+                branch.receive(20)
         for branch in reversed(kept):
             branch.close()
 

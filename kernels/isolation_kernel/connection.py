@@ -80,6 +80,13 @@ class Connection(NamedTuple):
             raise LaunchError(f"cannot listen on {self.ip}:{port}: {error.strerror}") from error
         return listeners
 
+    def endpoint(self, channel: int) -> str:
+        """As libzmq writes it."""
+        port = self.ports[channel]
+        if self.transport == "ipc":
+            return f"ipc://{self.ip}-{port}"
+        return f"tcp://[{self.ip}]:{port}" if ":" in self.ip else f"tcp://{self.ip}:{port}"
+
     def paths(self) -> list[str]:
         """Where the five unix sockets are expected."""
         return [f"{self.ip}-{port}" for port in self.ports]

@@ -17,8 +17,8 @@ from isolation.result import Ended, Verdict
 from isolation.units import format_size
 from isolation.wire import wait_readable
 from isolation_kernel.box import KernelBox
-from isolation_kernel.connection import Connection, Doors, printable
-from isolation_kernel.options import Options
+from isolation_kernel.connection import CHANNELS, Connection, Doors, printable
+from isolation_kernel.options import Options, holds_home
 
 if TYPE_CHECKING:
     from isolation_kernel.proxy import Proxy
@@ -53,6 +53,7 @@ class Hosting:
         self._epoll = select.epoll()
         self._relay: Relay | None = None
         self._proxy: Proxy | None = None
+        self._connection: Connection | None = None
         self._output = Output()
 
     @property
@@ -63,6 +64,9 @@ class Hosting:
     def start(self, cwd: str, environ: Mapping[str, str], *, standby: bool = False) -> None:
         """Make the sandbox, and start the kernel in it. Raises IsolationError."""
         spec = self.options.spec(cwd, environ)
+        shown = cwd in {mount.target for mount in spec.mounts}
+        if self.options.notebook != "none" and holds_home(cwd) and not shown:
+            say(f"{cwd} is not shown to the kernel, because all of a home directory would be (--mount {cwd}:{cwd}:overlay)")
         hosts = self.options.allowed_hosts
         exits = Doors(count=1) if hosts else None
         self._box = KernelBox(spec, self._doors, standby=standby, exits=exits)
@@ -89,11 +93,13 @@ class Hosting:
 
     def hand_over(self, connection: Connection, cwd: str, environ: Mapping[str, str]) -> None:
         """To who has asked for it: `order`, with the environment that a kernel of theirs would have had."""
+        self._connection = connection
         spec = self.options.spec(cwd, environ)
         self.box.order(connection.told, (), spec.workdir, {**told_environment(environ), **dict(spec.env)})
 
     def order(self, connection: Connection, arguments: Sequence[str]) -> None:
         """Tell the kernel what it is to be. Raises IsolationError."""
+        self._connection = connection
         spec = self.box.sandbox.spec
         self.box.order(connection.told, arguments, spec.workdir, dict(spec.env))
 
@@ -128,7 +134,7 @@ class Hosting:
                     return 128 + signal.SIGHUP
             services.look_at_the_clock()
         self._finish(relay, output)
-        self._explain(verdict)
+        self._explain(verdict, relay)
         return verdict.shell_code
 
     def _signalled(self, number: int) -> bool:
@@ -164,18 +170,27 @@ class Hosting:
         except OSError:
             pass  # it was met at the end already
 
-    def _explain(self, verdict: Verdict) -> None:
-        """Ends that a user would wonder about."""
+    def _explain(self, verdict: Verdict, relay: Relay) -> None:
+        """Ends that a user would wonder about: in the frontend's log, and in the cell that ran."""
         limits = self.box.sandbox.spec.limits
         if self._services is not None and self._services.reason:
-            say(f"the kernel was ended: {self._services.reason}")
+            text = f"the kernel was ended: {self._services.reason}"
         elif verdict.ended is Ended.OUT_OF_MEMORY:
             limit = f" (its limit is {format_size(limits.memory)}: --memory)" if limits.memory is not None else ""
-            say(f"the kernel ran out of memory{limit}")
+            text = f"the kernel ran out of memory{limit}"
         elif verdict.ended is Ended.TIMED_OUT:
-            say(f"the kernel's time was up after {limits.wall:g} s (--timeout)")
+            text = f"the kernel's time was up after {limits.wall:g} s (--timeout)"
         elif not verdict.ok:
-            say(f"the kernel {verdict}")
+            text = f"the kernel {verdict}"
+        else:
+            return
+        say(text)
+        if self._connection is not None and self._services is not None and self._services.cell:
+            from isolation_kernel import obituary
+
+            relay.close()
+            endpoint = self._connection.endpoint(CHANNELS.index("iopub"))
+            obituary.publish(endpoint, self._connection.told, self._services.cell, f"isolation: {text}\n")
 
     def close(self) -> None:
         """End the kernel, and everything in its sandbox."""

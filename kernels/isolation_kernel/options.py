@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args
@@ -23,7 +24,8 @@ _ENVIRONMENT: Final = ("JPY_SESSION_NAME", "MPLBACKEND")
 class Options:
     """Each is `--name VALUE` in a kernelspec's argv, and `name` in a provisioner's configuration.
 
-    notebook      the directory that the kernel starts in: "overlay" (writable, discarded), "ro", "rw", or "none"
+    notebook      the directory that the kernel starts in: "overlay" (writable, discarded), "ro", "rw", or "none"; a home
+                  directory is shown by an explicit mount only
     mount, env    as `isolation run` has them
     timeout       wall-clock limit of the whole kernel
     cell_timeout  of one cell: it is interrupted, and the kernel ended if that does not help
@@ -92,7 +94,9 @@ class Options:
         """The sandbox of a kernel that is started in `cwd` by a frontend with this environment."""
         mounts = [Mount.parse(text) for text in self.mount]
         workdir = "/"
-        if cwd is not None and cwd != "/" and self.notebook != "none":
+        if cwd is not None and holds_home(cwd):
+            workdir = cwd if _is_home(cwd) else "/"  # an empty one, inside
+        elif cwd is not None and self.notebook != "none":
             workdir = cwd
             if cwd not in (mount.target for mount in mounts):
                 mounts.append(Mount(cwd, mode=self.notebook))
@@ -129,6 +133,25 @@ class Options:
     def allowed_hosts(self) -> tuple[str, ...]:
         """Network mode "allow": the names that may be connected to."""
         return Network.parse(self.network).hosts
+
+
+def holds_home(path: str) -> bool:
+    """Whether it is a home directory of the user's, or above one: too much to be shown because a notebook lies in it."""
+    real = os.path.join(os.path.realpath(path), "")
+    return any(os.path.join(home, "").startswith(real) for home in _homes())
+
+
+def _is_home(path: str) -> bool:
+    return os.path.realpath(path) in _homes()
+
+
+def _homes() -> set[str]:
+    homes = {os.path.expanduser("~")}
+    try:
+        homes.add(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        pass  # a user without an entry, as containers have
+    return {os.path.realpath(home) for home in homes}
 
 
 def proxy_environment(hosts: Sequence[str]) -> dict[str, str]:

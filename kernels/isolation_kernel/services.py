@@ -24,6 +24,8 @@ RUNTIME: Final = "/tmp/.isolation-kernel"  # the kernel's own files, inside
 _ANSWER: Final = 2.0  # s
 _CHANGES_AT_MOST: Final = 500
 EXPORT_AT_MOST: Final = 1 << 30
+_HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
+_HEADER_AT_MOST: Final = 200  # characters
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
 
 
@@ -33,11 +35,13 @@ class Services:
     warm    it has said that it waits for its order
     ready   it has said that it can be interrupted
     reason  why it had to be ended, for people
+    cell    the header of the request that it works on
     """
 
     def __init__(self, box: KernelBox, options: Options, spec: SandboxSpec) -> None:
         self.warm = self.ready = False
         self.reason = ""
+        self.cell: dict[str, str] = {}
         self._box = box
         self._options = options
         self._spec = spec
@@ -70,7 +74,7 @@ class Services:
         elif op == "warm":
             self.warm = True
         elif op == "cell":
-            self._cell(busy=message.get("busy") is True)
+            self._cell(message.get("parent"))
         elif op in ("status", "changes", "export"):
             try:
                 found: Any = getattr(self, f"_{op}")(message)
@@ -82,10 +86,15 @@ class Services:
             return {"error": f"the {name} backend has no checkpoints; install a kernel with --backend microvm"}
         return None
 
-    def _cell(self, *, busy: bool) -> None:
+    def _cell(self, parent: Any) -> None:
+        """One begins, for the request with the header `parent`; or (None) ends."""
         seconds = self._options.cell_seconds
         self._interrupted = False
-        self._deadline = time.monotonic() + seconds if busy and seconds is not None else None
+        self.cell = {}
+        if isinstance(parent, dict):
+            values = ((name, parent.get(name)) for name in _HEADER)
+            self.cell = {name: value[:_HEADER_AT_MOST] for name, value in values if isinstance(value, str)}
+        self._deadline = time.monotonic() + seconds if parent is not None and seconds is not None else None
 
     def patience(self) -> float | None:
         """Seconds until the clock has to be looked at; None (or -1, as epoll has it) when there is no hurry."""
@@ -111,7 +120,7 @@ class Services:
             "limits": spec.limits.describe(),
             "cell_timeout": options.cell_timeout,
             "network": options.network,
-            "notebook": options.notebook,
+            "notebook": options.notebook if spec.workdir in {mount.target for mount in spec.mounts} else "not shown",
             "workdir": spec.workdir,
             "mounts": [str(mount) for mount in spec.mounts],
             "export": options.export,

@@ -80,9 +80,9 @@ class Chain:
             level = found
         return level, None
 
-    def set_up(self, level: Level, node: pytest.Collector, wanted: dict[pytest.Item, dict[str, Wide]], work: Work) -> None:
+    def set_up(self, level: Level, node: pytest.Collector, wanted: dict[pytest.Item, dict[str, Wide]], work: Work) -> bool:
         """Make the template of `node`, below `level`, or let it go on, so that it has what the items want. `work` sees the
-        branch through, and returns the template, or None when there is none."""
+        branch through, and returns the template, or None when there is none. False: its process has ended instead."""
         items = list(wanted)
         depth = items[0].listchain().index(node)
         job = self._job(items) | {"setup": depth}
@@ -101,10 +101,22 @@ class Chain:
         assert found is not None
         if template is None:
             found.broken = True
-            return
+            return False
         found.template = template
         for fixtures in wanted.values():
+            if any(found.done.get(name, fixture) != fixture for name, fixture in fixtures.items()):
+                found.done.clear()  # with another parameter, what depends on it has ended; what has not, is asked for again
             found.done.update(fixtures)
+        return True
+
+    def drop(self, level: Level) -> None:
+        """Its process has ended, or must: without teardown, as there is nobody to do that."""
+        for child in list(level.children):
+            self.drop(child)
+        if level.node is not None and level.parent is not None and self._levels.pop(level.node, None) is not None:
+            level.parent.children.remove(level)
+            if level.branch is not None:
+                level.branch.close()
 
     def tear_down(self, level: Level, item: pytest.Item, work: Work, died: Callable[[Level, Branch], object]) -> None:
         """What is set up in it ends, in it, as an error (if it is one) of `item`, the last that it was for. `died` is told

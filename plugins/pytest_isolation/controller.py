@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import functools
 import os
-import sys
+import time
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_HERE, Backend
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message
-from pytest_isolation import crash, debugger, reports, units
+from pytest_isolation import crash, debugger, reports, streams, units
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.deferred import Deferred
 from pytest_isolation.emission import Emission
+from pytest_isolation.here import Here
 from pytest_isolation.rerun import count_rerun, reruns_made
 from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
@@ -65,11 +66,12 @@ class Controller:
             on_death=self._on_death,
         )  # fmt: skip
         self._schedule.job_of = self._job_of
-        self._emission = Emission(config, run)
+        self._emission = Emission(config, run, self.print_raw)
         self.carriers = Carriers(config)
         config.pluginmanager.register(self.carriers, "isolation-carriers")
         self.deferred = Deferred(self._is_isolated)
         config.pluginmanager.register(self.deferred, "isolation-deferred")
+        self._here = Here(config)
         self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}
         self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id
@@ -93,8 +95,9 @@ class Controller:
         jobs = f", {run.jobs} at a time" if run.jobs > 1 else ""
         return f"isolation: {self._backend.describe()}, a fresh sandbox for every {per}{jobs}; network: {network}; {limits}"
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Within what others wrap around it: pytest's handlers of log records are then in the forks, too."""
         try:
             if not session.testsfailed or session.config.option.continue_on_collection_errors:
                 self._warm_up(session)
@@ -117,7 +120,7 @@ class Controller:
             raise pytest.UsageError(str(error)) from None
         wanted = any("tmp_path_factory" in getattr(item, "fixturenames", ()) for item in items)
         self._basetemp = TmpPaths(self._config, ()).make_base() if wanted else None
-        self._flush()
+        streams.flush(self._config)
         for settings in dict.fromkeys(self._settings.values()):
             if settings.enabled:
                 self._open_chain(session, settings)
@@ -174,19 +177,20 @@ class Controller:
         backend = self.backend_of(settings)
         return backend.launch(settings.spec.replace(inherit_env=False)), backend.name
 
-    def debug(self, fork: Fork) -> list[Message]:
-        """A test has come to a debugger. Returns what else it says until it leaves it."""
+    def debug(self, fork: Fork, deadline: float | None = None) -> list[Message]:
+        """A test has come to a debugger. Returns what else it says until it leaves it, or until `deadline`."""
         if self._reader.run.jobs > 1 or self._told_what_to_run:
             debugger.refuse(fork, "tests run at the same time, and there is one terminal: leave out --isolation-jobs and -n")
             return []
         self._emit()
-        self._flush()
+        self._emission.show_at_once()
+        streams.flush(self._config)
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
-            return self._lender.interact(fork)
+            return self._lender.interact(fork, deadline)
         capture.suspend_global_capture(in_=True)  # pytest has put /dev/null in the place of the user's keys
         try:
-            return self._lender.interact(fork)
+            return self._lender.interact(fork, deadline)
         finally:
             capture.resume_global_capture()
             capture.suspend_global_capture(in_=False)
@@ -210,7 +214,7 @@ class Controller:
         settings = self._settings[item]
         if not settings.enabled:
             self._schedule.pass_by(item)
-            self._end_levels(item, nextitem)
+            self._here.ran(item, nextitem)
             return None
         ihook = item.ihook
         ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -225,12 +229,22 @@ class Controller:
             count_rerun(self._config)
             self._schedule.again(units.Unit([item], settings, reruns=reruns))
         # What follows the run's last test of a wide fixture is part of that test's own teardown.
-        self._emission.end(item, run, self._end_levels(item, nextitem))
+        self._emission.end(item, run, [*self._end_levels(item, nextitem), *self._here.end(item, nextitem)])
         end = run.told[item].end or {}
         self._schedule.finish(item)
         ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         self._obey(item.session, {**end, **self._end})
         return True
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+        """Of a test that runs here: what ends with it in templates is part of its teardown."""
+        try:
+            return (yield)
+        finally:
+            wrong = [report.longreprtext for report in self._end_levels(item, nextitem) if report.failed]
+            if wrong:
+                pytest.fail("\n\n".join(wrong), pytrace=False)
 
     def _run(self, item: pytest.Item, settings: Settings) -> Run:
         """Until it is done; told to pytest but for its end."""
@@ -256,7 +270,7 @@ class Controller:
         while told.events:
             kind, value = told.events.pop(0)
             if kind == "output":
-                self.print_raw(*value)
+                self._emission.show(*value)
             elif kind == "warning":
                 self._config.hook.pytest_warning_recorded.call_historic(kwargs=value)
             elif kind == "carried":
@@ -266,6 +280,11 @@ class Controller:
                     add = getattr(plugin, "add_global_property", None)
                     if add is not None:
                         add(*value)
+            elif kind == "xml_attribute":
+                for plugin in self._config.pluginmanager.get_plugins():
+                    reporter_of = getattr(plugin, "node_reporter", None)
+                    if reporter_of is not None:
+                        reporter_of(getattr(item, "id", item.nodeid)).add_attribute(*value)
             else:
                 self._emission.take(item, run, value)
 
@@ -309,36 +328,38 @@ class Controller:
         try:
             if "wide" in message:
                 nodeid, nth = message["wide"]
-                sections = [(str(name), clean(str(text))) for name, text in message["sections"][:_SECTIONS_AT_MOST]]
+                told = message["sections"][:_SECTIONS_AT_MOST]
+                sections = [(clean_name(str(name), 200), clean(str(text))) for name, text in told]
                 warned, self._warned = self._warned, []
-                self._emission.remember_setup(self._item_of(nodeid, nth), float(message["duration"]), sections)
+                item = self._item_of(level, nodeid, nth)
+                self._emission.remember_setup(item, float(message["duration"]), sections)
                 for each in warned:
-                    arguments = reports.decode_warning(self._item_of(nodeid, nth), each)
+                    arguments = reports.decode_warning(item, each)
                     self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
             elif "carried" in message:
-                item = self._item_of(message["of"], 0)
+                item = self._item_of(level, message["of"], 0)
                 self.carriers.apply(item, self.carriers.check(message["carried"], item, message.get("data")))
             elif "warning" in message:
                 self._warned = [*self._warned[:_SECTIONS_AT_MOST], message["warning"]]
             elif "debugger" in message:
+                wall = level.settings.spec.limits.wall
                 if level.branch is not None:
-                    self.debug(level.branch)
+                    self.debug(level.branch, None if wall is None or os.isatty(0) else time.monotonic() + wall)
             elif "unshared" in message:
                 self._schedule.unshared |= {str(name) for name in message["unshared"]}
                 self._unshared.setdefault(clean_name(str(message["name"]), 200), clean_name(str(message["left"]), 200))
-            elif "teardown" in message:
-                assert level.tearing is not None
+            elif "teardown" in message and level.tearing is not None:
                 self._teardowns.append(reports.decode(self._config, level.tearing, message.get("data")))
                 level.told = True
             elif "done" in message and isinstance(message["done"], dict):
                 self._end = message["done"] if "exit" in message["done"] else {}
-        except (reports.BadReport, ValueError, TypeError, KeyError, StopIteration):
+        except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
             return
 
-    def _item_of(self, nodeid: object, nth: object) -> pytest.Item:
-        """Raises KeyError."""
+    def _item_of(self, level: Level, nodeid: object, nth: object) -> pytest.Item:
+        """Of those whose template it is. Raises KeyError."""
         for item, number in self._nth.items():
-            if item.nodeid == nodeid and number == nth:
+            if item.nodeid == nodeid and number == nth and level.node in item.listchain():
                 return item
         raise KeyError(nodeid)
 
@@ -383,17 +404,9 @@ class Controller:
 
     # Output.
 
-    def _flush(self) -> None:
-        """What is buffered must be written before a fork, or every fork writes it again."""
-        for stream in (self._config.get_terminal_writer(), sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-            try:
-                stream.flush()  # type: ignore[union-attr]
-            except (OSError, ValueError, AttributeError):
-                continue
-
     def print_raw(self, fd: int, data: bytes) -> None:
         """What a test wrote past pytest's capture (-s, capsys.disabled()) goes where it would have gone."""
-        self._flush()
+        streams.flush(self._config)
         if os.isatty(fd):
             decoder = self._decoders.setdefault(fd, codecs.getincrementaldecoder("utf-8")("replace"))
             data = clean(decoder.decode(data)).encode()

@@ -21,6 +21,9 @@ _OWN_FRAMES = re.compile(
 _PYTEST_FRAMES = re.compile(r'^  File "[^"\n]*/(?:_pytest|pluggy|pytest)/[^"\n]*", line .*\n?', re.MULTILINE)
 
 
+_RUNS_AT_MOST = 100  # of one test in one sandbox
+
+
 @dataclass
 class _Place:
     message: str
@@ -77,6 +80,22 @@ class Phases:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self._again = _RUNS_AT_MOST
+
+    @property
+    def all_seen(self) -> bool:
+        """Nothing more is to be expected, but that the test runs once more."""
+        return len(self.seen) == 3
+
+    def note(self, phase: str) -> bool:
+        """One has come; False: it cannot be. A plug-in, or a conftest, may run a test several times."""
+        if phase == "setup" and self.all_seen and self._again:
+            self._again -= 1
+            self.seen = []
+        if phase in self.seen:
+            return False
+        self.seen.append(phase)
+        return True
 
     @property
     def running(self) -> str:
@@ -104,8 +123,8 @@ def crash_reports(
     now = time.time()
     made = []
     for phase in ("setup", "call", "teardown"):
-        if phase in phases.seen:
-            continue
+        if phase in phases.seen and not (phase == failed and phases.all_seen):
+            continue  # and where all have come, what went wrong later must show, too
         report = pytest.TestReport(
             nodeid=item.nodeid, location=item.location, keywords={str(name): 1 for name in item.keywords},
             outcome="passed", longrepr=None, when=phase,

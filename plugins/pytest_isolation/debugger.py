@@ -11,7 +11,9 @@ import fcntl
 import os
 import select
 import struct
+import sys
 import termios
+import time
 import tty
 from collections.abc import Iterator
 
@@ -22,7 +24,12 @@ from isolation.wire import Message
 from pytest_isolation.sealed.screen import Screen
 from pytest_isolation.text import clean_name
 
+_CTRL_C = b"\x03"
 _END_OF_FILE = b"\x04"
+_ENOUGH = 5  # times Ctrl-C, one after the other
+_KEYS_AT_MOST = 1 << 16
+_LINE_AT_MOST = 1024
+_WAIT_FOR_READER = 5  # ms
 _LOOK_AT_SIZE = 500  # ms
 
 
@@ -68,17 +75,23 @@ class Lender:
         self._ends: tuple[int, int] | None = None
         self._fork: Fork | None = None
 
-    def interact(self, fork: Fork) -> list[Message]:
-        """Lend the terminal until the debugger is left, or the test has ended. Returns what else it said meanwhile."""
+    def interact(self, fork: Fork, deadline: float | None) -> list[Message]:
+        """Lend the terminal until the debugger is left, the test has ended, or (a monotonic time) `deadline`. Returns what
+        else it said meanwhile. Raises KeyboardInterrupt."""
         if self._fork is not fork or self._ends is None:
             self.close()
             self._ends, self._fork = os.openpty(), fork
+            os.set_blocking(self._ends[0], False)
+            if not os.isatty(0):  # what comes out of a file or a pipe is not shown, as in plain pytest
+                settings = termios.tcgetattr(self._ends[1])
+                settings[3] &= ~termios.ECHO
+                termios.tcsetattr(self._ends[1], termios.TCSANOW, settings)
         master, slave = self._ends
         others: list[Message] = []
         _copy_size(master)
         with contextlib.suppress(WireError), _raw_terminal():  # one that is gone is told of elsewhere
             fork.send({"terminal": True, "fds": 1}, fds=(slave,))
-            _relay(fork, master, others)
+            _relay(fork, master, slave, others, deadline)
         return others
 
     def close(self) -> None:
@@ -88,21 +101,18 @@ class Lender:
         self._ends = self._fork = None
 
 
-def _relay(fork: Fork, master: int, others: list[Message]) -> None:
+def _relay(fork: Fork, master: int, slave: int, others: list[Message], deadline: float | None) -> None:
     screen = Screen()
-    poller = select.poll()
-    for fd in (0, master, *fork.filenos()):
-        poller.register(fd, select.POLLIN)
-    while True:
-        ready = {fd for fd, _event in poller.poll(_LOOK_AT_SIZE)}
+    keys = _Keys(master, slave)
+    while deadline is None or time.monotonic() < deadline:
+        poller = select.poll()
+        for fd in (master, *fork.filenos(), *keys.wanted()):
+            poller.register(fd, select.POLLIN)
+        ready = {fd for fd, _event in poller.poll(keys.patience)}
         _copy_size(master)
         if master in ready:
             _show(master, screen)
-        if 0 in ready:
-            typed = os.read(0, 4096)
-            if not typed:
-                poller.unregister(0)
-            os.write(master, typed or _END_OF_FILE)
+        keys.go_on(0 in ready, idle=not ready)
         try:
             while (message := fork.receive(0)) is not None:
                 if "debugger" not in message:
@@ -115,6 +125,50 @@ def _relay(fork: Fork, master: int, others: list[Message]) -> None:
             while select.select([master], [], [], 0)[0] and _show(master, screen):
                 pass
         return  # it has ended
+
+
+class _Keys:
+    """From the user to the test's terminal. What comes from a file or a pipe: a line at a time, when what came before has
+    been read, as a terminal would drop what is too much for it, and what comes while readline takes it over."""
+
+    def __init__(self, master: int, slave: int) -> None:
+        self._master = master
+        self._slave = slave
+        self._typed = b""
+        self._over = False
+        self._interrupts = 0
+        self._at_terminal = os.isatty(0)
+
+    def wanted(self) -> tuple[int, ...]:
+        """The descriptor to read from, if there is room for more."""
+        return () if self._over or len(self._typed) >= _KEYS_AT_MOST else (0,)
+
+    @property
+    def patience(self) -> int:
+        """Milliseconds until `go_on` is to be called again."""
+        return _WAIT_FOR_READER if self._typed else _LOOK_AT_SIZE
+
+    def go_on(self, ready: bool, *, idle: bool) -> None:
+        """Raises KeyboardInterrupt where the user wants out, and the test does not listen."""
+        if ready:
+            typed = os.read(0, _KEYS_AT_MOST)
+            self._over = not typed
+            self._interrupts = self._interrupts + typed.count(_CTRL_C) if typed.strip(_CTRL_C) == b"" else 0
+            if self._interrupts >= _ENOUGH:
+                raise KeyboardInterrupt
+            self._typed += typed
+        if not self._at_terminal and self._unread():
+            return
+        if self._typed:
+            line = self._typed if self._at_terminal else self._typed[: self._typed.find(b"\n") + 1 or None][:_LINE_AT_MOST]
+            with contextlib.suppress(BlockingIOError):
+                self._typed = self._typed[os.write(self._master, line) :]
+        elif self._over and idle:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._master, _END_OF_FILE)  # again whenever nothing happens, as one at the wrong time is lost
+
+    def _unread(self) -> int:
+        return int.from_bytes(fcntl.ioctl(self._slave, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _show(master: int, screen: Screen) -> bool:

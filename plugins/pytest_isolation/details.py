@@ -58,12 +58,13 @@ class Details:
 
 
 def relevant(account: Account, ignored: Iterable[str]) -> tuple[Change, ...]:
-    """The changes that say something: outside of `ignored` directories (pytest's own), and of caches."""
+    """The changes that say something: outside of `ignored` directories (pytest's own) and those that hold them, and of
+    caches."""
     prefixes = tuple(os.path.join(path, "") for path in ignored)
-    exact = {path.rstrip("/") for path in prefixes}
     return tuple(
         change for change in account.changes
-        if not change.path.startswith(prefixes) and change.path not in exact
+        if not change.path.startswith(prefixes)
+        and not any(prefix.startswith(os.path.join(change.path, "")) for prefix in prefixes)
         and not any(part.startswith(_CACHES) for part in change.path.split("/"))
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,12 @@ from pytest_isolation.settings import RunSettings
 class Emission:
     """Of one session. Tests come one after the other: `begin`, `take` each report, `end`."""
 
-    def __init__(self, config: pytest.Config, settings: RunSettings) -> None:
+    def __init__(self, config: pytest.Config, settings: RunSettings, show: Callable[[int, bytes], None]) -> None:
         self._config = config
         self._settings = settings
+        self._show = show
+        self._at_once = False
+        self._shown: list[tuple[int, int, bytes]] = []  # what comes behind so many of the reports that wait
         self._held: list[pytest.TestReport] = []
         self._told: list[pytest.TestReport] = []
         self._before: list[tuple[str, str]] = []  # what was captured while wide fixtures were set up for the test
@@ -42,7 +45,22 @@ class Emission:
             self._setups.setdefault(item, []).append((duration, sections))
 
     def begin(self, item: pytest.Item) -> None:
-        self._held, self._told, self._before = [], [], []
+        self._held, self._told, self._before, self._shown = [], [], [], []
+        self._at_once = False
+
+    def show(self, fd: int, data: bytes) -> None:
+        """Output past pytest's capture: in its place among the reports."""
+        if self._held and not self._at_once:
+            self._shown.append((len(self._held), fd, data))
+        else:
+            self._show(fd, data)
+
+    def show_at_once(self) -> None:
+        """Whoever debugs the current test wants to see what it prints."""
+        self._at_once = True
+        shown, self._shown = self._shown, []
+        for _behind, fd, data in shown:
+            self._show(fd, data)
 
     def take(self, item: pytest.Item, run: Run, report: pytest.TestReport) -> None:
         """One report of the current test."""
@@ -66,8 +84,12 @@ class Emission:
             found = self._details(run, item)
             self._add_details(item, found)
         held, self._held = self._held, []
-        for report in held:
+        for number, report in enumerate(held, 1):
             self._tell(item, run, report)
+            for behind, fd, data in self._shown:
+                if behind == number:
+                    self._show(fd, data)
+        self._shown = []
         if self._settings.report is not None:
             self._record(item, run, found)
 
@@ -118,7 +140,7 @@ class Emission:
                 report.longrepr = CrashRepr(what, leak, path, (line or 0) + 1)  # type: ignore[assignment]
             if report.failed:
                 report.sections = [*report.sections, ("isolation", "\n".join(found.lines()) + "\n")]
-            if self._settings.wants_details:
+            if self._settings.names_details:
                 report.user_properties = [*report.user_properties, *found.properties()]
 
     def _record(self, item: pytest.Item, run: Run, found: Details | None) -> None:

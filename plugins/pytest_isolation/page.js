@@ -159,7 +159,8 @@ function failure(text) {
 /** The one line that says most about why a test did not pass. */
 function reason(test) {
   const lines = withoutColours(test.message).split("\n");
-  const line = lines.find((text) => /^E +\S/.test(text))?.slice(1) ?? lines.findLast((text) => text.trim());
+  const ours = lines[0].startsWith("the test") ? lines[0] : undefined; // crash.py; stacks follow
+  const line = ours ?? lines.find((text) => /^E +\S/.test(text))?.slice(1) ?? lines.findLast((text) => text.trim());
   return (line ?? (isBad(test) ? visible(test.verdict) : "")).trim().slice(0, 300);
 }
 

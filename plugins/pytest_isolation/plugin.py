@@ -96,6 +96,15 @@ def record_testsuite_property(
 
 
 @pytest.fixture
+def record_xml_attribute(
+    record_xml_attribute: Callable[[str, object], None], request: pytest.FixtureRequest
+) -> Callable[[str, object], None]:
+    """pytest's own, likewise."""
+    worker = request.config.pluginmanager.getplugin("isolation-worker")
+    return record_xml_attribute if worker is None else worker.record_xml_attribute
+
+
+@pytest.fixture
 def sandbox(request: pytest.FixtureRequest) -> Generator[Sandbox, None, None]:
     """A fresh `isolation.Sandbox` for the test to run commands in, with the project copy-on-write at its place."""
     from pytest_isolation.fixture import make_sandbox

@@ -44,6 +44,7 @@ def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
             report.longrepr = None
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
     data["isolation_after"] = after
+    data["isolation_drawn"] = hasattr(report.longrepr, "toterminal") and isinstance(data["longrepr"], str)
     context = data.get("_subtest.context")
     if isinstance(context, dict):
         context["kwargs"] = {name: _as_shown(report, name, value) for name, value in context["kwargs"].items()}
@@ -69,6 +70,20 @@ class _Shown(str):
         return str(self)
 
 
+class Drawn:
+    """What a test's failure looks like where it has a form of its own, as a doctest's: pytest puts text alone into its short
+    summary, and this not."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def toterminal(self, tw: Any) -> None:
+        tw.line(self._text)
+
+
 def _repr(value: object) -> str:
     try:
         return repr(value)
@@ -88,6 +103,8 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
             raise BadReport("not a test report")
         if isinstance(data.get("isolation_after"), dict):
             report.__dict__["_isolation_after"] = _check_after(data["isolation_after"])
+        if data.get("isolation_drawn") is True and isinstance(report.longrepr, str):
+            report.longrepr = Drawn(report.longrepr)  # type: ignore[assignment]
         _try_to_show(report)
     except BadReport:
         raise
@@ -99,14 +116,15 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
 def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadReport("not an object")
-    if data.get("nodeid") != item.nodeid:
+    # An item may say of itself what its reports do not: pytest keeps apart the two.
+    if data.get("nodeid") not in (item.nodeid, str(getattr(item, "id", item.nodeid))):
         raise BadReport(f"a report of another test: {clean_name(str(data.get('nodeid')), 200)}")
     outcomes = _OUTCOMES + (("rerun",) if item.config.pluginmanager.hasplugin("rerunfailures") else ())
     if data.get("outcome") not in outcomes or data.get("when") not in _PHASES:
         raise BadReport("no such outcome or phase")
     checked: dict[str, Any] = {
         "$report_type": "TestReport",
-        "nodeid": item.nodeid,
+        "nodeid": data["nodeid"],
         "location": item.location,
         "keywords": {clean_name(name): 1 for name in _expect(data.get("keywords"), dict)},
         "outcome": data["outcome"],
@@ -211,6 +229,15 @@ def decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
     the guest names is never imported (pytest-xdist does, and so runs what the guest likes). A source line is
     always given, else printing would read any file that the guest names.
     """
+    try:
+        return _decode_warning(item, data)
+    except BadReport:
+        raise
+    except Exception as error:
+        raise BadReport(f"a malformed warning: {type(error).__name__}") from error
+
+
+def _decode_warning(item: pytest.Item, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("when") not in ("config", "collect", "runtest"):
         raise BadReport("not a warning")
     name = str(data.get("category"))

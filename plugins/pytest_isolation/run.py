@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ _MESSAGES_AT_MOST = 200_000
 _BYTES_AT_MOST = 128 << 20
 _CHUNKS_AT_MOST = 64  # of output in one turn: a flood must not keep the rest waiting
 _SANDBOXES_AT_MOST = 16
+_XML_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,199}")
+_XML_IDENTITY = ("classname", "file", "line", "name", "url")
 _END_WAIT = 5.0  # s, for a process that has said that it is done
 
 
@@ -40,7 +43,7 @@ class Host(Protocol):
     def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None: ...
     def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]: ...
     def launch_beside(self, settings: Settings) -> tuple[Any, str]: ...
-    def debug(self, fork: Fork) -> list[Message]: ...
+    def debug(self, fork: Fork, deadline: float | None = None) -> list[Message]: ...
 
 
 @dataclass
@@ -206,7 +209,7 @@ class Run:
     def _charge(self, message: Message) -> None:
         """A test may say much, but not without end: what it says is kept until the end of the run."""
         self._messages += 1
-        size = len(message.get("data", b"")) + len(str(message.get("warning", "")))
+        size = size_of(message)
         self._told.size += size
         if self._messages > _MESSAGES_AT_MOST * len(self.unit.items) or self._told.size > _BYTES_AT_MOST:
             raise reports.BadReport(f"more than {_MESSAGES_AT_MOST} messages or {_BYTES_AT_MOST >> 20}M of them")
@@ -216,21 +219,25 @@ class Run:
         if "report" in message:
             report = reports.decode(self._config, item, message.get("data"))
             if type(report) is pytest.TestReport:
-                if report.when in self._told.phases.seen:
+                if not self._told.phases.note(str(report.when)):
                     raise reports.BadReport(f"a second report of its {report.when}")
-                self._told.phases.seen.append(str(report.when))
             self._keep("report", report)
+            if message.get("wait") is True:
+                self.fork.send({"taken": True})
         elif "warning" in message:
             self._keep("warning", reports.decode_warning(item, message["warning"]))
         elif "capture" in message:
             self._host.remember_capture(self.unit.settings, self.fork, message["capture"])
         elif "suite_property" in message:
             self._suite_property(message["suite_property"])
+        elif "xml_attribute" in message:
+            self._xml_attribute(message["xml_attribute"])
         elif "sandbox" in message:
             self._lend_sandbox()
         elif "debugger" in message:
-            self._deadline = None  # people think longer than tests
-            for other in self._host.debug(self.fork):
+            if os.isatty(0):
+                self._deadline = None  # people think longer than tests
+            for other in self._host.debug(self.fork, self._deadline):
                 self._handle(other)
         elif "counted" in message:
             self._told.counted = _counts(message["counted"])
@@ -279,6 +286,13 @@ class Run:
         if isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair):
             self._keep("suite_property", (clean(pair[0], 4096), clean(pair[1], 1 << 16)))
 
+    def _xml_attribute(self, pair: object) -> None:
+        """In junit's file, which attributes' names get into as they are. Which test it is, is not its to change."""
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise reports.BadReport("an attribute that is none")
+        if _XML_NAME.fullmatch(pair[0]) and pair[0] not in _XML_IDENTITY:
+            self._keep("xml_attribute", (pair[0], clean(pair[1], 1 << 16)))
+
     def _lend_sandbox(self) -> None:
         """A sandbox beside the test's own, for its commands; the test gets the wire to it, and no more."""
         if len(self._lent) >= _SANDBOXES_AT_MOST:
@@ -324,6 +338,11 @@ class Run:
         told.wall = time.time() - told.started
         self.rest = self.unit.items[self._at + 1 :]
         self._stop()
+
+
+def size_of(message: Message) -> int:
+    """Bytes, about, that it takes to keep it."""
+    return sum(len(value) if isinstance(value, bytes) else len(str(value)) for value in message.values())
 
 
 def _counts(value: object) -> dict[str, int]:

@@ -20,7 +20,7 @@ from isolation.result import Ended, Verdict
 from isolation.template import Branch, Template
 from pytest_isolation import units
 from pytest_isolation.chain import Chain, Level
-from pytest_isolation.run import Host, Run
+from pytest_isolation.run import Host, Run, size_of
 from pytest_isolation.settings import Settings
 from pytest_isolation.units import Unit
 from pytest_isolation.wide import Wide
@@ -178,10 +178,20 @@ class Schedule:
                 raise
 
     def _start(self, unit: Unit) -> None:
+        job = self.job_of(unit.items) | {"reruns": unit.reruns}
         level = self._level_for(unit)
+        try:
+            fork = level.template.fork(job, **self._options(unit))
+        except LaunchError:
+            if level.node is None:
+                raise
+            # A template may die while it waits, of an alarm that a fixture has set, say.
+            self._wait_for(level)
+            self._chain_of(unit.settings).drop(level)
+            level = self._level_for(unit)
+            fork = level.template.fork(job, **self._options(unit))
         self._sandboxes += 1
         lane = min(set(range(self._jobs)) - {run.worker for run, _level in self._running})
-        fork = level.template.fork(self.job_of(unit.items) | {"reruns": unit.reruns}, **self._options(unit))
         run = Run(self._host, unit, fork, worker=lane, sandbox=self._sandboxes, config=self._config)
         level.running += 1
         for each in level.above():
@@ -207,21 +217,31 @@ class Schedule:
                 for child in list(found.children):
                     last = unit.items[0] if child.last is None else child.last
                     chain.tear_down(child, last, self._on_branch, self._on_death)
-            chain.set_up(level, node, self._wanted(unit, node, found), self._on_branch)
-            unit.needs = units.needs_of(unit, self._grain, self.unshared)
+            wanted = self._wanted(unit, node, found)
+            lives = chain.set_up(level, node, wanted, self._on_branch)
             made = chain.find(node)
+            deadly = {wide.name for fixtures in wanted.values() for wide in fixtures.values() if wide.name}
+            deadly -= self.unshared if made is None else self.unshared.union(made.done)
+            if not lives and made is not None and deadly:
+                # The tests that use these show what is wrong with them; the others do without.
+                self.unshared |= deadly
+                chain.drop(made)
+                made = None
+            unit.needs = units.needs_of(unit, self._grain, self.unshared)
             if made is not None and not made.satisfies(unit.needs.get(node, {})):
                 made.broken = True  # never twice the same: then the unit sets it up itself
 
     def _wanted(self, unit: Unit, node: pytest.Collector, found: Level | None) -> dict[pytest.Item, dict[str, Wide]]:
-        """What to set up at `node` now: what this unit needs, and the next ones of the same module (for wider nodes) or of
-        the node, as far as it goes together. Else the template would have to go on again and again, and its forks wait."""
-        scope = unit.items[0].getparent(pytest.Module) if isinstance(node, (pytest.Session, pytest.Directory)) else node
+        """What to set up at `node` now: what this unit needs, when plain pytest would. And where a narrower level comes
+        below it, what others beneath that one need: a template that goes on to set up more has no forks, so that level,
+        which is one, would have to end."""
+        nodes = list(unit.needs)
+        scope = nodes[nodes.index(node) + 1] if node is not nodes[-1] else None
         done: dict[str, Wide] = {} if found is None or found.broken else dict(found.done)
         own = unit.needs[node]
         wanted: dict[pytest.Item, dict[str, Wide]] = {}
         start = self._next - 1  # where it stands
-        for other in self._units[start : start + _SETUP_LOOKS_AHEAD]:
+        for other in self._units[start : start + (_SETUP_LOOKS_AHEAD if scope is not None else 1)]:
             if scope is not None and scope not in other.items[0].listchain():
                 break
             if other.settings != unit.settings:
@@ -297,6 +317,6 @@ def _take(branch: Branch, message: Callable[[Any], None]) -> int | None:
             return None
         if said is None:
             return None
-        count += _MESSAGE + len(said.get("data", b""))
+        count += _MESSAGE + size_of(said)
         message(said)
     return count

@@ -28,6 +28,7 @@ class RunSettings:
     share   names of fixtures that are set up once, whatever they leave behind
     strict  whether a test that leaves changes or processes behind fails
     report  file to write a report of all tests into
+    wants_details, names_details  whether to find out what tests do, and to say it in `user_properties`
     """
 
     jobs: int
@@ -36,6 +37,7 @@ class RunSettings:
     strict: bool
     report: str | None
     wants_details: bool
+    names_details: bool
 
     @classmethod
     def of(cls, config: pytest.Config) -> RunSettings:
@@ -50,9 +52,12 @@ class RunSettings:
             except ValueError as error:
                 raise SpecError(f"--isolation-report: {error}") from None
         strict = bool(config.getoption("isolation_strict")) or config.getini("isolation_strict") is True
-        wants = strict or report is not None or bool(getattr(config.option, "xmlpath", None))
+        junit = bool(getattr(config.option, "xmlpath", None))
+        # A test case has no properties in that family's schema: who validates would refuse the file.
+        names = not junit or config.getini("junit_family") != "xunit2"
+        wants = strict or report is not None or (junit and names)
         jobs = _jobs(config.getoption("isolation_jobs") or config.getini("isolation_jobs") or "1")
-        return cls(jobs, grain, frozenset(config.getini("isolation_share")), strict, report, wants)
+        return cls(jobs, grain, frozenset(config.getini("isolation_share")), strict, report, wants, names)
 
 
 def _jobs(text: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +28,9 @@ class Boundary(pytest.Item):
     funcargs: dict[str, Any]
     fixturenames: list[str]
     callspec: Any
+    obj: Any
     _fixtureinfo: Any
+    _item: pytest.Item | None = None
 
     def setup(self) -> None:
         if self.work is not None:
@@ -37,10 +39,15 @@ class Boundary(pytest.Item):
     def request_for(self, item: pytest.Item) -> Any:
         """A request for fixtures as `item` has one, of this node, which is the one that is set up now."""
         self.funcargs = {}
-        for name in ("_fixtureinfo", "fixturenames", "callspec"):
+        self._item = item
+        for name in ("_fixtureinfo", "fixturenames", "callspec", "obj"):
             if hasattr(item, name):
                 setattr(self, name, getattr(item, name))
         return type(item._request)(self, _ispytest=True)  # type: ignore[attr-defined]
+
+    def iter_parents(self) -> Iterator[Any]:
+        """Which fixtures there are (for `request.getfixturevalue`) depends on where the test is."""
+        return super().iter_parents() if self._item is None else self._item.iter_parents()
 
     def runtest(self) -> None:
         raise AssertionError("a boundary is no test")
@@ -59,6 +66,8 @@ class Stage:
         self._watching = False
         self._left: list[tuple[str, str]] = []
         self._fresh: list[Any] = []
+        self._of_fork: list[tuple[Any, Any]] = []  # fixtures that no template has set up, with the requests for them
+        self._ends = False
         self._send: Callable[..., None] = lambda message, data=b"": None
         session.config.pluginmanager.register(self, "isolation-stage")
 
@@ -107,6 +116,19 @@ class Stage:
         report.sections = [pair for pair in _sections(boundary, call) if "teardown" in pair[0]]
         send({"teardown": True}, reports.encode(item.config, report))
         self._send_carried(item, "teardown")
+
+    def begin(self, *, last: bool) -> None:
+        """In a fork, before a test; `last`: nothing comes behind it."""
+        self._ends = last
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """What was set up in this fork ends with it: pytest leaves the nodes alone that it belongs to."""
+        try:
+            return (yield)
+        finally:
+            if self._ends and not isinstance(item, Boundary):
+                _finish(self._of_fork)
 
     def _report(self, item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
         """By pytest and the project: others, as pytest-rerunfailures, must have seen the test begin here."""
@@ -177,8 +199,10 @@ class Stage:
         self._send({"unshared": sorted({name, asked}), "name": name, "left": left})
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, object, object]:
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Generator[None, object, object]:
         """See what each leaves behind. In a test's fork that does not matter."""
+        if not self._watching and fixturedef.scope != "function":
+            self._of_fork.append((fixturedef, request))
         if not self._watching or self._carries_all or fixturedef.scope == "function" or fixturedef.argname in self._shared:
             return (yield)
         before = Held.now()
@@ -189,6 +213,16 @@ class Stage:
             left = Held.now().beyond(before)
             if left:
                 self._left.append((fixturedef.argname, left))
+
+
+def _finish(fixtures: list[tuple[Any, Any]]) -> None:
+    """The last one first; what one raises does not keep the others."""
+    while fixtures:
+        fixturedef, request = fixtures.pop()
+        try:
+            fixturedef.finish(request)
+        finally:
+            _finish(fixtures)
 
 
 def _sections(boundary: Boundary, call: pytest.CallInfo[None]) -> list[tuple[str, str]]:

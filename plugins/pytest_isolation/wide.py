@@ -82,7 +82,7 @@ def _not_carried(definitions: Mapping[str, Any], unshared: Container[str]) -> se
 def _owner(item: pytest.Item, definition: Any) -> pytest.Collector | None:
     """The node whose end is the fixture's."""
     if definition.scope == "class":
-        return item.getparent(pytest.Class) or item.getparent(pytest.Module)
+        return item.getparent(pytest.Class)  # for a function outside of classes, it is one of that function's
     if definition.scope == "module":
         return item.getparent(pytest.Module)
     if definition.scope == "package":

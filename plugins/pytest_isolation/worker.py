@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 import warnings
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from isolation.guest import Guest
-from pytest_isolation import reports, tmp
+from pytest_isolation import reports, streams, tmp
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.counters import Counters
 from pytest_isolation.debugger import Terminal
@@ -42,6 +41,7 @@ class Worker:
         self._terminal: Terminal | None = None
         self._carriers = Carriers(session.config)
         self._paths = TmpPaths(session.config, self._items)
+        self._shows_at_once = _shows_at_once(session.config)
 
     def __call__(self, guest: Guest) -> None:
         manager = self._config.pluginmanager
@@ -74,7 +74,7 @@ class Worker:
                     except pytest.exit.Exception as error:
                         guest.send({"done": {"exit": str(error.msg), "returncode": error.returncode}})
                         continue
-                    self._flush()
+                    streams.flush(self._config)
                     break  # this process is a template now
                 if "teardown" in job:
                     assert self._stage is not None
@@ -93,6 +93,8 @@ class Worker:
             if number:
                 guest.send({"next": number})
             last = number == len(items) - 1
+            if self._stage is not None:
+                self._stage.begin(last=last)
             end = self._run(item, after if last else items[number + 1], job)
             if end:
                 break
@@ -119,18 +121,11 @@ class Worker:
         for name in ("shouldstop", "shouldfail"):
             if getattr(self._session, name):
                 end[name] = str(getattr(self._session, name))
-        self._flush()
+        streams.flush(self._config)
         self._send({"counted": counters.since()})
         for name, data in self._carriers.collect(item):
             self._send({"carried": name}, data)
         return end
-
-    def _flush(self) -> None:
-        for stream in (self._config.get_terminal_writer(), sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                continue
 
     def _send(self, message: dict[str, Any], data: bytes = b"") -> None:
         assert self._guest is not None
@@ -150,8 +145,11 @@ class Worker:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._flush()  # what it printed past the capture belongs before its report
-        self._send({"report": True}, reports.encode(self._config, report))
+        streams.flush(self._config)  # what it printed past the capture belongs before its report
+        waits = self._shows_at_once and self._terminal is None
+        self._send({"report": True, "wait": waits}, reports.encode(self._config, report))
+        if waits:
+            self.guest.receive()  # else the host could see what is printed from here on together with what was before
         if report.failed and self._item is not None:
             self._item.stash[tmp.failed] = True
         self._runs_again |= str(report.outcome) == "rerun"
@@ -173,19 +171,32 @@ class Worker:
     def pytest_enter_pdb(self) -> None:
         """Capture is suspended: descriptors 0 to 2 are the sandbox's own."""
         if self._guest is not None and self._terminal is None:
-            self._flush()
+            streams.flush(self._config)
             self._terminal = Terminal(self._guest)
 
     @pytest.hookimpl
     def pytest_leave_pdb(self) -> None:
         if self._terminal is not None:
-            self._flush()
+            streams.flush(self._config)
             self._terminal.leave()
             self._terminal = None
 
     def record_suite_property(self, name: str, value: object) -> None:
         """For the fixture of that name, whose junit file is the host's to write."""
         self._send({"suite_property": [name, str(value)]})
+
+    def record_xml_attribute(self, name: str, value: object) -> None:
+        """Likewise."""
+        self._send({"xml_attribute": [str(name), str(value)]})
+
+
+def _shows_at_once(config: pytest.Config) -> bool:
+    """Whether pytest, or what it does not capture, is printed while tests run."""
+    option = config.option
+    if getattr(option, "capture", "no") == "no" or getattr(option, "setupshow", False):
+        return True
+    logs = config.pluginmanager.hasplugin("logging-plugin")
+    return logs and (option.log_cli_level is not None or bool(config.getini("log_cli")))
 
 
 _NOT_COLLECTED = (

@@ -48,6 +48,14 @@ class Kernel:
         self.manager.start_kernel(cwd=str(cwd), extra_arguments=list(extra), **start)
         self.connect()
 
+    @classmethod
+    def of(cls, manager: KernelManager) -> Kernel:
+        """One that is started already."""
+        kernel = cls.__new__(cls)
+        kernel.manager = manager
+        kernel.connect()
+        return kernel
+
     def connect(self) -> None:
         self.client = self.manager.client()
         self.client.start_channels()

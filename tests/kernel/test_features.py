@@ -278,3 +278,20 @@ def test_wall_clock_limit_is_said(kernels: Kernels, capfd: pytest.CaptureFixture
     kernel = kernels("argv", "--timeout", "4s")
     assert kernel.manager.provisioner.process.wait(20) == 124
     assert "time was up after 4 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("route", ["argv", "provisioner"])
+@pytest.mark.parametrize("encryption", ["disabled", "required"])
+def test_the_notebook_is_told_why_its_kernel_ended(kernels: Kernels, route: str, encryption: str) -> None:
+    kernel = kernels(route, "--memory", "300M", encryption=encryption)
+    identity = kernel.send("x = bytearray(600 << 20)\nfor n in range(0, len(x), 4096): x[n] = 1")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        message = kernel.client.get_iopub_msg(timeout=20)
+        if message["msg_type"] == "stream":
+            break
+    assert message["parent_header"]["msg_id"] == identity
+    assert message["content"] == {
+        "name": "stderr",
+        "text": "isolation: the kernel ran out of memory (its limit is 300M: --memory)\n",
+    }

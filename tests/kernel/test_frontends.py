@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,13 @@ class Server:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
         self.address = f"127.0.0.1:{found[1]}"
+        while True:  # it says so before it listens
+            try:
+                socket.create_connection(("127.0.0.1", int(found[1])), 5).close()
+                break
+            except ConnectionRefusedError:
+                assert time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.05)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         request = urllib.request.Request(
@@ -101,17 +109,17 @@ class Server:
 
     def execute(self, kernel: str, code: str, *, wait: bool = True) -> str:
         """What the code prints, by a websocket as browsers have one. Without `wait`, nothing is read."""
-        socket = websocket.create_connection(
-            f"ws://{self.address}/api/kernels/{kernel}/channels?token={self.token}", timeout=20, suppress_origin=True
+        channels = websocket.create_connection(
+            f"ws://{self.address}/api/kernels/{kernel}/channels?token={self.token}", timeout=60, suppress_origin=True
         )
         try:
             header = {"msg_id": "m", "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
             content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False, "user_expressions": {}}
             message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-            socket.send(json.dumps(message))
+            channels.send(json.dumps(message))
             text = ""
             while wait:
-                said = json.loads(socket.recv())
+                said = json.loads(channels.recv())
                 if said["parent_header"].get("msg_id") != "m":
                     continue
                 if said["msg_type"] == "stream":
@@ -122,7 +130,7 @@ class Server:
                     break
             return text
         finally:
-            socket.close()
+            channels.close()
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -170,7 +178,7 @@ def test_nothing_of_a_server_that_was_killed_is_left(server: Server) -> None:
     below = descendants(server.process.pid)
     assert len(below) >= 2 * 4  # launcher, keeper, PID 1, kernel
     server.process.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while alive := [pid for pid in below if os.path.exists(f"/proc/{pid}") and not zombie(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)

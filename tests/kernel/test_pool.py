@@ -147,7 +147,7 @@ def test_it_ends_with_its_frontend_and_the_rest_with_the_daemon(pool: Callable[.
         frontend.kill()
     waiting.process.send_signal(signal.SIGKILL)
     waiting.process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while alive := [pid for pid in below if os.path.exists(f"/proc/{pid}") and not zombie(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)

@@ -435,3 +435,27 @@ def test_forged_messages(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(failed=16, passed=2)
     assert "FAILED test_forged_messages.py::test_victim" in result.stdout.str()
     assert "INTERNALERROR" not in result.stdout.str()
+
+
+def test_without_pytest_s_own_plugins(pytester: pytest.Pytester) -> None:
+    """Those that can be left out; nothing of ours relies on one."""
+    pytester.makepyfile("import pytest\n@pytest.fixture(scope='module')\ndef wide(): return 1\ndef test_x(wide): assert wide\ndef test_y(): assert 0\n")
+    for name in ("capture", "terminal", "logging", "junitxml", "warnings", "tmpdir", "faulthandler", "skipping", "debugging", "unittest", "subtests"):
+        plain = pytester.runpytest_subprocess("-p", f"no:{name}", "-p", "no:cacheprovider")
+        result = pytester.runpytest_subprocess("--isolation", "-p", f"no:{name}", "-p", "no:cacheprovider")
+        assert (name, result.ret, result.stderr.str()) == (name, plain.ret, plain.stderr.str())
+
+
+def test_an_item_that_names_itself(pytester: pytest.Pytester) -> None:
+    """Its reports do not have that name, as in plain pytest."""
+    pytester.makeconftest("""
+        import pytest
+        class Odd(pytest.Item):
+            nodeid = "odd"
+            def runtest(self): pytest.xfail("expected")
+        def pytest_collect_file(file_path, parent):
+            if file_path.suffix == ".odd":
+                return Odd.from_parent(name="odd", parent=parent)
+    """)
+    pytester.makefile(".odd", a="")
+    pytester.runpytest_subprocess("--isolation").assert_outcomes(xfailed=1)

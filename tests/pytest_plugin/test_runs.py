@@ -217,7 +217,7 @@ def test_a_failure_says_what_the_test_did(pytester: pytest.Pytester) -> None:
 
 
 def test_junit_has_it_too(doing: pytest.Pytester) -> None:
-    run(doing, "--isolation", "--junitxml=out.xml").assert_outcomes(passed=4)
+    run(doing, "--isolation", "--junitxml=out.xml", "-o", "junit_family=xunit1").assert_outcomes(passed=4)
     found = {}
     for case in ElementTree.parse(doing.path / "out.xml").iter("testcase"):
         found[case.get("name")] = {each.get("name"): each.get("value") for each in case.iter("property")}
@@ -305,3 +305,86 @@ def test_names_that_lead_elsewhere_are_refused(pytester: pytest.Pytester) -> Non
             carrier.check(item, {"files": [[parts, None]], "cut": False})
     with pytest.raises(ValueError, match=r"base64|padding|alphabet"):
         carrier.check(item, {"files": [[["a"], "%%%"]], "cut": False})
+
+
+# What is shown, or written, past the reports.
+
+LOGS = """
+    import logging
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def wide():
+        logging.getLogger("app").warning("up")
+        yield
+        logging.getLogger("app").warning("down")
+    @pytest.fixture
+    def narrow():
+        logging.getLogger("app").warning("set up")
+        yield
+        logging.getLogger("app").warning("torn down")
+
+    def test_one(wide, narrow): logging.getLogger("app").warning("one \\x1b]0;title\\x07")
+    def test_two(wide, narrow): logging.getLogger("app").warning("two"); assert False
+    def test_three(wide): logging.getLogger("app").info("three")
+"""
+
+
+def test_log_file(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(LOGS)
+    run(pytester, "--log-file=plain.log", "--log-file-level=INFO")
+    result = run(
+        pytester, "--log-file=isolated.log", "--log-file-level=INFO", "--isolation", "--isolation-jobs=2",
+        "-W", "error", "-W", "ignore:.*fork.*:DeprecationWarning",
+    )  # fmt: skip
+    result.assert_outcomes(passed=2, failed=1)
+    plain, isolated = ((pytester.path / f"{name}.log").read_text() for name in ("plain", "isolated"))
+    assert isolated == plain.replace("\x1b", "\\x1b").replace("\x07", "\\x07")
+    assert isolated.count("WARNING") == 8
+
+
+@pytest.mark.parametrize("arguments", [["--log-cli-level=INFO"], ["--setup-show"], ["-s", "-v"]])
+def test_what_is_printed_at_once_is_in_its_place(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    """Among the letters, too, that tell how tests went."""
+    pytester.makepyfile(LOGS.replace(r" \x1b]0;title\x07", ""))
+    found = []
+    for isolation in ([], ["--isolation"]):
+        lines = run(pytester, *arguments, *isolation).outlines
+        start = next(number for number, line in enumerate(lines) if line.startswith("collect"))
+        end = next(number for number, line in enumerate(lines) if "FAILURES" in line)
+        # Live logs: there is one more heading where a wide fixture was set up, and a column of its own for percentages.
+        found.append([line.split() for line in lines[start:end] if line and "live log" not in line])
+    assert found[1] == found[0]
+
+
+def test_attributes_of_a_test_in_junit(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(r"""
+        def test_one(record_xml_attribute):
+            record_xml_attribute("assertions", "REQ <1>")
+            if __import__("os").getpid() < 50:
+                record_xml_attribute("name", "test_two")
+                record_xml_attribute('a="1"><evil', "x")
+        def test_two(): assert False
+    """)
+    found = []
+    for isolation in ([], ["--isolation"]):
+        run(pytester, "--junitxml=out.xml", "-o", "junit_family=xunit1", *isolation).assert_outcomes(passed=1, failed=1)
+        cases = list(ElementTree.parse(pytester.path / "out.xml").iter("testcase"))
+        found.append([{name: value for name, value in case.items() if name != "time"} for case in cases])
+    assert found[1] == found[0]
+    assert found[0][0]["assertions"] == "REQ <1>"
+
+
+def test_a_file_for_junit_s_newer_schema_is_valid(pytester: pytest.Pytester) -> None:
+    """In which a test case has no properties; pytest writes them there only for who asks for them, and warns."""
+    pytester.makepyfile("def test_one(): pass")
+    run(pytester, "--isolation", "--junitxml=out.xml", "--isolation-strict").assert_outcomes(passed=1)
+    assert [each.tag for each in ElementTree.parse(pytester.path / "out.xml").iter()] == ["testsuites", "testsuite", "testcase"]
+
+
+def test_a_directory_that_is_asked_for_by_name(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As doctests do. Its place on the host is not there inside, unless somebody makes it."""
+    monkeypatch.setenv("PYTEST_DEBUG_TEMPROOT", str(pytester.path.parent / "elsewhere"))
+    (pytester.path.parent / "elsewhere").mkdir()
+    pytester.makepyfile("def test_it(request): assert request.getfixturevalue('tmp_path').is_dir()")
+    run(pytester, "--isolation").assert_outcomes(passed=1)

@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -38,7 +39,7 @@ Run = subprocess.CompletedProcess[str]
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a shell, whatever this pytest was started with."""
-    for name in ("VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTHONPATH", "CI", "BUILD_NUMBER"):
+    for name in ("VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "CI", "BUILD_NUMBER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
 
@@ -64,7 +65,7 @@ def sealed(*words: str, **options: Any) -> Run:
 
 
 def plain(*words: str, **options: Any) -> Run:
-    return run([sys.executable, "-P", "-m", "pytest"], *words, **options)
+    return run([sys.executable, "-P", "-m", "pytest", "-p", "isolation"], *words, **options)
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
@@ -94,6 +95,7 @@ def make_environment(path: Path, marks: Path) -> Path:
 
 def test_hostile_suite_leaves_no_mark_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marks, project = tmp_path / "marks", tmp_path / "project"
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__"))
     for path in project.rglob("*"):
         if path.is_file():
@@ -265,7 +267,7 @@ def test_coverage_is_that_of_a_plain_run(suite: Path) -> None:
     (suite / "test_it.py").write_text("import product\ndef test_it(): assert product.VALUE == 1\n")
     found = []
     for start in (plain, sealed):
-        done = start("--cov=product", "--cov-report=term-missing", "--cov-report=xml", "--cov-report=json", "-q")
+        done = start("-p", "pytest_cov", "--cov=product", "--cov-report=term-missing", "--cov-report=xml", "--cov-report=json", "-q")
         assert done.returncode == 0, done.stdout + done.stderr
         assert (suite / ".coverage").read_bytes().startswith(b"SQLite format 3")
         assert "line-rate" in (suite / "coverage.xml").read_text()
@@ -347,6 +349,29 @@ def test_colours_and_interrupt(suite: Path) -> None:
     assert b"KeyboardInterrupt" in seen
     assert b"\x1b[32m" in seen
     assert "<testsuite" in (suite / "out.xml").read_text()
+
+
+def test_a_suite_that_does_not_listen_and_floods(suite: Path) -> None:
+    """The second Ctrl-C ends it; what it has written meanwhile waits in no memory of the host's."""
+    (suite / "conftest.py").write_text(
+        "import os, signal\n"
+        "def pytest_sessionstart():\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
+        "    while True: os.write(1, b'flood' * 1000)\n"
+    )
+    with subprocess.Popen(PROGRAM, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            seen = b""
+            while b"flood" not in seen[-100_000:]:
+                seen += os.read(process.stdout.fileno(), 1 << 16)
+            process.send_signal(signal.SIGINT)
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline and os.read(process.stdout.fileno(), 1 << 16):
+                pass
+        while os.read(process.stdout.fileno(), 1 << 16):
+            pass
+        assert process.wait(PATIENCE) == 130
 
 
 def test_debugger(suite: Path) -> None:

@@ -415,3 +415,145 @@ def test_a_warning_and_an_assertion_of_a_wide_fixture(pytester: pytest.Pytester)
     plain, isolated = run(pytester), run(pytester, "--isolation")
     assert isolated.parseoutcomes() == plain.parseoutcomes() == {"passed": 1, "errors": 1, "warnings": 1}
     isolated.stdout.fnmatch_lines(["*assert 1 == 2*", "*UserWarning: of the session*"])
+
+
+def test_a_fixture_is_not_set_up_before_a_test_asks_for_it(pytester: pytest.Pytester) -> None:
+    """What it changes in the process must not be seen by the tests before. Nor is a fixture of class scope that a function
+    outside of classes uses, which is that function's, set up for another."""
+    pytester.makepyfile("""
+        import os
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def first(): return 1
+        @pytest.fixture(scope="session")
+        def patches(): os.environ["PATCHED"] = "1"
+        @pytest.fixture(scope="module")
+        def own(first): os.environ["OWN"] = os.environ.get("OWN", "") + "x"
+        @pytest.fixture(scope="class")
+        def counted(): os.environ["COUNTED"] = os.environ.get("COUNTED", "") + "x"; return os.environ["COUNTED"]
+
+        def test_before(first): assert "PATCHED" not in os.environ
+        def test_counted(counted): assert counted == "x"
+        def test_counted_too(counted): assert counted == "x"
+        def test_patched(patches): assert os.environ["PATCHED"] and "OWN" not in os.environ
+        def test_own(own): assert os.environ["OWN"] == "x" and os.environ["PATCHED"]
+        class TestIt:
+            def test_one(self, counted): assert counted == "x"
+            def test_two(self, counted): assert counted == "x"
+    """)
+    run(pytester, "--isolation").assert_outcomes(passed=7)
+
+
+def test_a_wide_fixture_may_ask_for_others_by_name(pytester: pytest.Pytester) -> None:
+    """That are the module's, though it is the session's."""
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def resource():
+            print("up resource")
+            yield ["value"]
+        @pytest.fixture(scope="session")
+        def asks(request):
+            return request.getfixturevalue("resource")
+        @pytest.fixture(scope="session")
+        def asks_in_vain(request):
+            return request.getfixturevalue("nothing")
+
+        def test_one(asks): asks.append(1); assert asks == ["value", 1]
+        def test_two(asks): asks.append(1); assert asks == ["value", 1]
+        def test_three(asks_in_vain): pass
+    """)
+    result = run(pytester, "--isolation")
+    result.assert_outcomes(passed=2, errors=1)
+    assert steps(result).count("up resource") == 1
+    result.stdout.fnmatch_lines(["*def test_three(asks_in_vain)*", "*fixture 'nothing' not found*"])
+
+
+def test_a_set_up_that_ends_its_process_later_than_another(pytester: pytest.Pytester) -> None:
+    """The template has been one for the first module, and for it has gone on."""
+    pytester.makeconftest("""
+        import os
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def fine():
+            print("up fine")
+            yield [1]
+        @pytest.fixture(scope="session")
+        def deadly(fine): os._exit(3)
+    """)
+    pytester.makepyfile(
+        test_a="def test_a(fine): pass\n",
+        test_b="def test_b(deadly): pass\ndef test_c(fine): fine.append(2); assert fine == [1, 2]\ndef test_d(deadly): pass\n",
+        test_e="def test_e(fine): fine.append(2); assert fine == [1, 2]\n",
+    )
+    result = run(pytester, "--isolation")
+    result.assert_outcomes(passed=3, failed=2)
+    assert steps(result).count("up fine") <= 4
+
+
+def test_a_template_that_dies_while_it_waits_is_made_again(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import signal, time
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def watched():
+            signal.alarm(1)
+            return [1]
+
+        def test_one(watched): time.sleep(1.3)  # is in the template's PID namespace
+        def test_two(watched): watched.append(2); assert watched == [1, 2]
+    """)
+    run(pytester, "--isolation").assert_outcomes(passed=1, failed=1)
+
+
+def test_what_is_set_up_in_a_fork_ends_in_it(pytester: pytest.Pytester) -> None:
+    """Though it is the session's: asked for by name, or not to be carried. What goes wrong then is an error."""
+    pytester.makepyfile("""
+        import threading
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def shared(): print("up shared"); yield 1; print("down shared")
+        @pytest.fixture(scope="session")
+        def by_name(shared): print("up by_name"); yield 2; print("down by_name"); raise ValueError("bad end")
+        @pytest.fixture(scope="module")
+        def thread(shared):
+            stop = threading.Event()
+            made = threading.Thread(target=stop.wait)
+            made.start()
+            yield made
+            stop.set(); made.join(); print("down thread")
+
+        def test_one(shared): pass
+        def test_by_name(shared, request): assert request.getfixturevalue("by_name") == 2
+        def test_thread(shared, thread): assert thread.is_alive()
+        def test_thread_too(shared, thread): assert thread.is_alive()
+        def test_last(shared): pass
+    """)
+    result = run(pytester, "--isolation")
+    result.assert_outcomes(passed=5, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_by_name*", "*ValueError: bad end*"])
+    for step, times in (("up shared", 1), ("down shared", 1), ("down by_name", 1), ("down thread", 3)):
+        assert steps(result).count(step) == times, (step, steps(result))
+
+
+def test_another_parameter_ends_what_depends_on_it(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.fixture(scope="session", params=[1, 2])
+        def kind(request): return request.param
+        @pytest.fixture(scope="session")
+        def depends(kind): print("up depends", kind); yield kind; print("down depends", kind)
+
+        def test_one(depends): pass
+        def test_two(kind): pass
+        def test_three(kind, depends): assert kind == depends
+    """)
+    plain, isolated = run(pytester, "-s"), run(pytester, "--isolation", "-s")
+    isolated.assert_outcomes(passed=6)
+    assert sorted(steps(isolated)) == sorted(steps(plain))

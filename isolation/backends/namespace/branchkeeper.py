@@ -236,6 +236,9 @@ class BranchKeeper(Keeper):
                 time.sleep(0.001)
         return signal.SIGKILL, resource.getrusage(resource.RUSAGE_THREAD)
 
+    def _remove_cgroups(self) -> None:
+        """The keeper above all does, at its end: among them are others', which may be empty as they are about to be used."""
+
     def _make_owner(self, user: int) -> int:
         """The user namespace that owns what this template's forks are made of: below the template's own, so that it is let
         in; and with a root, which file systems want. Raises OSError."""

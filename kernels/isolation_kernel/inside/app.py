@@ -26,8 +26,8 @@ class KernelApp(IPKernelApp):
     def init_heartbeat(self) -> None:
         """As the base class's, with the given socket."""
         address = (self.transport, self.ip, self.hb_port)
-        keys = {"curve_publickey": self.curve_publickey, "curve_secretkey": self.curve_secretkey}
-        keys = {name: key for name, key in keys.items() if key is not None}  # older ones know no such arguments
+        found = ((name, getattr(self, name, None)) for name in ("curve_publickey", "curve_secretkey"))
+        keys = {name: key for name, key in found if key is not None}  # ipykernel before 7.3 has none
         self.heartbeat = _Heartbeat(zmq.Context(), address, **keys)  # type: ignore[no-untyped-call]
         self.heartbeat.given = self.given[self.hb_port]
         self.heartbeat.start()

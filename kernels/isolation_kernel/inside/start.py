@@ -114,8 +114,14 @@ def _equip(app: Any, host: Host) -> None:
     from isolation_kernel.inside.magic import Magic
 
     Magic(host).register(app.shell)
-    app.shell.events.register("pre_run_cell", lambda _info: host.tell("cell", busy=True))
-    app.shell.events.register("post_run_cell", lambda _result: host.tell("cell", busy=False))
+    app.shell.events.register("pre_run_cell", lambda _info: host.tell("cell", parent=_header(app)))
+    app.shell.events.register("post_run_cell", lambda _result: host.tell("cell", parent=None))
+
+
+def _header(app: Any) -> dict[str, str]:
+    """Of the request that a cell came with."""
+    header = app.kernel.get_parent("shell").get("header", {})
+    return {name: str(header[name]) for name in ("msg_id", "msg_type", "session", "username", "version") if name in header}
 
 
 def _settle() -> None:

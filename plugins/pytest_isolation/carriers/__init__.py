@@ -16,11 +16,13 @@ from pytest_isolation.carriers.benchmark import BenchmarkCarrier
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.carriers.coverage import CoverageCarrier
 from pytest_isolation.carriers.hypothesis import HypothesisCarrier
+from pytest_isolation.carriers.log_file import LogFileCarrier
 from pytest_isolation.carriers.syrupy import SyrupyCarrier
 from pytest_isolation.carriers.tmp_path import TmpPathCarrier
+from pytest_isolation.text import clean_name
 
 _KINDS: tuple[type[Carrier], ...] = (
-    CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier,
+    CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier,
 )  # fmt: skip
 
 __all__ = ["Carriers", "Refused"]
@@ -32,6 +34,7 @@ class Carriers:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._all: list[Carrier] | None = None
+        self._lost: dict[str, str] = {}
 
     def _found(self) -> list[Carrier]:
         """Whether a plug-in is in use is known after collection, which may import it."""
@@ -63,15 +66,17 @@ class Carriers:
                     return carrier, carrier.check(item, json.loads(payload if isinstance(payload, bytes) else b""))
                 except Refused:
                     raise
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                except Exception as error:
                     raise Refused(f"{carrier.name}: {type(error).__name__}") from error
         raise Refused("it is of no plug-in in use")
 
-    @staticmethod
-    def apply(item: pytest.Item, checked: tuple[Carrier, Any]) -> None:
+    def apply(self, item: pytest.Item, checked: tuple[Carrier, Any]) -> None:
         """What was checked before, when pytest is told of the test."""
         carrier, value = checked
-        carrier.apply(item, value)
+        try:
+            carrier.apply(item, value)
+        except OSError as error:  # no place left, say: the tests go on
+            self._lost[carrier.name] = clean_name(str(error))
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self) -> None:
@@ -97,6 +102,7 @@ class Carriers:
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         notes = [f"{carrier.name}: {note}" for carrier in self._found() for note in carrier.notes()]
+        notes += [f"{name}: something could not be kept: {error}" for name, error in self._lost.items()]
         if notes:
             terminalreporter.section("isolation: other plug-ins", sep="-")
         for note in notes:

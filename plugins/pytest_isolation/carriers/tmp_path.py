@@ -34,6 +34,8 @@ class TmpPathCarrier(Carrier):
 
     @classmethod
     def of(cls, config: pytest.Config) -> TmpPathCarrier | None:
+        if not config.pluginmanager.hasplugin("tmpdir"):
+            return None
         policy = config.getini("tmp_path_retention_policy")
         return cls(config) if policy in ("all", "failed") else None
 

@@ -136,7 +136,7 @@ def test_a_process_forks_from_within_a_call(threads: str) -> None:
     assert done.stdout.splitlines() == [f"{number} 1000 1 {here}" for number in range(3)], done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs rights over a namespace to be refused another")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights over a namespace, to be refused another")
 def test_an_entrance_that_is_refused_forks_nothing() -> None:
     entrance = Entrance(("net",))
     wrong = os.open("/proc/self/ns/uts", os.O_RDONLY)

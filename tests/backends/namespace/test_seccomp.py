@@ -152,7 +152,7 @@ def assert_agrees(profile: dict[str, Any], program: bytes, machine: str, nesting
 def header_numbers(path: str) -> dict[str, int]:
     file = Path(path)
     if not file.exists():
-        pytest.skip(f"{path} is not installed (linux-libc-dev)")
+        pytest.skip(f"needs {path} (linux-libc-dev)")
     found = re.findall(r"^#define\s+__NR(?:3264)?_(\w+)\s+(\d+)\b", file.read_text(), re.MULTILINE)
     return {name: int(number) for name, number in found}
 

@@ -1,0 +1,172 @@
+"""As an enemy would: tests, fixtures and templates that say what they must not, and runs that are disturbed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
+
+
+# What a sandbox says.
+
+SENDS = """
+    import json, os
+    import pytest
+
+    def send(request, message, data=b""):
+        request.config.pluginmanager.getplugin("isolation-worker")._guest.send(message, data)
+
+    def report(nodeid, **fields):
+        base = {"nodeid": nodeid, "outcome": "passed", "when": "call", "location": ["a", 1, "b"], "keywords": {}, "longrepr": None,
+                "sections": [], "user_properties": [], "duration": 0, "start": 0, "stop": 0}
+        return json.dumps(base | fields).encode()
+"""
+
+
+def test_a_test_that_runs_more_than_once_is_told_of_each_time(pytester: pytest.Pytester) -> None:
+    """Some plug-ins, or a conftest, do that; what went wrong the second time was lost."""
+    pytester.makeconftest("""
+        from _pytest.runner import runtestprotocol
+        def pytest_runtest_protocol(item, nextitem):
+            runtestprotocol(item, nextitem=nextitem)
+    """)
+    pytester.makepyfile("count = 0\ndef test_it():\n    global count\n    count += 1\n    assert count < 2\n")
+    result = run(pytester, "--isolation")
+    result.assert_outcomes(passed=1, failed=1)
+    assert result.ret == 1
+
+
+def test_what_goes_wrong_behind_the_last_report_is_an_error(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("""
+        import os, pytest
+        @pytest.hookimpl(trylast=True)
+        def pytest_runtest_logfinish(nodeid):
+            if os.getpid() < 10 and "dies" in nodeid: os._exit(0)
+            if os.getpid() < 10 and "raises" in nodeid: raise ValueError("late")
+    """)
+    pytester.makepyfile("def test_dies(): pass\ndef test_raises(): pass\ndef test_fine(): pass\n")
+    result = run(pytester, "--isolation")
+    result.assert_outcomes(passed=3, errors=2)
+    result.stdout.fnmatch_lines(["*ended with status 0*", "*ValueError: late*"])
+
+
+def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(SENDS + """
+    huge = 10 ** 4000
+    warning = {"message": "m", "category": "UserWarning", "filename": "f", "lineno": 1, "line": "l", "when": "runtest",
+               "nodeid": "n", "location": ["f", 1, "g"]}
+    bad = [
+        {"warning": warning | {"location": [1]}}, {"warning": warning | {"location": ["f", "1", "g"]}},
+        {"warning": warning | {"lineno": None}}, {"warning": warning | {"category": ["x"]}}, {"warning": [warning]}, {"warning": 1},
+        {"next": 1}, {"next": None}, {"next": [[]]},
+        {"carried": "tmp_path"}, {"carried": ["tmp_path"]}, {"carried": "coverage"}, {"carried": None}, {"carried": {}},
+        {"xml_attribute": 1}, {"xml_attribute": [1, 2]}, {"report": True}, {"report": 1, "wait": True}, {"unshared": 1}, {},
+        {"setup": 1}, {"teardown": True}, {"wide": 1}, {"sandbox": "x" * 100, "report": 1},
+    ]
+    @pytest.mark.parametrize("number", range(len(bad)))
+    def test_bad(request, number): send(request, bad[number])
+    @pytest.mark.parametrize("fields", [
+        {"start": huge}, {"duration": -huge}, {"keywords": {"\\x1b]0;t\\x07": 1}, "outcome": None}, {"sections": [["a", "b", "c"]]},
+        {"sections": [[[], []]]}, {"user_properties": [1]}, {"user_properties": [[1]]}, {"longrepr": ["a", 1], "outcome": "skipped"},
+        {"longrepr": {"reprcrash": {"message": 1}, "reprtraceback": {}}, "outcome": "failed"},
+        {"longrepr": {"reprcrash": None, "reprtraceback": {"reprentries": [{"type": "os", "data": {}}]}}, "outcome": "failed"},
+        {"wasxfail": 1}, {"_report_type": "SubTestReport"}, {"_report_type": "SubTestReport", "_subtest.context": {"msg": 1}},
+        {"isolation_after": {"outcome": "passed"}}, {"outcome": "rerun", "longrepr": "x"}, {"when": "???"}, {"location": None, "when": 1},
+    ])
+    def test_bad_report(request, fields): send(request, {"report": True}, report(request.node.nodeid, **fields))
+    @pytest.mark.parametrize("files", [[["..", "x"]], [[]], [["/etc/x"]], [["a" * 300]], [["a\\0"]], [1], None, [[["a"]]]])
+    def test_bad_files(request, tmp_path, files):
+        found = files and [[parts, ""] for parts in files]
+        send(request, {"carried": "tmp_path"}, json.dumps({"files": found, "cut": False}).encode())
+    def test_fine(): pass
+    """)
+    result = run(pytester, "--isolation", "-rA", "--junitxml=out.xml")
+    result.assert_outcomes(passed=1, failed=49)
+    assert "INTERNALERROR>" not in result.stdout.str() + result.stderr.str()
+    assert ElementTree.parse(pytester.path / "out.xml").getroot()[0].get("failures") == "49"
+
+
+def test_a_flood_of_what_is_kept_is_bounded(pytester: pytest.Pytester) -> None:
+    """Of small and of large messages alike, from a test and from a template: in the memory of whoever reads them."""
+    pytester.makepyfile(SENDS + """
+    def flood(request, message):
+        while True: send(request, message)
+    @pytest.fixture(scope="module")
+    def floods(request): flood(request, {"unshared": [os.urandom(1000).hex() for _ in range(500)], "name": "n", "left": "l"})
+    def test_suite_property(request): flood(request, {"suite_property": ["n", "v" * 60_000]})
+    def test_attribute(request): flood(request, {"xml_attribute": ["n", "v" * 60_000]})
+    def test_of_a_template(floods): pass
+    def test_fine(): pass
+    """)
+    code = (
+        "import resource, sys, pytest; status = pytest.main(sys.argv[1:]); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--isolation", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "3 failed, 1 passed" in done.stdout
+    assert int(re.findall(r"peak (\d+)", done.stdout)[0]) < 1200
+
+
+def test_a_template_speaks_for_its_own_tests_only(pytester: pytest.Pytester) -> None:
+    """And what it says is shown as what a test says."""
+    pytester.makepyfile(
+        test_a=SENDS + """
+    @pytest.fixture(scope="module")
+    def evil(request):
+        other = "test_b.py::test_other"
+        nothing = {"duration": 0, "sections": []}
+        send(request, {"wide": [other, 0], "duration": 500, "sections": [["Captured stdout setup", "forged"]]})
+        send(request, {"wide": [request.session.items[0].nodeid, 0], "duration": 1,
+                       "sections": [["Captured stdout \\x1b]0;title\\x07", "\\x1b[2J in the text"]]})
+        send(request, {"carried": "tmp_path", "of": other}, json.dumps({"files": [[["planted"], ""]], "cut": False}).encode())
+        for bad in ([other], 1, [[], {}], [other, -1], None): send(request, nothing | {"wide": bad})
+        own = [request.session.items[0].nodeid, 0]
+        for bad in (10 ** 4000, "x", None, [], float("inf")): send(request, {"wide": own, "duration": bad, "sections": []})
+        for bad in (1, None, [1], [["a"]], {"a": 1}, [[None, None]] * 1000): send(request, {"wide": own, "duration": 0, "sections": bad})
+        for bad in (1, None, {}, [1]): send(request, {"warning": bad}); send(request, nothing | {"wide": own})
+        for bad in (1, None, [[]], "abc"): send(request, {"unshared": bad, "name": [], "left": "\\x1b[2J"})
+        for bad in ({}, {"exit": 0}, [], None): send(request, {"carried": bad, "of": bad})
+        send(request, {"report": True}, report("test_b.py::test_other"))
+        send(request, {"teardown": True}, report("test_b.py::test_other"))
+    def test_own(evil): assert False
+    """,
+        test_b="def test_other(tmp_path): print(tmp_path); assert False\n",
+    )
+    result = run(pytester, "--isolation", "--color=no")
+    result.assert_outcomes(failed=2)
+    text = result.stdout.str()
+    assert "\x1b" not in text
+    assert "forged" not in text
+    assert "\\x1b[2J in the text" in text
+    (kept,) = re.findall(r"^(/\S+test_other0)$", text, re.MULTILINE)
+    assert os.listdir(kept) == []
+    assert "INTERNALERROR" not in text
+
+
+def test_a_debugger_that_nobody_has_asked_for(pytester: pytest.Pytester) -> None:
+    """Where nobody sits at a terminal, it does not stop the clock."""
+    pytester.makepyfile(SENDS + """
+    import time
+    def test_it(request): send(request, {"debugger": "enter"}); time.sleep(60)
+    def test_template(evil): pass
+    @pytest.fixture(scope="module")
+    def evil(request): send(request, {"debugger": "enter"}); time.sleep(60)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--isolation", "--isolation-timeout=1s", "-q", "-p", "no:cacheprovider"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "2 failed" in done.stdout
+    assert done.stdout.count("timed out after 1s") >= 2
