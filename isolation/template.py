@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from isolation.errors import FeatureMissing
-from isolation.result import Account, Usage, Verdict
+from isolation.result import Account, Change, Usage, Verdict
 from isolation.wire import Message
 
 
@@ -45,6 +45,15 @@ class Fork(abc.ABC):
     @abc.abstractmethod
     def usage(self) -> Usage:
         """What it used. Waits for its end."""
+
+    def take_stream(self) -> int:
+        """The non-blocking stream socket that messages travel on, for a protocol of the caller's own; in the guest, that is
+        `guest.wire.sock`. From then on `send` and `receive` are of no use. Raises FeatureMissing."""
+        raise FeatureMissing("this backend has messages only between a fork and its host")
+
+    def changes(self) -> list[Change]:
+        """Every path that it added, changed or deleted so far, sorted by path. Raises FeatureMissing, SandboxClosed."""
+        raise FeatureMissing("this backend does not tell what a fork has changed")
 
     def account(self) -> Account:
         """What it left behind, if its template was asked for that. Waits for its end."""

@@ -121,7 +121,7 @@ def _install(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from isolation import registry
-    from isolation.hookspecs import PASS_FDS
+    from isolation.hookspecs import FORK, PASS_FDS, SNAPSHOT
     from isolation_kernel import kernelspec
     from isolation_kernel.options import Options
 
@@ -130,7 +130,7 @@ def _install(options: argparse.Namespace) -> int:
         given["export"] = os.path.abspath(given["export"])
     wanted = kernelspec.absolute(Options.of(given))
     # Says now what would not work; and a kernel that knows its backend need not try which one does.
-    backend = registry.choose(wanted.spec(None, {}), [PASS_FDS])
+    backend = registry.choose(wanted.spec(None, {}), [FORK, SNAPSHOT] if wanted.in_machine else [PASS_FDS])
     backend.explain(wanted.spec(None, {}))
     wanted = replace(wanted, backend=backend.name)
     name = options.name

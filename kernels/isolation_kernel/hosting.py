@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 _OUTPUT_AT_MOST: Final = 64 << 10  # bytes that a kernel may print past its channels in a second; the rest is dropped
 _DRAIN: Final = 0.3  # s, for the last bytes of a kernel that has ended
-_TO_GROUP: Final = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+TO_GROUP: Final = (signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 # Of a frontend's environment, what the core's allowlist has too, and a kernel that has started long ago can still heed.
 _TOLD: Final = frozenset("COLORTERM COLUMNS FORCE_COLOR LANG LANGUAGE LINES NO_COLOR TERM TZ".split())
 
 
-class _Signals(Protocol):
+class SignalsLike(Protocol):
     def fileno(self) -> int: ...
     def take(self) -> bytes: ...
 
 
-class _Parent(Protocol):
+class ParentLike(Protocol):
     def fileno(self) -> int: ...
     def gone(self) -> bool: ...
 
@@ -54,8 +54,7 @@ class Hosting:
         self._relay: Relay | None = None
         self._proxy: Proxy | None = None
         self._connection: Connection | None = None
-        self._printed = 0
-        self._second = 0.0
+        self._output = Output()
 
     @property
     def box(self) -> KernelBox:
@@ -96,8 +95,7 @@ class Hosting:
         """To who has asked for it: `order`, with the environment that a kernel of theirs would have had."""
         self._connection = connection
         spec = self.options.spec(cwd, environ)
-        env = {name: value for name, value in environ.items() if name in _TOLD or name.startswith("LC_")}
-        self.box.order(connection.told, (), spec.workdir, {**env, **dict(spec.env)})
+        self.box.order(connection.told, (), spec.workdir, {**told_environment(environ), **dict(spec.env)})
 
     def order(self, connection: Connection, arguments: Sequence[str]) -> None:
         """Tell the kernel what it is to be. Raises IsolationError."""
@@ -105,7 +103,7 @@ class Hosting:
         spec = self.box.sandbox.spec
         self.box.order(connection.told, arguments, spec.workdir, dict(spec.env))
 
-    def serve(self, listeners: Sequence[socket.socket], signals: _Signals, parent: _Parent) -> int:
+    def serve(self, listeners: Sequence[socket.socket], signals: SignalsLike, parent: ParentLike) -> int:
         """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""
         from isolation_kernel.relay import Relay
 
@@ -141,7 +139,7 @@ class Hosting:
 
     def _signalled(self, number: int) -> bool:
         """False when this one ends the kernel."""
-        if number not in _TO_GROUP:
+        if number not in TO_GROUP:
             return False
         if number != signal.SIGINT or (self._services is not None and self._services.ready):
             self.box.signal(number)  # before it is ready, it would die of an interrupt
@@ -162,28 +160,15 @@ class Hosting:
         self._pass_output()
 
     def _pass_output(self) -> None:
-        """What was printed past the channels (a crash, say) is for the frontend's log. Bounded, and without control
-        sequences: it may be a terminal."""
-        try:
-            data = os.read(self.box.output, 1 << 16)
-        except BlockingIOError:
-            return
-        if not data:
+        """What was printed past the channels."""
+        if not self._output.pass_on(self.box.output):
             self._look_away(self.box.output)
-            return
-        now = time.monotonic()
-        if now - self._second >= 1:
-            self._second, self._printed = now, 0
-        room = max(0, _OUTPUT_AT_MOST - self._printed)
-        self._printed += len(data)
-        if room:
-            _write(printable(data[:room].decode("utf-8", "replace"), room))
 
     def _look_away(self, fd: int) -> None:
         try:
             self._epoll.unregister(fd)
         except OSError:
-            pass  # closed, or looked away from, already
+            pass  # it was met at the end already
 
     def _explain(self, verdict: Verdict, relay: Relay) -> None:
         """Ends that a user would wonder about: in the frontend's log, and in the cell that ran."""
@@ -229,6 +214,35 @@ class Hosting:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def told_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a kernel that has started long ago is told of a frontend's."""
+    return {name: value for name, value in environ.items() if name in _TOLD or name.startswith("LC_")}
+
+
+class Output:
+    """What a kernel prints past its channels (a crash, say) is for the frontend's log. Bounded, and without control
+    sequences: it may be a terminal."""
+
+    def __init__(self) -> None:
+        self._printed = 0
+        self._second = 0.0
+
+    def pass_on(self, fd: int) -> bool:
+        """What there is now; False at the end."""
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return True
+        now = time.monotonic()
+        if now - self._second >= 1:
+            self._second, self._printed = now, 0
+        room = max(0, _OUTPUT_AT_MOST - self._printed)
+        self._printed += len(data)
+        if room and data:
+            _write(printable(data[:room].decode("utf-8", "replace"), room))
+        return bool(data)
 
 
 def say(text: str) -> None:

@@ -49,6 +49,12 @@ def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
 
     line = parse(argv)
     doors = Doors(connection.paths() if connection.transport == "ipc" else None)
+    if line.options.in_machine:
+        from isolation_kernel.machine.hosting import MachineHosting
+
+        with MachineHosting(line.options, listeners or doors.listeners) as machine:
+            machine.start(os.getcwd(), os.environ, connection, line.forwarded)
+            return machine.serve(signals, parent)
     with Hosting(line.options, doors) as hosting:
         hosting.start(os.getcwd(), os.environ)
         hosting.order(connection, line.forwarded)

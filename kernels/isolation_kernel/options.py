@@ -53,6 +53,11 @@ class Options:
             parse_seconds(self.cell_timeout, "cell time limit")
         if self.export is not None and not os.path.isabs(self.export):
             raise SpecError(f"the export directory {self.export!r} must be an absolute path")
+        if self.in_machine and (self.network not in ("none", "nat") or self.notebook == "rw"):
+            raise SpecError(
+                "a kernel in a virtual machine has --network none or nat, and --notebook overlay, ro or none: what it "
+                "writes reaches the host by %isolation export only"
+            )
         self.spec(None, {})
 
     @classmethod
@@ -118,6 +123,11 @@ class Options:
             network=Network.none() if network.mode == "allow" else network,
             limits=Limits(self.memory, self.pids, self.cpus, self.disk, self.timeout),
         )
+
+    @property
+    def in_machine(self) -> bool:
+        """A kernel in a virtual machine (machine/), not one whose sockets can be handed to it."""
+        return self.backend == "microvm"
 
     @property
     def allowed_hosts(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from isolation.errors import GuestError, IsolationError, WireError
 from isolation.hookspecs import CHANGES
+from isolation.result import Change
 from isolation.spec import SandboxSpec
 from isolation.units import format_size
 from isolation.wire import Message
@@ -22,7 +23,7 @@ from isolation_kernel.options import Options
 RUNTIME: Final = "/tmp/.isolation-kernel"  # the kernel's own files, inside
 _ANSWER: Final = 2.0  # s
 _CHANGES_AT_MOST: Final = 500
-_EXPORT_AT_MOST: Final = 1 << 30
+EXPORT_AT_MOST: Final = 1 << 30
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
@@ -47,7 +48,11 @@ class Services:
         self._began = time.monotonic()
         self._deadline: float | None = None
         self._interrupted = False
-        box.wire.sock.settimeout(_ANSWER)
+        self.listen()
+
+    def listen(self) -> None:
+        """To the box's wire, which may be another than before."""
+        self._box.wire.sock.settimeout(_ANSWER)
 
     def read(self) -> bool:
         """Read and answer what has come; False when nothing will any more."""
@@ -76,6 +81,9 @@ class Services:
                 return {"answer": found}
             except (IsolationError, OSError) as error:
                 return {"error": str(error)}
+        elif op in ("checkpoint", "rollback"):
+            name = self._box.sandbox.backend.name
+            return {"error": f"the {name} backend has no checkpoints; install a kernel with --backend microvm"}
         return None
 
     def _cell(self, parent: Any) -> None:
@@ -122,11 +130,20 @@ class Services:
     def _changes(self, _message: Message) -> list[Any]:
         if CHANGES not in self._box.sandbox.backend.features():
             raise GuestError(f"the {self._box.sandbox.backend.name} backend does not tell what was changed")
-        found = [change for change in self._box.sandbox.changes() if not change.path.startswith(RUNTIME)]
+        found = [change for change in self._all_changes() if not change.path.startswith(RUNTIME)]
         said = [[change.kind, change.type, change.path[:4096], change.size] for change in found[:_CHANGES_AT_MOST]]
         return [said, len(found)]
 
+    def _all_changes(self) -> list[Change]:
+        return self._box.sandbox.changes()
+
     def _export(self, message: Message) -> dict[str, Any]:
+        path, target = self._export_paths(message)
+        size = self._box.sandbox.copy_out(path, target, limit=EXPORT_AT_MOST)
+        return {"target": target, "size": format_size(size)}
+
+    def _export_paths(self, message: Message) -> tuple[str, str]:
+        """What to copy, and to which place on the host. Raises GuestError."""
         directory = self._options.export
         path = message.get("path")
         if directory is None:
@@ -139,5 +156,4 @@ class Services:
         target = os.path.join(directory, name)
         if os.path.isdir(target):
             raise GuestError(f"{name!r} is a directory in {directory}")
-        size = self._box.sandbox.copy_out(path, target, limit=_EXPORT_AT_MOST)
-        return {"target": target, "size": format_size(size)}
+        return path, target

@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("jupyter")
 
 
-class _Samples:
+class Samples:
     """Upstream's own, for ipykernel."""
 
     language_name = "python"
@@ -37,11 +37,11 @@ class _Samples:
     invalid_code_samples = ("import = 7q",)
 
 
-class TestByArgv(_Samples, jupyter_kernel_test.KernelTests):
+class TestByArgv(Samples, jupyter_kernel_test.KernelTests):
     kernel_name = "argv"
 
 
-class TestByProvisioner(_Samples, jupyter_kernel_test.KernelTests):
+class TestByProvisioner(Samples, jupyter_kernel_test.KernelTests):
     kernel_name = "provisioner"
 
 

@@ -177,13 +177,10 @@ class MicrovmMachine(Machine):
             self._say({"op": "changes"})
             while True:
                 message = self._event("changes")
-                rows = message.get("changes")
-                for row in rows if isinstance(rows, list) else ():
-                    if (change := _change(row)) is not None:
-                        found[change.path, change.kind, change.type] = change
+                more = add_changes(message, found)
                 if not message.get("more"):
                     return sorted(found.values())
-                if not rows or len(found) > _CHANGES_AT_MOST:
+                if not more:
                     raise self._not_answered("goes on about changes without end")
 
     def close(self) -> None:
@@ -324,6 +321,15 @@ class _Outgoing(_Stream):
         super().close()
         with self._machine._lock:
             self._machine._event("written", number=self._stream, key="stream")
+
+
+def add_changes(message: Message, found: dict[tuple[str, str, str], Change]) -> bool:
+    """Take those of one of the agent's messages; False when it should not go on."""
+    rows = message.get("changes")
+    for row in rows if isinstance(rows, list) else ():
+        if (change := _change(row)) is not None:
+            found[change.path, change.kind, change.type] = change
+    return bool(rows) and len(found) <= _CHANGES_AT_MOST
 
 
 def _change(row: object) -> Change | None:

@@ -23,7 +23,7 @@ from isolation.backends.microvm.snapshot import Key, Snapshot
 from isolation.backends.microvm.vm import State, Vm
 from isolation.errors import FeatureMissing, LaunchError, SandboxClosed, SpecError, WireError
 from isolation.guest import warm
-from isolation.result import Ended, Usage, Verdict
+from isolation.result import Change, Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire
 
@@ -33,6 +33,7 @@ _JSON_AT_MOST = 4 << 20
 _DATA_AT_MOST = 32 << 20
 _PATIENCE = 2  # s, with a guest that does not read
 _CONFIG_PATIENCE = 60  # s, with a machine that does not take the configuration
+_CHANGES_WAIT = 30.0  # s
 _STACKS_WAIT = 3.0  # s, for the stacks of a process that is about to be ended
 _STACKS_AT_MOST = 256 << 10
 _SCRATCH_AT_MOST = 16 << 20
@@ -321,6 +322,21 @@ class MicrovmFork(Fork):
 
     def filenos(self) -> tuple[int, ...]:
         return (self._wire.fileno(),)
+
+    def take_stream(self) -> int:
+        self._wire.sock.setblocking(False)
+        return self._wire.fileno()
+
+    def changes(self) -> list[Change]:
+        found: dict[tuple[str, str, str], Change] = {}
+        self.vm.link.say({"op": "changes"})
+        while (message := self._await("changes", _CHANGES_WAIT)) is not None:
+            more = machine.add_changes(message, found)
+            if not message.get("more"):
+                return sorted(found.values())
+            if not more:
+                break
+        raise SandboxClosed("the machine does not tell what was changed in it")
 
     def wait(self, timeout: float | None = None) -> Verdict | None:
         if self._verdict is None:

@@ -7,11 +7,13 @@ in for a module knows what ipykernel asks for, and becomes the real one at the f
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.machinery
 import importlib.util
 import sys
 import threading
+from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
@@ -71,11 +73,18 @@ class _Debugger:
 
     def __init__(self, *arguments: Any) -> None:
         self.__dict__["_arguments"] = arguments
+        self.__dict__["_wanted"] = Future()
 
     def _made(self) -> Any:
         if "_debugger" not in self.__dict__:
             self.__dict__["_debugger"] = importlib.import_module("ipykernel.debugger").Debugger(*self._arguments)
+            self.__dict__["_wanted"].set_result(None)
         return self.__dict__["_debugger"]
+
+    async def handle_stopped_event(self) -> None:
+        """ipykernel waits for this from the start, in another thread; nothing stops before there is a debugger."""
+        await asyncio.shield(asyncio.wrap_future(self.__dict__["_wanted"]))
+        await self._made().handle_stopped_event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made(), name)

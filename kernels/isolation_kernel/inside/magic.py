@@ -9,13 +9,15 @@ from typing import Any
 from IPython.core.error import UsageError
 
 from isolation.errors import WireError
-from isolation_kernel.inside import usage
+from isolation_kernel.inside import undo, usage
 from isolation_kernel.inside.host import Host, Refused
 
 _USAGE = """\
 %isolation                 what this sandbox is, and what it uses
 %isolation changes         which files were added, changed or deleted in it
-%isolation export PATH     copy a file out, into the directory that the kernel was installed with (--export)"""
+%isolation export PATH     copy a file out, into the directory that the kernel was installed with (--export)
+%isolation checkpoint NAME keep everything as it is now: variables, threads, processes, files (in a virtual machine)
+%isolation rollback NAME   go back to that"""
 
 
 class Magic:
@@ -23,9 +25,11 @@ class Magic:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._kernel: Any = None
 
     def register(self, shell: Any) -> None:
         """Offer it in `shell`."""
+        self._kernel = shell.kernel
         shell.register_magic_function(self.isolation, "line", "isolation")
 
     def isolation(self, line: str) -> None:
@@ -35,7 +39,10 @@ class Magic:
         except ValueError as error:
             raise UsageError(str(error)) from None
         name, arguments = (words[0], words[1:]) if words else ("status", [])
-        command = {"status": self._status, "changes": self._changes, "export": self._export}.get(name)
+        command = {
+            "status": self._status, "changes": self._changes, "export": self._export,
+            "checkpoint": self._checkpoint, "rollback": self._roll_back,
+        }.get(name)  # fmt: skip
         if command is None:
             raise UsageError(f"there is no '%isolation {name}'; there is:\n{_USAGE}")
         try:
@@ -76,6 +83,28 @@ class Magic:
             raise UsageError("%isolation export PATH")
         said = self._host.ask("export", path=os.path.abspath(os.path.expanduser(arguments[0])))
         print(f"exported to {said['target']} ({said['size']})")
+
+
+    def _checkpoint(self, arguments: list[str]) -> None:
+        name = _one(arguments, "%isolation checkpoint NAME")
+        said = self._host.ask("checkpoint", name=name)  # answered twice: by the machine that goes on, and after a rollback
+        if "rolled_back" in said:
+            undo.become(self._kernel, said["request"], said["idents"])
+            print(f"back at checkpoint {name}")
+        else:
+            print(f"checkpoint {name} in {said['seconds']} s")
+
+    def _roll_back(self, arguments: list[str]) -> None:
+        name = _one(arguments, "%isolation rollback NAME")
+        request, idents = undo.current(self._kernel)
+        self._host.ask("rollback", name=name, request=request, idents=idents)
+        raise UsageError("the host has not rolled back")  # there is no machine any more that would come here
+
+
+def _one(arguments: list[str], usage: str) -> str:
+    if len(arguments) != 1:
+        raise UsageError(usage)
+    return arguments[0]
 
 
 def _none(arguments: list[str]) -> None:

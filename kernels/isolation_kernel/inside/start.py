@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     # As `python -m ipykernel_launcher` has it. Here it is the sandbox's own directory; on the host it would not be safe.
     sys.path[:0] = ["", _PACKAGES]
     if "--standby" in argv:
-        app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, [])
+        app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, argv[1:])
         _import_stack(app.shell)
         _equip(app, host)
         _settle()
@@ -70,7 +70,9 @@ def _application(given: Sequence[int], told: dict[str, Any], arguments: Sequence
 
 
 def _import_stack(shell: Any) -> None:
-    """Ahead of the first cell. The first plot takes longer than most imports, so there is one that nobody sees."""
+    """Ahead of the first cell. The first plot takes longer than most imports, and the first completion longer than that: so
+    there is one of each that nobody sees. (In an emulated machine that completion takes so long that another thread is
+    likely to change the filters of warnings meanwhile, which Python does for all threads, and it fails.)"""
     os.environ.setdefault("MPLBACKEND", _INLINE)  # pyplot chooses when it is imported
     for name in _STACK:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
@@ -82,6 +84,10 @@ def _import_stack(shell: Any) -> None:
         )  # fmt: skip
     else:
         shell.run_cell("pass", silent=True, store_history=False)
+    from IPython.core.completer import provisionalcompleter
+
+    with provisionalcompleter():
+        list(shell.Completer.completions("zi", 2))
 
 
 def _take_over(app: Any, order: dict[str, Any]) -> None:

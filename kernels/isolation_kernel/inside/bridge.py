@@ -1,0 +1,234 @@
+"""In a virtual machine: the kernel's process, and the one stream to the host that carries its five channels.
+
+The payload of a template (isolation.guest). It starts a kernel that stands by, and is forked when that is warm; and again
+at each checkpoint: what is forked is the machine, with the kernel, its threads and its child processes as they are.
+
+On the stream, each connection of a frontend is a mux stream of its own, so that none keeps another waiting. Two are special:
+
+    0  this program's own: lines of JSON. From the host: open, read, signal, files, order, checkpoint; to it: gone, exit
+    1  the kernel's wire, as bytes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from typing import Any, BinaryIO, Final
+
+from isolation.guest import Guest
+from isolation.mux import Mux, MuxError
+from isolation.wire import Wire
+
+CONTROL, WIRE, FIRST = 0, 1, 2  # numbers of streams; those from FIRST on are the host's to give
+_LINE_AT_MOST: Final = 1 << 20
+_FIRST_GIVEN: Final = 64  # see host.py
+_CHANNELS: Final = 5
+_LAST_WORDS: Final = 2.0  # s
+
+
+class Lines:
+    """Objects out of bytes: a line of JSON each. Used on both sides; on the host against a guest that may send anything."""
+
+    def __init__(self, handle: Callable[[dict[str, Any]], None]) -> None:
+        self._handle = handle
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Raises MuxError for what is no such object, or too long."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LINE_AT_MOST:
+            raise MuxError("the other end sent a line without an end")
+        for line in lines:
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise MuxError(f"the other end sent something that is not JSON: {error}") from error
+            if not isinstance(message, dict):
+                raise MuxError("the other end sent JSON that is not an object")
+            self._handle(message)
+
+
+def line(message: dict[str, Any]) -> bytes:
+    """For `Lines`."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Bridge:
+    """Lives as long as its kernel."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._directory = tempfile.mkdtemp(prefix=".isolation-", dir="/tmp")
+        self._listeners = [self._listen(number) for number in range(_CHANNELS)]
+        ours, theirs = Wire.pair()
+        self._wire = ours
+        argv = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), "--standby", *guest.config]
+        given = [*(listener.fileno() for listener in self._listeners), theirs.fileno()]
+        # The numbers that a kernel expects, which are above all that is open here.
+        for number, fd in enumerate(given):
+            os.dup2(fd, _FIRST_GIVEN + number)
+        wanted = range(_FIRST_GIVEN, _FIRST_GIVEN + len(given))
+        self._kernel = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=wanted, start_new_session=True)
+        for fd in wanted:
+            os.close(fd)
+        for listener in self._listeners:
+            listener.close()
+        theirs.close()
+        self._ended = os.pidfd_open(self._kernel.pid)
+        self._mux: Mux
+        self._checkpoint = False
+        self._archive: BinaryIO | None = None
+        self._place = "/"
+
+    def _listen(self, number: int) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{self._directory}/{number}")
+        listener.listen(128)
+        listener.setblocking(False)
+        return listener
+
+    def wait_until_warm(self) -> None:
+        """Until the kernel waits for its order."""
+        wire = Wire(self._wire)
+        while (message := wire.receive()) is not None:
+            if message.get("op") == "warm":
+                return
+        raise SystemExit(f"the kernel ended while it warmed up, with status {self._kernel.wait()}")
+
+    def run(self, job: dict[str, Any]) -> bool:
+        """Carry bytes, until the machine is to be forked again (True), or the kernel has ended."""
+        stream = self._guest.wire.sock
+        stream.setblocking(False)
+        self._mux = mux = Mux(stream.fileno())
+        self._checkpoint = False
+        mux.open(CONTROL, deliver=Lines(self._obey).feed, urgent=True)
+        wire = os.dup(self._wire.fileno())
+        os.set_blocking(wire, False)
+        mux.open(WIRE, source=wire, sink=wire)
+        try:
+            while not self._checkpoint:
+                ready = mux.step(None, [self._ended])
+                if self._ended in ready:
+                    self._say_last_words()
+                    return False
+            self._settle()
+            return True
+        except MuxError:
+            return False  # the host is gone, and soon this machine
+        finally:
+            mux.close()  # frontends connect anew, whichever machine goes on
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._mux.write(CONTROL, line(message))
+
+    def _settle(self) -> None:
+        """What was read from the kernel leaves before the machine is saved."""
+        poller = select.poll()
+        poller.register(self._mux.fd, select.POLLOUT)
+        while not self._mux.idle:
+            poller.poll()
+            self._mux.flush()
+
+    def _say_last_words(self) -> None:
+        self._mux.drain()
+        self._say({"exit": self._kernel.wait()})
+        try:
+            while not self._mux.idle:
+                self._mux.step(_LAST_WORDS)
+            self._mux.step(_LAST_WORDS)  # until the host has ended this machine
+        except MuxError:
+            pass
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        if "open" in message:
+            self._open(message["open"], message["channel"])
+        elif "signal" in message:
+            try:
+                os.killpg(self._kernel.pid, message["signal"])
+            except ProcessLookupError:
+                pass
+        elif "read" in message:
+            self._read(message["read"], message["path"])
+        elif "files" in message:
+            self._archive, self._place = tempfile.TemporaryFile(), message["directory"]
+            self._mux.open(message["files"], deliver=self._take, ended=self._unpack)
+            self._mux.finish(message["files"])
+        elif "checkpoint" in message:
+            self._checkpoint = True
+
+    def _take(self, data: bytes) -> None:
+        assert self._archive is not None
+        self._archive.write(data)
+
+    def _unpack(self) -> None:
+        """The notebook's directory has arrived."""
+        assert self._archive is not None
+        with self._archive as file:
+            file.seek(0)
+            os.makedirs(self._place, exist_ok=True)
+            with tarfile.open(fileobj=file) as archive:
+                archive.extractall(self._place)
+        self._archive = None
+        self._say({"unpacked": True})
+
+    def _open(self, number: int, channel: int) -> None:
+        end = socket.socket(socket.AF_UNIX)
+        try:
+            end.connect(f"{self._directory}/{channel}")
+        except OSError:
+            end.close()
+            end, other = socket.socketpair()  # so its end is seen there
+            other.close()
+        end.setblocking(False)
+        fd = end.detach()
+        self._mux.open(number, source=fd, sink=fd)
+
+    def _read(self, number: int, path: str) -> None:
+        """A regular file, for the host."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            status = os.fstat(fd)
+            if not os.path.isfile(path):
+                os.close(fd)
+                raise OSError(22, "it is no regular file")
+        except OSError as error:
+            self._mux.expect(number)
+            self._say({"gone": number, "why": error.strerror or str(error)})
+            return
+        self._say({"size": status.st_size, "of": number})
+        self._mux.open(number, source=fd)
+
+    def end(self) -> None:
+        """Whatever it left running."""
+        try:
+            os.killpg(self._kernel.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+# `-I -m` would look in this interpreter's own places only, and this program may have been found in others.
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from isolation_kernel.inside.start import main; main(sys.argv[2:])"
+)
+
+
+def main(guest: Guest) -> None:
+    """The payload."""
+    bridge = Bridge(guest)
+    bridge.wait_until_warm()
+    goes_on = True
+    while goes_on:
+        goes_on = False
+        for job in guest.forks():
+            goes_on = bridge.run(job)
+            break
+    bridge.end()

@@ -1,0 +1,233 @@
+"""One machine, its kernel, and the stream to both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, Final
+
+from isolation.errors import SandboxClosed
+from isolation.hookspecs import Backend
+from isolation.mux import Mux, MuxError
+from isolation.result import Change, Ended, Verdict
+from isolation.sandbox import Sandbox
+from isolation.spec import SandboxSpec
+from isolation.template import Branch, Template
+from isolation.wire import Wire
+from isolation_kernel.inside.bridge import CONTROL, FIRST, WIRE, Lines, line
+from isolation_kernel.machine import saved
+
+_REQUEST_AT_MOST: Final = 1 << 16  # bytes of JSON; a guest sends small things only
+_CHUNK: Final = 1 << 20
+
+
+class MachineBox:
+    """A kernel in a machine. `wire` carries its requests, as that of a `KernelBox` does."""
+
+    def __init__(self, spec: SandboxSpec, template: Template, job: Mapping[str, Any]) -> None:
+        self.sandbox = _About(spec)
+        self.template = template
+        self.mux: Mux
+        self.exit: int | None = None
+        self.on_unpacked: Callable[[], None] = lambda: None
+        self._next = FIRST
+        self._reads: dict[int, _Incoming] = {}
+        self._begin(template.branch(dict(job)))
+
+    def _begin(self, branch: Branch) -> None:
+        """Speak to a machine that goes on."""
+        self.branch = branch
+        self.mux = Mux(branch.take_stream())
+        self.mux.open(CONTROL, deliver=Lines(self._hear).feed)
+        ours, theirs = Wire.pair()
+        theirs.setblocking(False)
+        fd = theirs.detach()
+        self.mux.open(WIRE, source=fd, sink=fd)
+        self.wire = Wire(ours, max_json=_REQUEST_AT_MOST, max_data=0)
+        self._next = FIRST
+
+    def move_to(self, template: Template, job: Mapping[str, Any]) -> None:
+        """Go on in a fork of a template; this machine is ended. Raises IsolationError; then it is not."""
+        branch = template.branch(dict(job))
+        self.leave()
+        self._begin(branch)
+
+    def leave(self) -> None:
+        """End this machine, and all that was connected to it."""
+        self.mux.close()
+        self.wire.close()
+        self.branch.close()
+
+    # What the kernel is told.
+
+    def say(self, message: dict[str, Any]) -> None:
+        self.mux.write(CONTROL, line(message))
+
+    def order(self, connection: Mapping[str, Any], arguments: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
+        """Tell the kernel who it is. Raises WireError."""
+        limits = self.sandbox.spec.limits
+        self.wire.send({
+            "connection": dict(connection), "arguments": list(arguments), "cwd": cwd, "env": dict(env),
+            "memory": limits.memory, "cpus": limits.cpus,
+        })  # fmt: skip
+
+    def connect(self, channel: int, end: socket.socket) -> int:
+        """A frontend's connection, which is the mux's from now on. Returns its number."""
+        number, self._next = self._next, self._next + 1
+        self.say({"open": number, "channel": channel})
+        end.setblocking(False)
+        fd = end.detach()
+        self.mux.open(number, source=fd, sink=fd)
+        return number
+
+    def send_files(self, archive: BinaryIO, directory: str, unpacked: Callable[[], None]) -> None:
+        """Unpack an archive in a directory."""
+        number, self._next = self._next, self._next + 1
+        self.on_unpacked = unpacked
+        self.say({"files": number, "directory": directory})
+        fd = os.dup(archive.fileno())
+        os.lseek(fd, 0, os.SEEK_SET)
+        self.mux.open(number, source=fd)
+
+    def signal(self, signum: int, *, group: bool = True) -> None:
+        """To the kernel's group."""
+        self.say({"signal": int(signum)})
+
+    # What is heard of it.
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        """The guest's word. Raises MuxError for what makes no sense, which ends it."""
+        try:
+            if "exit" in message:
+                self.exit = int(message["exit"])
+            elif "unpacked" in message:
+                self.on_unpacked()
+            elif "size" in message:
+                self._reads[message["of"]].begin(int(message["size"]))
+            elif "gone" in message:
+                self._reads.pop(message["gone"]).fail(str(message.get("why"))[:500])
+        except (KeyError, TypeError, ValueError) as error:
+            raise MuxError(f"the guest sent something that makes no sense: {error!r}") from error
+
+    def ended(self) -> Verdict | None:
+        """Why the kernel ended; None while it runs."""
+        if self.exit is not None:
+            if self.exit < 0:
+                return Verdict(Ended.SIGNALLED, -self.exit)
+            return Verdict(Ended.EXITED, self.exit & 0xFF)
+        return self.branch.wait(0)
+
+    def changes(self) -> list[Change]:
+        return self.branch.changes()
+
+    def fetch(self, path: str, target: str, limit: int, done: Callable[[int | str], None]) -> None:
+        """Copy a file out, while all goes on; `done` is called with its size, or with why it was not."""
+        number, self._next = self._next, self._next + 1
+        incoming = self._reads[number] = _Incoming(target, limit, done)
+        self.say({"read": number, "path": path})  # first: what it has not heard of, it does not expect
+        self.mux.open(number, deliver=incoming.take, ended=lambda: self._arrived(number))
+        self.mux.finish(number)
+
+    def _arrived(self, number: int) -> None:
+        incoming = self._reads.pop(number, None)
+        if incoming is not None:
+            incoming.finish()
+
+    def checkpoint(self) -> tuple[Template, float]:
+        """Save the machine as it is, and go on in a fork of what was saved. Returns that, and the seconds it took.
+
+        The kernel waits for an answer meanwhile; connections of frontends have to be made anew. Raises IsolationError, and
+        then there is no kernel any more.
+        """
+        begun = time.monotonic()
+        self.say({"checkpoint": True})
+        while self.mux.unsent:
+            self.mux.flush()
+        made = self.branch.template(_PATIENCE)
+        if made is None:
+            raise SandboxClosed("the machine did not come to rest")
+        self.mux.close()
+        self.wire.close()
+        self.branch = made.branch({})
+        self._begin(self.branch)
+        return made, time.monotonic() - begun
+
+    def close(self) -> None:
+        self.leave()
+
+
+_PATIENCE: Final = 60.0  # s
+
+
+class _Incoming:
+    """A file on its way out: beside its place until all of it has come."""
+
+    def __init__(self, target: str, limit: int, done: Callable[[int | str], None]) -> None:
+        self._target = target
+        self._partial = f"{target}.{os.getpid()}.part"
+        self._limit = limit
+        self._done: Callable[[int | str], None] | None = done
+        self._expected = -1
+        self._size = 0
+        self._file: BinaryIO | None = None
+
+    def begin(self, size: int) -> None:
+        self._expected = size
+        try:
+            self._file = open(self._partial, "xb")
+        except OSError as error:
+            self.fail(str(error))
+
+    def take(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            self.fail(f"it is larger than {self._limit} bytes")
+        elif self._file is not None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.fail(str(error))
+
+    def finish(self) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+            if self._size != self._expected:
+                self.fail("it changed while it was copied")
+                return
+            os.replace(self._partial, self._target)
+        except OSError as error:
+            self.fail(str(error))
+            return
+        self._tell(self._size)
+
+    def fail(self, why: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            os.unlink(self._partial)
+        self._tell(why)
+
+    def _tell(self, what: int | str) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(what)
+
+
+class _About:
+    """What is known of the sandbox beside its handle."""
+
+    def __init__(self, spec: SandboxSpec) -> None:
+        self.spec = spec
+        self.backend: Backend = Sandbox(spec).backend
+
+
+def make(spec: SandboxSpec, arguments: Sequence[str]) -> MachineBox:
+    """A machine with a warm kernel, forked from the saved one. Raises IsolationError."""
+    return MachineBox(spec, saved.template(spec, arguments), {})
+
+
+__all__ = ["CONTROL", "FIRST", "WIRE", "MachineBox", "make"]

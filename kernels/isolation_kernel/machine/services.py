@@ -1,0 +1,102 @@
+"""What a kernel in a machine asks its host for: beside what every kernel may ask, checkpoint and rollback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from isolation.errors import GuestError, IsolationError
+from isolation.spec import SandboxSpec
+from isolation.template import Template
+from isolation.units import format_size
+from isolation.wire import Message
+from isolation_kernel.machine.box import MachineBox
+from isolation_kernel.options import Options
+from isolation_kernel.services import EXPORT_AT_MOST, Services
+
+_CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a machine
+_NAME_AT_MOST: Final = 100
+
+
+class MachineServices(Services):
+    """Answers one kernel. `moved` is called with what the kernel is to hear once its frontends have come back to it."""
+
+    def __init__(
+        self, box: MachineBox, options: Options, spec: SandboxSpec, moved: Callable[[Callable[[], None], Message], None]
+    ) -> None:
+        super().__init__(box, options, spec)  # type: ignore[arg-type]
+        self._machine = box
+        self._moved = moved
+        self._checkpoints: dict[str, Template] = {}
+
+    def _answer(self, message: Message) -> Message | None:
+        op = message.get("op")
+        if op not in ("export", "checkpoint", "rollback"):
+            return super()._answer(message)
+        try:
+            {"export": self._start_export, "checkpoint": self._checkpoint, "rollback": self._roll_back}[op](message)
+        except (IsolationError, OSError) as error:
+            return {"error": str(error)}
+        return None  # it is answered later
+
+    def _all_changes(self) -> list[Any]:
+        return self._machine.changes()
+
+    def _start_export(self, message: Message) -> None:
+        path, target = self._export_paths(message)
+
+        def done(what: int | str) -> None:
+            if isinstance(what, int):
+                answer: Message = {"answer": {"target": target, "size": format_size(what)}}
+            else:
+                answer = {"error": f"{os.path.basename(target)} was not exported: {what}"}
+            self._machine.wire.send(answer)
+
+        self._machine.fetch(path, target, EXPORT_AT_MOST, done)
+
+    def _name(self, message: Message) -> str:
+        name = message.get("name")
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _NAME_AT_MOST:
+            raise GuestError("a checkpoint wants a name: %isolation checkpoint NAME")
+        return name
+
+    def _checkpoint(self, message: Message) -> None:
+        name = self._name(message)
+        if name not in self._checkpoints and len(self._checkpoints) >= _CHECKPOINTS_AT_MOST:
+            raise GuestError(
+                f"there are {_CHECKPOINTS_AT_MOST} checkpoints, which is all that one kernel may have; use one of their "
+                f"names again: {', '.join(self._checkpoints)}"
+            )
+
+        def save() -> None:
+            made, seconds = self._machine.checkpoint()
+            before = self._checkpoints.pop(name, None)
+            self._checkpoints[name] = made
+            if before is not None:
+                before.close()
+            self.listen()
+            answer["answer"] = {"seconds": round(seconds, 2)}
+
+        answer: Message = {}
+        self._moved(save, answer)
+
+    def _roll_back(self, message: Message) -> None:
+        name = self._name(message)
+        template = self._checkpoints.get(name)
+        if template is None:
+            there = ", ".join(self._checkpoints) or "none"
+            raise GuestError(f"there is no checkpoint {name!r}; there is: {there}")
+
+        def restore() -> None:
+            self._machine.move_to(template, {})
+            self.listen()
+
+        back = {"rolled_back": name, "request": message.get("request"), "idents": message.get("idents")}
+        self._moved(restore, {"answer": back})
+
+    def close(self) -> None:
+        """Forget all checkpoints."""
+        for template in self._checkpoints.values():
+            template.close()
+        self._checkpoints.clear()
