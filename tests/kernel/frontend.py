@@ -10,7 +10,7 @@ from typing import Any
 
 from jupyter_client.manager import KernelManager
 
-PATIENCE = 30.0  # s; CI machines are slow
+PATIENCE = 60.0  # s; CI machines are slow, and virtual ones may be emulated
 
 
 class Reply:
