@@ -100,7 +100,7 @@ class KeeperProcess:
         if self._scratch is None:
             try:
                 count = self.ready(None)
-            except LaunchError:
+            except BaseException:  # an interrupt, too: its first word may be read and lost, and is not said again
                 self.close()
                 raise
             assert count is not None
