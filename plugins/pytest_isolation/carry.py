@@ -19,7 +19,7 @@ class Held:
     """What this process has of them, by what tells one from another."""
 
     threads: frozenset[str]
-    children: frozenset[str]
+    processes: frozenset[str]
     descriptors: frozenset[tuple[str, str]]
     mappings: frozenset[str]
 
@@ -27,20 +27,13 @@ class Held:
     def now(cls) -> Held:
         """Python's own threads only: a library's (OpenBLAS, say) look after themselves when a process is forked."""
         threads = frozenset(f"{thread.name} ({thread.ident})" for thread in threading.enumerate())
-        children: set[str] = set()
-        for task in os.listdir("/proc/self/task"):
-            try:
-                with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
-                    children.update(file.read().split())
-            except OSError:
-                continue
-        return cls(threads, frozenset(children), frozenset(_descriptors()), frozenset(_mappings()))
+        return cls(threads, frozenset(_processes()), frozenset(_descriptors()), frozenset(_mappings()))
 
     def beyond(self, before: Held) -> str:
         """What is new since then, in words; "" for nothing."""
         found = Counter({
             "thread": len(self.threads - before.threads),
-            "child process": len(self.children - before.children),
+            "process": len(self.processes - before.processes),
             "shared memory mapping": len(self.mappings - before.mappings),
         })  # fmt: skip
         for kind, _what in self.descriptors - before.descriptors:
@@ -50,6 +43,20 @@ class Held:
             plural = what + ("es" if what.endswith("s") else "s")
             words += [f"a {what}" if number == 1 else f"{number} {plural}"] if number else []
         return ", ".join(words)
+
+
+def _processes() -> list[str]:
+    """All that run in this PID namespace: a server that became a daemon is nobody's child but PID 1's."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
+                    if file.read().rpartition(")")[2].split()[0] not in ("Z", "X"):
+                        found.append(name)
+            except (OSError, IndexError):
+                continue  # it has just ended
+    return found
 
 
 def _descriptors() -> list[tuple[str, str]]:

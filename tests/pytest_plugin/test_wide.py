@@ -237,6 +237,10 @@ LEFT = """
         return mmap.mmap(-1, 4096)
 
     @pytest.fixture(scope="session")
+    def daemon():
+        return int(subprocess.check_output(["sh", "-c", "sleep 100 >/dev/null 2>&1 & echo $!"]))
+
+    @pytest.fixture(scope="session")
     def plain():
         print("set up plain")
         return [0]
@@ -249,6 +253,8 @@ LEFT = """
         with socket.create_connection(listener.getsockname()): listener.accept()[0].close()
     def test_listener_again(listener):
         with socket.create_connection(listener.getsockname()): listener.accept()[0].close()
+    def test_daemon(daemon): os.kill(daemon, 9)
+    def test_daemon_again(daemon): os.kill(daemon, 0); time.sleep(0.2); assert os.path.exists(f"/proc/{daemon}/stat")
     def test_shared(shared): shared[0] += 1; assert shared[0] == 1
     def test_shared_again(shared): shared[0] += 1; assert shared[0] == 1
 """
@@ -257,9 +263,9 @@ LEFT = """
 def test_what_a_fork_cannot_carry_is_set_up_in_each_and_said_so_once(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(LEFT)
     result = run(pytester, "--isolation")
-    result.assert_outcomes(passed=8)
+    result.assert_outcomes(passed=10)
     text = result.stdout.str()
-    for name, what in (("thread", "a thread"), ("child", "a child process"), ("listener", "a socket"), ("shared", "a shared")):
+    for name, what in (("thread", "a thread"), ("child", "a process"), ("daemon", "a process"), ("listener", "a socket"), ("shared", "a shared")):
         assert len(re.findall(f"fixture '{name}' leaves {what}", text)) == 1, text
     assert "--isolation=microvm" in text
     assert "fixture 'plain'" not in text
