@@ -27,6 +27,7 @@ class Tree:
     def __init__(self) -> None:
         self._uppers: list[tuple[str, str, str]] = []  # (where it is written, what it shows, what was there before)
         self._own_files: dict[str, int] = {}  # by path: descriptors, for renewal
+        self._users_places: list[str] = []  # where the guest's user may make directories
         self._own: frozenset[str] = frozenset()  # what was made on the guest's behalf, and is no change of its
 
     def kernel_places(self) -> None:
@@ -72,6 +73,8 @@ class Tree:
         for path, mode in order["private"]:
             home = path == order["home"]
             self._private(path, mode, uid if home else 0, gid if home else 0)
+            if home or mode & stat.S_IWOTH:
+                self._users_places.append(path)
         for path, to in order["links"]:
             if not os.path.lexists(path):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -83,6 +86,7 @@ class Tree:
                 linux.mount(source, path, flags=linux.MS_BIND)
             os.close(fd)
         for number, entry in enumerate(order["mounts"]):
+            self._make_way(os.path.dirname(entry["target"]), uid, gid)
             self._show(number, entry["device"], entry["target"], entry["mode"], directory=entry["directory"])
 
     def own_file(self, path: str, text: str) -> None:
@@ -137,6 +141,18 @@ class Tree:
         options = f"lowerdir={lower},upperdir={top},workdir={work}"
         linux.mount("overlay", target, "overlay", linux.MS_NODEV | linux.MS_NOSUID, options)
         self._uppers.append((top, target, lower))
+
+    def _make_way(self, path: str, uid: int, gid: int) -> None:
+        """Directories on the way to a mount: where the guest's user could have made them, they are the user's."""
+        new = []
+        while not os.path.lexists(path):
+            new.append(path)
+            path = os.path.dirname(path)
+        users = any(path == place or path.startswith(f"{place}/") for place in self._users_places)
+        for each in reversed(new):
+            os.mkdir(each)
+            if users:
+                os.chown(each, uid, gid)
 
     def _private(self, path: str, mode: int, uid: int, gid: int) -> None:
         own = f"{_RW}/private{path.replace('/', '.')}"

@@ -21,13 +21,14 @@ class Watch:
     """Looks at most every `interval` milliseconds.
 
     `cgroup_files` are those of Cgroup.open_memory_files; without them, `proc` (the sandbox's /proc) and `store`
-    (its file store) tell.
+    (its file store) tell: of the processes of its own PID namespace only, with `own_only`. The forks of a template are in
+    others, and have limits of their own.
     """
 
     interval = _INTERVAL
 
     def __init__(
-        self, limit: int, cgroup_files: tuple[int, int] | None, proc: int, store: int, *, kills: bool
+        self, limit: int, cgroup_files: tuple[int, int] | None, proc: int, store: int, *, kills: bool, own_only: bool = False
     ) -> None:
         self._limit = limit
         self._near = max(limit // 2, min(limit * 85 // 100, limit - _HEADROOM))
@@ -35,6 +36,7 @@ class Watch:
         self._proc = proc
         self._store = store
         self._kills = kills
+        self._own_only = own_only
         self._next = 0.0
 
     def look(self) -> str:
@@ -67,7 +69,18 @@ class Watch:
         # when it says "near" is the kernel asked for the exact share, which walks page tables.
         processes = [name for name in os.listdir(self._proc) if name.isdigit() and name != "1"]
         bound = stored + sum(map(self._resident, processes))
+        if bound >= self._near and self._own_only:
+            processes = list(filter(self._is_own, processes))
+            bound = stored + sum(map(self._resident, processes))
         return bound if bound < self._near else stored + sum(map(self._share, processes))
+
+    def _is_own(self, pid: str) -> bool:
+        """One number in all: that in the PID namespace of this /proc (proc_pid_status(5), NSpid)."""
+        try:
+            lines = self._read(f"{pid}/status").splitlines()
+        except OSError:
+            return False
+        return any(line.startswith(b"NSpid:") and len(line.split()) == 2 for line in lines)
 
     def _read(self, name: str) -> bytes:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc)

@@ -203,7 +203,7 @@ class Script:
                 if isinstance(argument, (str, bytes)):
                     self._text(os.fsencode(argument))
         size = len(self.steps) * _STEP.size + len(self._data)
-        self._pages = machinecode.private_pages(size)
+        self._pages = machinecode.private_pages(max(1, size))
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         data = len(self.steps) * _STEP.size
         self._data_start = self._start + data

@@ -60,6 +60,7 @@ class Child:
         self.init = -1  # pidfd of the PID 1 of a payload
         self.crash = -1
         self.account = False  # to be given at its end
+        self.template = False
         self.proc = self.store = -1
         self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
         self.memory_files: tuple[int, int] | None = None
@@ -234,7 +235,7 @@ class Keeper:
             if order.cgroup is not None:
                 order.cgroup.remove()
         else:
-            made.memory_files, made.account = order.memory_files, order.account
+            made.memory_files, made.account, made.template = order.memory_files, order.account, order.template
             self._children[order.number] = made
         theirs.close()
         for fd in order.given:
@@ -298,7 +299,9 @@ class Keeper:
         """What there is to see of a fork from here: its /proc, and its store."""
         child.proc, child.store = proc, store
         if self._plan.watch_memory:
-            child.watch = memory.Watch(self._plan.limits.memory or 0, None, os.dup(proc), os.dup(store), kills=True)
+            child.watch = memory.Watch(
+                self._plan.limits.memory or 0, None, os.dup(proc), os.dup(store), kills=True, own_only=child.template
+            )  # fmt: skip
 
     def _map_inner(self, child: Child) -> None:
         """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
