@@ -21,7 +21,8 @@ from isolation.backends.microvm.progress import SILENT
 from isolation.errors import BackendUnavailable, LaunchError
 
 needs_tools = pytest.mark.skipif(
-    not (shutil.which("mksquashfs") and shutil.which(f"qemu-system-{os.uname().machine}")), reason="needs QEMU and squashfs-tools"
+    not all(map(shutil.which, ("mksquashfs", "busybox", f"qemu-system-{os.uname().machine}"))),
+    reason="needs QEMU, squashfs-tools and busybox-static",
 )
 
 
