@@ -35,7 +35,9 @@ def content(options: Options, display_name: str, *, provisioner: bool) -> dict[s
     """kernel.json. The command is the same in any directory and environment: with `-m` alone, Python would import from the
     notebook's directory first, on the host; `-I` forbids that, and an absolute interpreter needs no PATH."""
     python = os.path.abspath(sys.executable)
-    metadata: dict[str, Any] = {"debugger": True, "supported_encryption": ["curve"]}
+    metadata: dict[str, Any] = {"debugger": True}
+    if not options.in_machine:  # a warm kernel listens before it could be told the keys
+        metadata["supported_encryption"] = ["curve"]
     if provisioner:
         metadata["kernel_provisioner"] = {"provisioner_name": PROVISIONER, "config": {}}
     return {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
+import subprocess
 import tarfile
 import tempfile
 import time
@@ -114,6 +116,17 @@ def test_checkpoint_and_rollback(kernels: Kernels, machine_kernel: str, route: s
     kernel.manager.interrupt_kernel()
     assert kernel.value("6*7") == "42"
     assert kernel.control("usage_request", {})["pid"] > 0
+
+
+def test_encryption_is_neither_promised_nor_pretended(jupyter: Path, machine_kernel: str, tmp_path: Path) -> None:
+    spec = json.loads((jupyter / f"share/jupyter/kernels/{machine_kernel}/kernel.json").read_text())
+    assert "supported_encryption" not in spec["metadata"]
+    ports = {f"{name}_port": 0 for name in ("shell", "iopub", "stdin", "control", "hb")}
+    path = tmp_path / "connection.json"
+    path.write_text(json.dumps({"transport": "tcp", "ip": "127.0.0.1", "key": "k", "curve_secretkey": "s", **ports}))
+    done = subprocess.run([*spec["argv"][:-1], str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 125
+    assert "no transport encryption" in done.stderr
 
 
 def test_checkpoints_have_names_and_an_end(kernel: Kernel) -> None:

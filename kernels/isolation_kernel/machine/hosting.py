@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from isolation.errors import IsolationError
+from isolation.errors import IsolationError, LaunchError
 from isolation.mux import MuxError
 from isolation.result import Ended, Verdict
 from isolation.units import format_size
@@ -45,6 +45,11 @@ class MachineHosting:
 
     def start(self, cwd: str, environ: Mapping[str, str], connection: Connection, arguments: Sequence[str]) -> None:
         """Start it, and tell it who it is. Raises IsolationError."""
+        if connection.encrypted:
+            raise LaunchError(
+                "a kernel in a virtual machine has no transport encryption: set transport_encryption to 'disabled', or "
+                "install it with --provisioner, for sockets that are nobody else's"
+            )
         spec = self._options.spec(cwd, environ)
         machine_spec, copied = saved.spec_for(spec.replace(env=self._options.spec(None, {}).env), cwd)
         self._box = box = boxes.make(machine_spec, arguments)
