@@ -10,11 +10,11 @@ from typing import Any, Final
 from isolation.errors import SandboxClosed
 from isolation.result import Verdict
 from isolation.sandbox import Process, Sandbox
-from isolation.spec import SandboxSpec
+from isolation.spec import Limits, SandboxSpec
 from isolation.wire import Wire
 from isolation_kernel.connection import Doors
 
-_REQUEST_AT_MOST: Final = 1 << 16  # bytes of JSON; a guest sends small things only
+REQUEST_AT_MOST: Final = 1 << 16  # bytes of JSON; a guest sends small things only
 INSIDE: Final = "isolation_kernel.inside"
 FORWARDER: Final = "isolation_kernel.inside.forwarder"
 
@@ -31,7 +31,7 @@ class KernelBox:
         ours, theirs = Wire.pair()
         output, its_output = os.pipe2(os.O_CLOEXEC)
         self.output = output
-        self.wire = Wire(ours, max_json=_REQUEST_AT_MOST, max_data=0)
+        self.wire = Wire(ours, max_json=REQUEST_AT_MOST, max_data=0)
         os.set_blocking(output, False)
         try:
             argv = [sys.executable, "-I", "-m", INSIDE, *(["--standby"] if standby else [])]
@@ -51,11 +51,7 @@ class KernelBox:
 
     def order(self, connection: Mapping[str, Any], arguments: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
         """Tell it who it is. Raises WireError."""
-        limits = self.sandbox.spec.limits
-        self.wire.send({
-            "connection": dict(connection), "arguments": list(arguments), "cwd": cwd, "env": dict(env),
-            "memory": limits.memory, "cpus": limits.cpus,
-        })  # fmt: skip
+        send_order(self.wire, self.sandbox.spec.limits, connection, arguments, cwd, env)
 
     @property
     def news(self) -> int:
@@ -85,3 +81,11 @@ class KernelBox:
             self.output = -1
 
 
+def send_order(
+    wire: Wire, limits: Limits, connection: Mapping[str, Any], arguments: Sequence[str], cwd: str, env: Mapping[str, str]
+) -> None:
+    """What a kernel, in a container or a machine, is told of who it is. Raises WireError."""
+    wire.send({
+        "connection": dict(connection), "arguments": list(arguments), "cwd": cwd, "env": dict(env),
+        "memory": limits.memory, "cpus": limits.cpus,
+    })  # fmt: skip

@@ -284,9 +284,9 @@ class FakeBranch:
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[box.MachineBox, FakeBranch]]:
     branch = FakeBranch()
-    template: Any = SimpleNamespace(branch=lambda job: branch, close=lambda: None)
+    template: Any = SimpleNamespace(branch=lambda: branch, close=lambda: None)
     monkeypatch.setattr(box, "_About", lambda spec: SimpleNamespace(spec=spec))
-    made = box.MachineBox(Options().spec(None, {}), template, {})
+    made = box.MachineBox(Options().spec(None, {}), template)
     yield made, branch
     made.close()
 

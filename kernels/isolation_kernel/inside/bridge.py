@@ -103,7 +103,7 @@ class Bridge:
                 return
         raise SystemExit(f"the kernel ended while it warmed up, with status {self._kernel.wait()}")
 
-    def run(self, job: dict[str, Any]) -> bool:
+    def run(self) -> bool:
         """Carry bytes, until the machine is to be forked again (True), or the kernel has ended."""
         stream = self._guest.wire.sock
         stream.setblocking(False)
@@ -228,7 +228,7 @@ def main(guest: Guest) -> None:
     goes_on = True
     while goes_on:
         goes_on = False
-        for job in guest.forks():
-            goes_on = bridge.run(job)
+        for _job in guest.forks():
+            goes_on = bridge.run()
             break
     bridge.end()

@@ -16,17 +16,17 @@ from isolation.sandbox import Sandbox
 from isolation.spec import SandboxSpec
 from isolation.template import Branch, Template
 from isolation.wire import Wire
+from isolation_kernel.box import REQUEST_AT_MOST, send_order
 from isolation_kernel.inside.bridge import CONTROL, FIRST, WIRE, Lines, line
 from isolation_kernel.machine import saved
 
-_REQUEST_AT_MOST: Final = 1 << 16  # bytes of JSON; a guest sends small things only
-_CHUNK: Final = 1 << 20
+_PATIENCE: Final = 60.0  # s, with a machine that is to come to rest
 
 
 class MachineBox:
     """A kernel in a machine. `wire` carries its requests, as that of a `KernelBox` does."""
 
-    def __init__(self, spec: SandboxSpec, template: Template, job: Mapping[str, Any]) -> None:
+    def __init__(self, spec: SandboxSpec, template: Template) -> None:
         self.sandbox = _About(spec)
         self.template = template
         self.mux: Mux
@@ -34,7 +34,7 @@ class MachineBox:
         self.on_unpacked: Callable[[], None] = lambda: None
         self._next = FIRST
         self._reads: dict[int, _Incoming] = {}
-        self._begin(template.branch(dict(job)))
+        self._begin(template.branch())
 
     def _begin(self, branch: Branch) -> None:
         """Speak to a machine that goes on."""
@@ -45,16 +45,16 @@ class MachineBox:
         theirs.setblocking(False)
         fd = theirs.detach()
         self.mux.open(WIRE, source=fd, sink=fd)
-        self.wire = Wire(ours, max_json=_REQUEST_AT_MOST, max_data=0)
+        self.wire = Wire(ours, max_json=REQUEST_AT_MOST, max_data=0)
         self._next = FIRST
 
-    def move_to(self, template: Template, job: Mapping[str, Any]) -> None:
+    def move_to(self, template: Template) -> None:
         """Go on in a fork of a template; this machine is ended. Raises IsolationError; then it is not."""
-        branch = template.branch(dict(job))
-        self.leave()
+        branch = template.branch()
+        self.close()
         self._begin(branch)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """End this machine, and all that was connected to it."""
         self.mux.close()
         self.wire.close()
@@ -67,11 +67,7 @@ class MachineBox:
 
     def order(self, connection: Mapping[str, Any], arguments: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
         """Tell the kernel who it is. Raises WireError."""
-        limits = self.sandbox.spec.limits
-        self.wire.send({
-            "connection": dict(connection), "arguments": list(arguments), "cwd": cwd, "env": dict(env),
-            "memory": limits.memory, "cpus": limits.cpus,
-        })  # fmt: skip
+        send_order(self.wire, self.sandbox.spec.limits, connection, arguments, cwd, env)
 
     def connect(self, channel: int, end: socket.socket) -> int:
         """A frontend's connection, which is the mux's from now on. Returns its number."""
@@ -150,15 +146,9 @@ class MachineBox:
             raise SandboxClosed("the machine did not come to rest")
         self.mux.close()
         self.wire.close()
-        self.branch = made.branch({})
-        self._begin(self.branch)
+        self._begin(made.branch())
         return made, time.monotonic() - begun
 
-    def close(self) -> None:
-        self.leave()
-
-
-_PATIENCE: Final = 60.0  # s
 
 
 class _Incoming:
@@ -227,7 +217,7 @@ class _About:
 
 def make(spec: SandboxSpec, arguments: Sequence[str]) -> MachineBox:
     """A machine with a warm kernel, forked from the saved one. Raises IsolationError."""
-    return MachineBox(spec, saved.template(spec, arguments), {})
+    return MachineBox(spec, saved.template(spec, arguments))
 
 
 __all__ = ["CONTROL", "FIRST", "WIRE", "MachineBox", "make"]

@@ -89,7 +89,7 @@ class MachineServices(Services):
             raise GuestError(f"there is no checkpoint {name!r}; there is: {there}")
 
         def restore() -> None:
-            self._machine.move_to(template, {})
+            self._machine.move_to(template)
             self.listen()
 
         back = {"rolled_back": name, "request": message.get("request"), "idents": message.get("idents")}
