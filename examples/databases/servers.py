@@ -51,10 +51,17 @@ class Redis:
         command = [program, "--port", "0", "--unixsocket", str(self._socket), "--save", "", "--dir", str(directory)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
-        while not self._socket.exists():
+        while not self._answers():
             assert self._process.poll() is None, "redis-server did not start"
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.01)
+
+    def _answers(self) -> bool:
+        """Whether it does already. That its socket is there is not enough: `bind` makes the file, only `listen` opens it."""
+        try:
+            return self("PING") == "+PONG"
+        except OSError:
+            return False
 
     def __call__(self, *words: str) -> str:
         """One command; its answer's first line, or the text that it announces."""
