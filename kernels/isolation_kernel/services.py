@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any, Final
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 from isolation.errors import GuestError, IsolationError, WireError
-from isolation.hookspecs import CHANGES
+from isolation.hookspecs import CHANGES, FILE_CHECKPOINTS
 from isolation.result import Change
 from isolation.spec import SandboxSpec
 from isolation.units import format_size
@@ -26,7 +28,42 @@ _CHANGES_AT_MOST: Final = 500
 EXPORT_AT_MOST: Final = 1 << 30
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
+_ASKED: Final = ("status", "changes", "export", "checkpoint", "keep", "rollback", "restore")
+CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
+_NAME_AT_MOST: Final = 100
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Kept:
+    """A checkpoint: the kernel's number for its memory, the sandbox's for its files."""
+
+    slot: int
+    files: int
+
+
+def checkpoint_name(message: Message, kept: Collection[str]) -> str:
+    """The name that is asked for, where there are those already. Raises GuestError."""
+    name = message.get("name")
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _NAME_AT_MOST:
+        raise GuestError("a checkpoint wants a name: %isolation checkpoint NAME")
+    if name not in kept and len(kept) >= CHECKPOINTS_AT_MOST:
+        raise GuestError(
+            f"there are {CHECKPOINTS_AT_MOST} checkpoints, which is all that one kernel may have; use one of their "
+            f"names again: {', '.join(kept)}"
+        )
+    return name
+
+
+def checkpoint_of(message: Message, kept: Mapping[str, T]) -> T:
+    """The one that is asked for. Raises GuestError."""
+    name = str(message.get("name"))[:_NAME_AT_MOST]
+    found = kept.get(name)
+    if found is None:
+        raise GuestError(f"there is no checkpoint {name!r}; there is: {', '.join(kept) or 'none'}")
+    return found
 
 
 class Services:
@@ -48,6 +85,8 @@ class Services:
         self._began = time.monotonic()
         self._deadline: float | None = None
         self._interrupted = False
+        self._kept: dict[str, _Kept] = {}
+        self._wished: tuple[str, int] | None = None
         self.listen()
 
     def listen(self) -> None:
@@ -75,15 +114,12 @@ class Services:
             self.warm = True
         elif op == "cell":
             self._cell(message.get("parent"))
-        elif op in ("status", "changes", "export"):
+        elif op in _ASKED:
             try:
                 found: Any = getattr(self, f"_{op}")(message)
                 return {"answer": found}
             except (IsolationError, OSError) as error:
                 return {"error": str(error)}
-        elif op in ("checkpoint", "rollback"):
-            name = self._box.sandbox.backend.name
-            return {"error": f"the {name} backend has no checkpoints; install a kernel with --backend microvm"}
         return None
 
     def _cell(self, parent: Any) -> None:
@@ -136,6 +172,34 @@ class Services:
 
     def _all_changes(self) -> list[Change]:
         return self._box.sandbox.changes()
+
+    # Checkpoints of a container. The kernel keeps its memory itself, in a slot, and asks at the right moments for its files.
+
+    def _checkpoint(self, message: Message) -> dict[str, Any]:
+        name = checkpoint_name(message, self._kept)
+        if FILE_CHECKPOINTS not in self._box.sandbox.backend.features():
+            raise GuestError(f"the {self._box.sandbox.backend.name} backend has no checkpoints")
+        taken = {kept.slot for kept in self._kept.values()}
+        before = self._kept.get(name)
+        slot = next(number for number in range(CHECKPOINTS_AT_MOST + 1) if number not in taken)
+        self._wished = (name, slot)
+        return {"slot": slot, "replaced": before.slot if before is not None else None}
+
+    def _keep(self, message: Message) -> None:
+        if self._wished is None or self._wished[0] != message.get("name"):
+            raise GuestError("no checkpoint was asked for")
+        name, slot = self._wished
+        self._wished = None
+        before = self._kept.pop(name, None)
+        self._kept[name] = _Kept(slot, self._box.sandbox.keep_files())
+        if before is not None:
+            self._box.sandbox.forget_files(before.files)
+
+    def _rollback(self, message: Message) -> dict[str, Any]:
+        return {"slot": checkpoint_of(message, self._kept).slot}
+
+    def _restore(self, message: Message) -> None:
+        self._box.sandbox.restore_files(checkpoint_of(message, self._kept).files)
 
     def _export(self, message: Message) -> dict[str, Any]:
         path, target = self._export_paths(message)

@@ -54,7 +54,13 @@ def kernels(jupyter: Path, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
         kernel.close()
 
 
-@pytest.fixture(params=ROUTES)
+@pytest.fixture(params=[*ROUTES, "rolled back"])
 def kernel(request: pytest.FixtureRequest, kernels: Callable[..., Kernel]) -> Kernel:
-    """A kernel, by either route."""
-    return kernels(request.param)
+    """A kernel, by either route; and one that has come back to a checkpoint, and is another process now."""
+    if request.param != "rolled back":
+        return kernels(request.param)
+    kernel = kernels("argv")
+    for line in ("checkpoint start", "rollback start"):
+        reply = kernel.run(f"%isolation {line}")
+        assert reply.status == "ok", reply.error
+    return kernel

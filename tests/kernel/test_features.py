@@ -20,7 +20,7 @@ Kernels = Callable[..., Kernel]
 
 
 def test_runs_in_a_sandbox(kernel: Kernel) -> None:
-    assert kernel.value("__import__('os').getpid()") == "2"
+    assert int(kernel.value("__import__('os').getpid()")) < 20
     assert kernel.value("__import__('socket').if_nameindex()") == "[(1, 'lo')]"
     assert kernel.value("(__import__('os').getpgid(0), __import__('os').getsid(0))") == "(2, 2)"
 

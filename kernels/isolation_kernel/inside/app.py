@@ -1,14 +1,18 @@
-"""ipykernel's application, but for where its sockets come from."""
+"""ipykernel's application, but for where its sockets come from; and another one in the same process, after a rollback."""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, ClassVar, Final
 
 import zmq
 from ipykernel.heartbeat import Heartbeat
 from ipykernel.kernelapp import IPKernelApp
 
 from isolation_kernel.connection import CHANNELS
+
+_SHELL: Final = CHANNELS.index("shell") + 1
+_PATIENCE: Final = 3.0  # s, for frontends that connect again; libzmq tries after 0.1 to 0.2
 
 
 class KernelApp(IPKernelApp):
@@ -18,7 +22,7 @@ class KernelApp(IPKernelApp):
 
     def _try_bind_socket(self, s: Any, port: int) -> int:
         take_over(s, self.given[port], f"{self.ip}-{port}")
-        if port == CHANNELS.index("shell") + 1:
+        if port == _SHELL:
             # ipykernel's debugger sends requests to its own shell, which it finds by its last endpoint.
             s.bind(f"ipc://{self.ip}-inner")
         return port
@@ -33,11 +37,79 @@ class KernelApp(IPKernelApp):
         self.heartbeat.start()
 
 
+class RenewedApp(KernelApp):
+    """In a kernel that has come back: the shell, and what its user has made of it, is there already.
+
+    It waits for the frontends of the kernel before, `expected` for each of shell and iopub. What is said to somebody who is
+    not connected is lost, and they would wait for it.
+    """
+
+    expected: tuple[int, int]
+    streams: ClassVar[dict[str, Any]]  # stdout and stderr of the application before
+
+    def _try_bind_socket(self, s: Any, port: int) -> int:
+        if port == _SHELL:
+            self._monitor = s.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+            self._monitored = s
+        return super()._try_bind_socket(s, port)
+
+    def init_iopub(self, context: Any) -> None:
+        """With an eye on who subscribes."""
+        super().init_iopub(context)  # type: ignore[no-untyped-call]
+        thread, self._subscribed = self.iopub_thread, 0
+        stream = getattr(thread, "_xpub_stream", None)  # there is none before ipykernel 7
+        if stream is not None:
+
+            def subscribed(frames: Any) -> None:
+                self._subscribed += sum(bytes(frame)[:1] == b"\1" for frame in frames)
+                thread._handle_subscription(frames)
+
+            thread.io_loop.add_callback(stream.on_recv, subscribed)
+        else:
+            self._subscribed = -1
+
+    def init_io(self) -> None:
+        """Streams for the new channels; in the objects that were there before, which loggers, say, have kept."""
+        self.outstream_class = f"{__name__}.stream_again"
+        super().init_io()  # type: ignore[no-untyped-call]
+
+    def init_kernel(self) -> None:
+        """Not before the frontends are there."""
+        deadline = time.monotonic() + _PATIENCE
+        missing, subscribers = self.expected
+        while missing > 0 and self._monitor.poll(max(0, 1000 * (deadline - time.monotonic()))):
+            _event, endpoint = self._monitor.recv_multipart()
+            missing -= not endpoint.endswith(b"-inner")
+        self._monitored.disable_monitor()
+        self._monitor.close()
+        while 0 <= self._subscribed < subscribers and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if self._subscribed < 0:
+            time.sleep(0.3)
+        super().init_kernel()  # type: ignore[no-untyped-call]
+
+    def _nothing(self) -> None:
+        """Was done when the kernel started, or its user may have changed it since."""
+
+    init_pdb = init_path = init_gui_pylab = init_extensions = init_code = patch_io = _nothing
+    configure_tornado_logger = _nothing
+
+
 class _Heartbeat(Heartbeat):
     given: int
 
     def _try_bind_socket(self) -> None:
         take_over(self.socket, self.given, f"{self.ip}-{self.port}")
+
+
+def stream_again(session: Any, iopub: Any, name: str, **how: Any) -> Any:
+    """What `ipykernel.iostream.OutStream` makes, in the place of the one that was there."""
+    stream = RenewedApp.streams[name]
+    hooks = getattr(stream, "_hooks", [])
+    stream.__init__(session, iopub, name, **how)
+    for hook in hooks:
+        stream.register_hook(hook)
+    return stream
 
 
 def take_over(s: Any, fd: int, path: str) -> None:

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 
 from isolation.errors import WireError
-from isolation_kernel.inside import undo, usage
+from isolation_kernel.inside import usage
 from isolation_kernel.inside.host import Host, Refused
+from isolation_kernel.inside.undo import request
+
+if TYPE_CHECKING:
+    from isolation_kernel.inside.undo.checkpoint import Undo
 
 _USAGE = """\
 %isolation                 what this sandbox is, and what it uses
 %isolation changes         which files were added, changed or deleted in it
 %isolation export PATH     copy a file out, into the directory that the kernel was installed with (--export)
-%isolation checkpoint NAME keep everything as it is now: variables, threads, processes, files (in a virtual machine)
+%isolation checkpoint NAME keep everything as it is now: variables and files; in a virtual machine threads and processes, too
 %isolation rollback NAME   go back to that"""
 
 
 class Magic:
     """The line magic of one kernel."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, undo: Undo) -> None:
         self._host = host
-        self._kernel: Any = None
+        self._undo = undo
+        self._shell: Any = None
 
     def register(self, shell: Any) -> None:
         """Offer it in `shell`."""
-        self._kernel = shell.kernel
+        self._shell = shell
         shell.register_magic_function(self.isolation, "line", "isolation")
 
     def isolation(self, line: str) -> None:
@@ -87,18 +92,21 @@ class Magic:
 
     def _checkpoint(self, arguments: list[str]) -> None:
         name = _one(arguments, "%isolation checkpoint NAME")
-        said = self._host.ask("checkpoint", name=name)  # answered twice: by the machine that goes on, and after a rollback
-        if "rolled_back" in said:
-            undo.become(self._kernel, said["request"], said["idents"])
+        # In a machine it is answered twice: to the one that goes on, and after a rollback.
+        said = self._host.ask("checkpoint", name=name)
+        if "slot" in said:
+            self._undo.wish(name, said)
+        elif "rolled_back" in said:
+            request.become(self._shell.kernel, said["request"], said["idents"])
             print(f"back at checkpoint {name}")
         else:
             print(f"checkpoint {name} in {said['seconds']} s")
 
     def _roll_back(self, arguments: list[str]) -> None:
         name = _one(arguments, "%isolation rollback NAME")
-        request, idents = undo.current(self._kernel)
-        self._host.ask("rollback", name=name, request=request, idents=idents)
-        raise UsageError("the host has not rolled back")  # there is no machine any more that would come here
+        asked, idents = request.current(self._shell.kernel)
+        said = self._host.ask("rollback", name=name, request=asked, idents=idents)  # by a machine nobody hears the answer
+        self._undo.roll_back(name, said["slot"])
 
 
 def _one(arguments: list[str], usage: str) -> str:

@@ -11,15 +11,19 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from isolation_kernel.inside import usage
 from isolation_kernel.inside.host import FIRST_GIVEN, Host
+
+if TYPE_CHECKING:
+    from isolation_kernel.inside.undo.checkpoint import Undo
 
 _CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
 _RUNTIME: Final = "/tmp/.isolation-kernel"
 _PACKAGES: Final = f"{_RUNTIME}/packages"  # of `%pip install`: the environment itself is read-only
 _INLINE: Final = "module://matplotlib_inline.backend_inline"
+_HISTORY: Final = "--HistoryManager.hist_file=:memory:"  # it is this kernel's alone, and goes back with it
 _STACK: Final = ("numpy", "pandas", "matplotlib.pyplot")
 
 
@@ -34,9 +38,8 @@ def main(argv: Sequence[str]) -> None:
     # As `python -m ipykernel_launcher` has it. Here it is the sandbox's own directory; on the host it would not be safe.
     sys.path[:0] = ["", _PACKAGES]
     if "--standby" in argv:
-        app = _application(given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, argv[1:])
+        app, undo = _application(host, given, {"key": secrets.token_hex(), "signature_scheme": "hmac-sha256"}, argv[1:])
         _import_stack(app.shell)
-        _equip(app, host)
         _settle()
         host.tell("warm")
         order = host.receive()
@@ -47,26 +50,30 @@ def main(argv: Sequence[str]) -> None:
         order = host.receive()
         if order is None:
             return
-        app = _application(given, order["connection"], order["arguments"])
-        _equip(app, host)
+        app, undo = _application(host, given, order["connection"], order["arguments"])
         _settle()
     usage.show_limits(order["memory"], order["cpus"])
     host.tell("ready")
-    app.start()
+    undo.run()
 
 
-def _application(given: Sequence[int], told: dict[str, Any], arguments: Sequence[str]) -> Any:
-    """An IPKernelApp up to where only its loop is missing."""
+def _application(host: Host, given: Sequence[int], told: dict[str, Any], arguments: Sequence[str]) -> tuple[Any, Undo]:
+    """An IPKernelApp up to where only its loop is missing, and who runs it."""
     from isolation_kernel.inside import deferred
 
     deferred.client_side()
     from isolation_kernel.inside.app import KernelApp
 
-    sys.argv = ["ipykernel_launcher", "-f", _write_connection_file(told), *arguments]
+    given_arguments = ["-f", _write_connection_file(told), _HISTORY, *arguments]
+    sys.argv = ["ipykernel_launcher", *given_arguments]
     KernelApp.given = {number + 1: fd for number, fd in enumerate(given)}
     app: Any = KernelApp.instance(kernel_class=deferred.kernel_class())
-    app.initialize(sys.argv[1:])
-    return app
+    app.initialize(given_arguments)
+    from isolation_kernel.inside.undo.checkpoint import Undo
+
+    undo = Undo(app, host, given_arguments)
+    _equip(app.shell, host, undo)
+    return app, undo
 
 
 def _import_stack(shell: Any) -> None:
@@ -109,18 +116,18 @@ def _take_over(app: Any, order: dict[str, Any]) -> None:
         numpy.seed()
 
 
-def _equip(app: Any, host: Host) -> None:
+def _equip(shell: Any, host: Host, undo: Undo) -> None:
     """With what an ordinary kernel does not have."""
     from isolation_kernel.inside.magic import Magic
 
-    Magic(host).register(app.shell)
-    app.shell.events.register("pre_run_cell", lambda _info: host.tell("cell", parent=_header(app)))
-    app.shell.events.register("post_run_cell", lambda _result: host.tell("cell", parent=None))
+    Magic(host, undo).register(shell)
+    shell.events.register("pre_run_cell", lambda _info: host.tell("cell", parent=_header(shell.kernel)))
+    shell.events.register("post_run_cell", lambda _result: host.tell("cell", parent=None))
 
 
-def _header(app: Any) -> dict[str, str]:
+def _header(kernel: Any) -> dict[str, str]:
     """Of the request that a cell came with."""
-    header = app.kernel.get_parent("shell").get("header", {})
+    header = kernel.get_parent("shell").get("header", {})
     return {name: str(header[name]) for name in ("msg_id", "msg_type", "session", "username", "version") if name in header}
 
 

@@ -17,16 +17,21 @@ def processes() -> int:
 
 
 def memory_used() -> int:
-    """Bytes of memory of all processes in the sandbox; what they share is counted once for each of them."""
-    used = 0
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/statm", encoding="ascii") as file:
-                    used += int(file.read().split()[1]) * _PAGE
-            except (OSError, IndexError):
-                continue
-    return used
+    """Bytes of memory of all processes in the sandbox; what they share (forks, checkpoints) is counted once."""
+    return sum(_memory(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _memory(pid: str) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+            return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
+    except (OSError, StopIteration):
+        pass  # PID 1 lets nobody look, but at its size
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
 
 
 def show_limits(memory: int | None, cpus: float | None) -> None:

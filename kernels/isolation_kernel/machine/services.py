@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
-from isolation.errors import GuestError, IsolationError
+from isolation.errors import IsolationError
 from isolation.spec import SandboxSpec
 from isolation.template import Template
 from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.machine.box import MachineBox
 from isolation_kernel.options import Options
-from isolation_kernel.services import EXPORT_AT_MOST, Services
-
-_CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a machine
-_NAME_AT_MOST: Final = 100
+from isolation_kernel.services import EXPORT_AT_MOST, Services, checkpoint_name, checkpoint_of
 
 
 class MachineServices(Services):
@@ -35,7 +32,7 @@ class MachineServices(Services):
         if op not in ("export", "checkpoint", "rollback"):
             return super()._answer(message)
         try:
-            {"export": self._start_export, "checkpoint": self._checkpoint, "rollback": self._roll_back}[op](message)
+            {"export": self._start_export, "checkpoint": self._save, "rollback": self._roll_back}[op](message)
         except (IsolationError, OSError) as error:
             return {"error": str(error)}
         return None  # it is answered later
@@ -55,19 +52,8 @@ class MachineServices(Services):
 
         self._machine.fetch(path, target, EXPORT_AT_MOST, done)
 
-    def _name(self, message: Message) -> str:
-        name = message.get("name")
-        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _NAME_AT_MOST:
-            raise GuestError("a checkpoint wants a name: %isolation checkpoint NAME")
-        return name
-
-    def _checkpoint(self, message: Message) -> None:
-        name = self._name(message)
-        if name not in self._checkpoints and len(self._checkpoints) >= _CHECKPOINTS_AT_MOST:
-            raise GuestError(
-                f"there are {_CHECKPOINTS_AT_MOST} checkpoints, which is all that one kernel may have; use one of their "
-                f"names again: {', '.join(self._checkpoints)}"
-            )
+    def _save(self, message: Message) -> None:
+        name = checkpoint_name(message, self._checkpoints)
 
         def save() -> None:
             made, seconds = self._machine.checkpoint()
@@ -82,17 +68,13 @@ class MachineServices(Services):
         self._moved(save, answer)
 
     def _roll_back(self, message: Message) -> None:
-        name = self._name(message)
-        template = self._checkpoints.get(name)
-        if template is None:
-            there = ", ".join(self._checkpoints) or "none"
-            raise GuestError(f"there is no checkpoint {name!r}; there is: {there}")
+        template = checkpoint_of(message, self._checkpoints)
 
         def restore() -> None:
             self._machine.move_to(template)
             self.listen()
 
-        back = {"rolled_back": name, "request": message.get("request"), "idents": message.get("idents")}
+        back = {"rolled_back": message["name"], "request": message.get("request"), "idents": message.get("idents")}
         self._moved(restore, {"answer": back})
 
     def close(self) -> None:

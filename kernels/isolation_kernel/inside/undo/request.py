@@ -20,16 +20,21 @@ def current(kernel: Any) -> tuple[dict[str, Any], list[str]]:
     """The request of the cell that runs, and who sent it; as JSON."""
     request = kernel.get_parent("shell")
     kept = {name: request[name] for name in _KEPT if name in request}
-    senders = [base64.b64encode(ident).decode() for ident in _idents(kernel)]
-    return json.loads(json.dumps(kept, default=json_default)), senders
+    found = [base64.b64encode(ident).decode() for ident in _idents(kernel)]
+    return json.loads(json.dumps(kept, default=json_default)), found
 
 
 def become(kernel: Any, request: dict[str, Any], idents: list[str]) -> None:
     """From here on the cell that runs is that one."""
-    parent, senders = kernel.get_parent("shell"), _idents(kernel)
+    parent, known = kernel.get_parent("shell"), _idents(kernel)
     parent.update(request)
-    senders[:] = [base64.b64decode(ident) for ident in idents]
-    kernel.set_parent(senders, parent, channel="shell")
+    known[:] = senders(idents)
+    kernel.set_parent(known, parent, channel="shell")
+
+
+def senders(idents: list[str]) -> list[bytes]:
+    """As ipykernel has them, from what `current` says."""
+    return [base64.b64decode(ident) for ident in idents]
 
 
 def _idents(kernel: Any) -> list[bytes]:

@@ -1,0 +1,203 @@
+"""Checkpoints of a kernel in a container: what the magic asks for, and what happens between two cells.
+
+A checkpoint is taken when its cell has ended: the kernel's loop stops in the middle of the request, whose reply waits, and
+`run` forks with next to nothing on the stack. A rollback happens at once, in the middle of its cell, which nobody
+will end: the kernel that comes back replies in its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from IPython.core.error import UsageError
+
+from isolation.errors import WireError
+from isolation_kernel.inside.host import Host, Refused
+from isolation_kernel.inside.undo import request
+from isolation_kernel.inside.undo.refusals import Own, refusals
+
+if TYPE_CHECKING:
+    from isolation_kernel.inside.undo.holder import Lineage, Wake
+
+_LAST_WORDS: Final = 1.0  # s
+
+
+@dataclass
+class _Wish:
+    """A checkpoint that is to be taken when the cell has ended."""
+
+    name: str
+    slot: int
+    replaced: int | None  # slot of the one that had this name
+    done: asyncio.Future[str] | None = None
+
+
+class Undo:
+    """Of one kernel. Runs its application."""
+
+    def __init__(self, app: Any, host: Host, arguments: list[str]) -> None:
+        self._app = app
+        self._host = host
+        self._arguments = arguments
+        self._lineage: Lineage | None = None
+        self._wish: _Wish | None = None
+        self._own: Own
+
+    def run(self) -> None:
+        """Until the kernel has ended. In a kernel that has come back it does not return: what is left in memory of the ones
+        before must not be taken down."""
+        self._app.kernel.at_cell_end = self._cell_ended
+        self._app.io_loop = self._app.kernel.io_loop = _current_loop()
+        self._own = Own(self._app)
+        self._app.start()
+        while self._wish is not None:
+            wake = self._take()
+            if wake is None:
+                self._app.io_loop.start()
+            else:
+                self._come_back(wake)
+                self._app.start()
+        if self._app.kernel._shutdown_message is not None:
+            # The control thread has still to say so; ipykernel may end the thread that says it first, and then waits long.
+            self._app.control_thread.join(_LAST_WORDS)
+        if self._lineage is not None and not self._lineage.first:
+            atexit._run_exitfuncs()
+            os._exit(0)
+
+    # The magic's side.
+
+    def wish(self, name: str, said: dict[str, Any]) -> None:
+        """The host allows for a checkpoint. Raises UsageError."""
+        self._refuse()
+        self._wish = _Wish(name, said["slot"], said["replaced"])
+
+    def _refuse(self) -> None:
+        found = refusals(self._own, self._lineage.fds() if self._lineage is not None else ())
+        if found:
+            raise UsageError(
+                "a checkpoint is a fork of this kernel, which would lose or share: " + "; ".join(found) + ". End that "
+                "first. (A kernel in a virtual machine keeps it all: isolation kernel install --backend microvm)"
+            )
+
+    def roll_back(self, name: str, slot: int) -> None:
+        """Does not return, but to raise UsageError, Refused, WireError."""
+        from isolation_kernel.inside.undo import holder
+
+        lineage, own = self._lineage, self._own
+        if lineage is None:
+            raise UsageError(f"there is no checkpoint {name!r}")
+        asked, idents = request.current(self._app.kernel)
+        expected = own.connections(0), own.connections(1)
+        message = {"name": name, "request": asked, "idents": idents, "expected": expected}
+        try:
+            successor = lineage.wake(slot, message)
+        except holder.Gone as error:
+            raise UsageError(f"checkpoint {name!r} is lost ({error}); take another") from None
+        try:
+            self._host.ask("restore", name=name)
+        except BaseException:
+            successor.stop()
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        successor.take_over(own.streams())
+
+    # Between two cells.
+
+    async def _cell_ended(self, reply: dict[str, Any]) -> dict[str, Any]:
+        """Called with what a cell's request will be answered; returns what it is to be answered."""
+        wish = self._wish
+        if wish is None:
+            return reply
+        if reply.get("status") != "ok":
+            self._wish = None
+            return reply
+        began = time.monotonic()
+        wish.done = asyncio.get_running_loop().create_future()
+        self._app.io_loop.stop()
+        error = await wish.done
+        if not error:
+            print(f"checkpoint {wish.name} in {time.monotonic() - began:.2f} s")
+            return reply
+        print(f"UsageError: {error}", file=sys.stderr)
+        return {**reply, "status": "error", "ename": "UsageError", "evalue": error, "traceback": [f"UsageError: {error}"]}
+
+    def _take(self) -> Wake | None:
+        """Returns None; and in each kernel that comes back here, what woke that one."""
+        from isolation_kernel.inside.undo import holder
+
+        wish, self._wish = self._wish, None
+        assert wish is not None
+        assert wish.done is not None
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        error = ""
+        try:
+            self._refuse()
+            if self._lineage is None:
+                self._lineage = holder.Lineage()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            state, place = random.getstate(), os.getcwd()
+            wake = self._lineage.hold(wish.slot, self._own)
+            if wake is not None:
+                random.setstate(state)
+                os.chdir("/")
+                holder.become_kernel(wake, self._own)
+                os.chdir(place)
+                return wake
+            try:
+                self._host.ask("keep", name=wish.name)
+                os.chdir(place)  # as it is from now on
+            except BaseException:
+                self._lineage.forget(wish.slot)
+                raise
+            if wish.replaced is not None:
+                self._lineage.forget(wish.replaced)
+        except (UsageError, Refused, WireError, OSError, TimeoutError) as problem:
+            error = str(problem)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        wish.done.get_loop().call_soon(wish.done.set_result, error)
+        return None
+
+    def _come_back(self, wake: Wake) -> None:
+        """Another application, which answers the request that has led here."""
+        from isolation_kernel.inside.undo import rebuild
+
+        self._host.adopt()
+        self._app = app = rebuild.application(self._own, self._arguments, tuple(wake.message["expected"]))
+        app.kernel.at_cell_end = self._cell_ended
+        app.io_loop = app.kernel.io_loop = _current_loop()
+        self._own = Own(app)
+        app.io_loop.add_callback(self._answer, wake.message)
+
+    async def _answer(self, message: dict[str, Any]) -> None:
+        kernel = self._app.kernel
+        idents = request.senders(message["idents"])
+        asked = message["request"]
+        kernel.set_parent(idents, asked, channel="shell")
+        print(f"back at checkpoint {message['name']}")
+        sys.stdout.flush()
+        content = {
+            "status": "ok", "execution_count": kernel.shell.execution_count - 1, "user_expressions": {}, "payload": [],
+        }  # fmt: skip
+        channel = kernel.shell_stream
+        if getattr(kernel, "_supports_kernel_subshells", False):
+            channel = kernel.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None)
+        kernel.session.send(channel, "execute_reply", content, parent=asked, ident=idents)
+        kernel._publish_status_and_flush("idle", "shell", channel)
+        self._host.tell("cell", parent=None)
+
+
+def _current_loop() -> Any:
+    from tornado.ioloop import IOLoop
+
+    return IOLoop.current()

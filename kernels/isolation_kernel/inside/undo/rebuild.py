@@ -1,0 +1,61 @@
+"""A kernel around what another has left: its shell, and the user's variables.
+
+Everything of the application before is kept, and not touched again: objects of libzmq's and of event loops that are not
+theirs any more must neither be used nor end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import sys
+from typing import Any
+
+from tornado.ioloop import IOLoop
+
+from isolation_kernel.inside.app import RenewedApp
+from isolation_kernel.inside.undo.refusals import Own
+
+_KEPT: list[Any] = []
+
+
+def application(own: Own, arguments: list[str], expected: tuple[int, int]) -> Any:
+    """Another one; its sockets are those that this process was given. `expected`: see RenewedApp."""
+    before = own.app
+    kernel, shell = before.kernel, before.kernel.shell
+    loops = own.loops()
+    _KEPT.append((own, before, kernel, list(shell.configurables), loops, [asyncio.all_tasks(loop) for loop in loops]))
+    for function in (before.close, before.iopub_thread.stop, before.cleanup_connection_file):
+        atexit.unregister(function)
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    IOLoop.clear_current()
+    user_streams = sys.stdout, sys.stderr
+    streams = {"stdout": kernel._stdout, "stderr": kernel._stderr}
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+    type(before).clear_instance()
+    type(kernel).clear_instance()
+    RenewedApp.given, RenewedApp.expected, RenewedApp.streams = before.given, expected, streams
+    sys.argv, argv = ["ipykernel_launcher", *arguments], sys.argv
+    try:
+        app: Any = RenewedApp.instance(kernel_class=type(kernel))
+        app.initialize(arguments)
+    finally:
+        sys.argv = argv
+    app.session.session = before.session.session
+    atexit.unregister(shell.atexit_operations)
+    atexit.register(shell.atexit_operations)  # the last to be registered is the first to run: before sockets are closed
+    for (name, stream), user in zip(streams.items(), user_streams, strict=True):
+        if user is not stream:
+            setattr(sys, name, user)  # redirected by the user
+
+    shell.kernel = app.kernel
+    seen: list[Any] = []
+    for item in shell.configurables:
+        if item is not before and all(item is not other for other in seen):
+            seen.append(item)
+    shell.configurables[:] = seen
+    for comm in app.kernel.comm_manager.comms.values():
+        if getattr(comm, "kernel", None) is not None:
+            comm.kernel = app.kernel
+    return app

@@ -1,0 +1,306 @@
+"""Checkpoints of a kernel in a container: what goes back, what stays usable, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+from isolation_kernel.inside.undo import supervisor
+from kernel.conftest import ROUTES
+from kernel.frontend import PATIENCE, Kernel
+from kernel.test_frontends import descendants
+from nbclient import NotebookClient
+
+Kernels = Callable[..., Kernel]
+
+START = "import os, random, sys\nimport numpy as np\nx, seen = 1, []"
+
+
+@pytest.fixture(params=ROUTES)
+def kernel(request: pytest.FixtureRequest, kernels: Kernels) -> Kernel:
+    """A kernel by either route, with a checkpoint "a" of `x = 1`."""
+    kernel = kernels(request.param)
+    assert kernel.run(START).status == "ok"
+    reply = kernel.run("%isolation checkpoint a")
+    assert reply.status == "ok", reply.error
+    assert reply.text.startswith("checkpoint a in ")
+    return kernel
+
+
+@pytest.fixture
+def one(kernels: Kernels) -> Kernel:
+    """A kernel, without any checkpoint."""
+    return kernels("argv")
+
+
+def back(kernel: Kernel, name: str = "a") -> None:
+    reply = kernel.run(f"%isolation rollback {name}")
+    assert (reply.status, reply.text) == ("ok", f"back at checkpoint {name}\n")
+
+
+def test_variables_and_files_go_back(kernel: Kernel, tmp_path: Path) -> None:
+    (tmp_path / "notebook" / "data.txt").write_text("on the host")
+    kernel.run("open('kept', 'w').write('1'); open('/tmp/kept', 'w').write('1'); os.mkdir('empty')")
+    assert kernel.run("%isolation checkpoint b").status == "ok"
+    state = "(x, sorted(os.listdir()), open('kept').read(), open('/tmp/kept').read(), open('data.txt').read())"
+    for _ in range(3):
+        kernel.run("x = 2; os.remove('data.txt'); os.rmdir('empty'); open('kept', 'w').write('2'); open('/tmp/new', 'w')")
+        assert kernel.run("open('data.txt', 'w').write('other')").status == "ok"
+        assert kernel.value(state) == "(2, ['data.txt', 'kept'], '2', '1', 'other')"
+        back(kernel, "b")
+        assert kernel.value(state) == "(1, ['data.txt', 'empty', 'kept'], '1', '1', 'on the host')"
+        assert kernel.value("os.path.exists('/tmp/new')") == "False"
+    back(kernel, "a")
+    assert kernel.value("(x, os.listdir(), os.path.exists('/tmp/kept'))") == "(1, ['data.txt'], False)"
+    assert "nothing was changed" in kernel.run("%isolation changes").text
+    back(kernel, "b")  # later than the one that it is at
+    assert kernel.value("sorted(os.listdir())") == "['data.txt', 'empty', 'kept']"
+    assert sorted(os.listdir(tmp_path / "notebook")) == ["data.txt"]
+
+
+def test_random_numbers_go_back(kernel: Kernel) -> None:
+    first = kernel.value("(random.random(), np.random.random())")
+    back(kernel)
+    assert kernel.value("(random.random(), np.random.random())") == first
+
+
+def test_the_shell_is_the_same(one: Kernel) -> None:
+    """What its user has made of it: history, magics, hooks, handlers of loggers, redirections."""
+    one.run(
+        "import logging, sys\nlog = logging.getLogger('mine'); log.addHandler(logging.StreamHandler(sys.stderr))\n"
+        "ip = get_ipython(); runs = []\nip.events.register('pre_run_cell', lambda info: runs.append(1))\n"
+        "out, shell_kernel = sys.stdout, ip.kernel\n"
+        "ip.register_magic_function(lambda line: print('magic', line), 'line', 'mine')\n%precision 3"
+    )
+    one.run("1 + 1")
+    one.run("%isolation checkpoint a")
+    one.run("3 + 3")
+    back(one)
+    assert one.run("%mine here").text == "magic here\n"
+    assert one.run("log.warning('logged')").text == "logged\n"
+    assert one.run("3.14159").data["text/plain"] == "3.142"
+    assert one.value("len(runs)") == "6"
+    assert one.value("out is sys.stdout") == "True"
+    assert one.value("ip is get_ipython() and ip.kernel is not shell_kernel") == "True"
+    reply = one.run("Out")
+    assert reply.data["text/plain"].startswith("{2: 2,")
+    assert "3 + 3" not in one.run("%history").text
+    assert one.run("import os; os.system('echo from a child')").text == "from a child\n"
+    assert reply.content["execution_count"] > 3
+
+
+def test_widgets_stay_connected(one: Kernel) -> None:
+    reply = one.run("import ipywidgets\nslider = ipywidgets.IntSlider(value=3)\ndisplay(slider)")
+    opened = next(m for m in reply.messages if m["msg_type"] == "comm_open" and "value" in m["content"]["data"]["state"])
+    one.run("%isolation checkpoint a")
+    one.run("slider.value = 5")
+    back(one)
+    assert one.value("slider.value") == "3"
+    data = {"method": "update", "state": {"value": 7}}
+    message = one.client.session.msg("comm_msg", {"comm_id": opened["content"]["comm_id"], "data": data})
+    one.client.shell_channel.send(message)
+    assert one.value("slider.value") == "7"
+    told = [m["content"]["data"]["state"] for m in one.run("slider.value = 9").messages if m["msg_type"] == "comm_msg"]
+    assert {"value": 9} in told
+
+
+def test_a_scientific_stack_goes_on(one: Kernel) -> None:
+    one.run("import numpy as np, pandas as pd, matplotlib.pyplot as plt\na = np.random.rand(300, 300); (a @ a).sum()", 120)
+    frame = "pd.DataFrame({'k': [1, 1, 2], 'v': [1., 2., 3.]}).groupby('k').sum()"
+    one.run(f"{frame}; plt.plot([1]); plt.show()", 120)
+    assert one.run("%isolation checkpoint a").status == "ok"
+    for _ in range(3):
+        back(one)
+        assert one.value("np.allclose(a @ a, np.einsum('ij,jk', a, a))") == "True"
+        assert one.value(f"{frame}.v.tolist()") == "[3.0, 3.0]"
+        assert "image/png" in one.run("plt.plot([1, 2]); plt.show()").data
+
+
+def test_names(one: Kernel) -> None:
+    one.run("n = 0")
+    assert "wants a name" in one.run("%isolation checkpoint ''").error
+    assert "there is no checkpoint 'a'; there is: none" in one.run("%isolation rollback a").error
+    for number in range(4):
+        assert one.run(f"n = {number}\n%isolation checkpoint c{number}").status == "ok"
+    assert "is all that one kernel may have" in one.run("%isolation checkpoint more").error
+    assert one.run("n = 77\n%isolation checkpoint c0").status == "ok"
+    for name, value in (("c2", "2"), ("c1", "1"), ("c0", "77"), ("c3", "3")):
+        back(one, name)
+        assert one.value("n") == value
+    assert "there is: c1, c2, c3, c0" in one.run("%isolation rollback zero").error
+
+
+def test_taken_when_the_cell_has_ended(one: Kernel) -> None:
+    one.run("%isolation checkpoint a\nx = 'end of the cell'")
+    one.run("x = 2")
+    back(one)
+    assert one.value("x") == "end of the cell"
+    assert one.run("%isolation checkpoint b\n1/0").error == "ZeroDivisionError: division by zero"
+    assert "there is no checkpoint 'b'" in one.run("%isolation rollback b").error
+    late = one.run("import threading, time\n%isolation checkpoint b\nthreading.Thread(target=time.sleep, args=[9], name='late').start()")
+    assert late.status == "error"
+    assert "thread 'late'" in late.error
+    assert one.run("6*7").data["text/plain"] == "42"
+    assert "there is no checkpoint 'b'" in one.run("%isolation rollback b").error
+
+
+def test_cells_in_the_queue_behind_a_checkpoint_are_run(one: Kernel) -> None:
+    sent = [one.send(code) for code in ("x = 1", "%isolation checkpoint a", "x += 1", "x += 1", "print(x)")]
+    assert [one.collect(identity).status for identity in sent[:-1]] == ["ok"] * 4
+    assert one.collect(sent[-1]).text == "3\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import threading; t = threading.Timer(100, print); t.name = 'mine'; t.daemon = True; t.start()", "thread 'mine'"),
+        ("from concurrent.futures import ThreadPoolExecutor as E; e = E(); e.submit(int).result()", "ThreadPoolExecutor"),
+        ("import subprocess; p = subprocess.Popen(['sleep', '100'])", "(sleep 100)"),
+        ("import os; os.system('setsid sleep 100 &')", "(sleep 100)"),
+        ("import socket; s = socket.create_server(('127.0.0.1', 0))", "socket ('127.0.0.1', "),
+        ("import socket; s = socket.socketpair()", "socket (unnamed)"),
+        ("import os; p = os.pipe()", "pipe (descriptor"),
+        ("f = open('log', 'a')", "/log"),
+        ("import numpy as np; m = np.memmap('m', 'i4', 'w+', shape=10)", "/m"),
+        ("import mmap; m = mmap.mmap(-1, 4096)", "/dev/zero"),
+        ("from multiprocessing.shared_memory import SharedMemory as S; s = S(create=True, size=9)", "/dev/shm/"),
+        ("import asyncio\nasync def sleep(): await asyncio.sleep(100)\nt = asyncio.create_task(sleep(), name='mine')", "'mine' (sleep)"),
+        ("import asyncio\ndef later(): pass\nh = asyncio.get_event_loop().call_later(100, later)", "timer of the event loop (later)"),
+        ("import asyncio\nl = asyncio.new_event_loop()", "socket (unnamed)"),
+    ],
+)  # fmt: skip
+def test_refused(kernels: Kernels, code: str, reason: str) -> None:
+    kernel = kernels("argv")
+    assert kernel.run(code).status == "ok"
+    reply = kernel.run("%isolation checkpoint a")
+    assert "UsageError: a checkpoint is a fork" in reply.error
+    assert reason in reply.error
+    assert "--backend microvm" in reply.error
+    assert kernel.value("6*7") == "42"
+    assert "there is no checkpoint" in kernel.run("%isolation rollback a").error
+
+
+def test_allowed_when_it_has_ended(one: Kernel) -> None:
+    one.run(
+        "import asyncio, subprocess, threading, multiprocessing as mp\n"
+        "t = threading.Thread(target=int); t.start(); t.join(); subprocess.run(['true'])\n"
+        "with mp.get_context('fork').Pool(2) as pool: pool.map(abs, [1])\npool.join()\n"
+        "await asyncio.sleep(0)\nopen('file', 'w').write('x'); readable = open('file')"
+    )
+    assert one.run("%isolation checkpoint a").status == "ok"
+    one.run("readable.read()")
+    back(one)
+    assert one.value("readable.seek(0) or readable.read()") == "x"
+
+
+def test_what_was_started_since_is_ended(kernel: Kernel) -> None:
+    kernel.run("import subprocess, threading\np = subprocess.Popen(['sleep', '1000']); os.system('setsid sleep 1001 &')")
+    kernel.run("t = threading.Thread(target=lambda: __import__('time').sleep(1000), daemon=True); t.start()")
+    back(kernel)
+    names = kernel.value("sorted(open(f'/proc/{p}/comm').read().strip() for p in os.listdir('/proc') if p.isdigit())").split(", ")
+    assert "'sleep'" not in str(names)
+    assert kernel.value("__import__('threading').active_count() < 10") == "True"
+
+
+def test_again_and_again(kernel: Kernel) -> None:
+    """Nothing grows: processes, descriptors, threads."""
+    count = "(sum(p.isdigit() for p in os.listdir('/proc')), len(os.listdir('/proc/self/fd')), len(os.listdir('/proc/self/task')))"
+    back(kernel)
+    before = eval(kernel.value(count))
+    for number in range(12):
+        kernel.run(f"x = {number}")
+        if number % 3 == 0:
+            assert kernel.run("%isolation checkpoint b").status == "ok"
+        back(kernel, "ab"[number % 2])
+    back(kernel)
+    after = eval(kernel.value(count))
+    assert after[0] <= before[0] + 2  # the checkpoint b, and perhaps what has not been reaped yet
+    assert after[1:] <= before[1:]
+
+
+def test_a_lost_checkpoint(kernel: Kernel) -> None:
+    kernel.run("x = 2; open('file', 'w').write('2')")
+    kill = "[os.kill(int(p), 9) for p in os.listdir('/proc') if p.isdigit() and 'iso-check' in open(f'/proc/{p}/comm').read()]"
+    assert kernel.run(kill).data["text/plain"] == "[None]"
+    reply = kernel.run("%isolation rollback a")
+    assert "checkpoint 'a' is lost" in reply.error
+    assert kernel.value("(x, open('file').read())") == "(2, '2')"
+    assert kernel.run("%isolation checkpoint a").status == "ok"
+    kernel.run("x = 3")
+    back(kernel)
+    assert kernel.value("x") == "2"
+
+
+def test_the_end_after_a_rollback(kernel: Kernel) -> None:
+    back(kernel)
+    assert kernel.run("import atexit; atexit.register(lambda: os.write(1, b'bye'))").status == "ok"
+    process = kernel.manager.provisioner.process
+    began = time.monotonic()
+    kernel.manager.shutdown_kernel()
+    assert time.monotonic() - began < 2.5
+    assert process.poll() is not None
+
+
+@pytest.mark.parametrize(("code", "status"), [("os._exit(3)", 3), ("os.kill(os.getpid(), 11)", 139), ("os.kill(2, 9)", 137)])
+def test_crash_after_a_rollback(kernels: Kernels, code: str, status: int) -> None:
+    kernel = kernels("argv")
+    kernel.run("import os\n%isolation checkpoint a")
+    back(kernel)
+    kernel.send(code)
+    assert kernel.manager.provisioner.process.wait(PATIENCE) == status
+
+
+def test_limits_hold_after_a_rollback(kernels: Kernels) -> None:
+    kernel = kernels("argv", "--memory", "400M", "--cell-timeout", "2s")
+    kernel.run("x = bytearray(100_000_000)\n%isolation checkpoint a")
+    back(kernel)
+    back(kernel)
+    assert kernel.run("while True: pass").error.startswith("KeyboardInterrupt")
+    sent = kernel.send("x = bytearray(1_000_000_000)")
+    told = ""
+    while "ran out of memory" not in told:
+        message = kernel.client.get_iopub_msg(timeout=PATIENCE)
+        if message["parent_header"].get("msg_id") == sent:
+            told += message["content"].get("text", "")
+
+
+def test_nothing_is_left_of_a_launcher_that_was_killed(kernel: Kernel) -> None:
+    back(kernel)
+    inside = kernel.pid
+    below = set(descendants(inside))
+    assert len(below) >= 3
+    os.kill(inside, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
+    while any(os.path.exists(f"/proc/{pid}") for pid in below):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_notebook_with_a_rollback(jupyter: Path, tmp_path: Path) -> None:
+    """nbclient waits for reply and "idle" of each cell; both must come, of another process than was asked."""
+    codes = ["x = 1", "%isolation checkpoint a", "x = 2", "%isolation rollback a", "print(x)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes])
+    NotebookClient(notebook, kernel_name="argv", timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert notebook.cells[-1].outputs[0].text == "1\n"
+    assert notebook.cells[3].outputs[0].text == "back at checkpoint a\n"
+
+
+def test_without_the_supervisor_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor ends as the kernel does: here one that was named by the pipe, after another."""
+    pipe, its_end = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        first, second = os.fork(), os.fork()
+        if first == 0 or second == 0:
+            os._exit(7 if first == 0 else 5)
+        os.write(its_end, second.to_bytes(8, "little"))
+        supervisor.main(pipe, first)
+    _pid, status = os.waitpid(middle, 0)
+    assert os.waitstatus_to_exitcode(status) == 5
+    os.close(pipe)
+    os.close(its_end)
