@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import pluggy
 
-from isolation.errors import SpecError
+from isolation.errors import FeatureMissing, SpecError
 from isolation.result import Change, Usage, Verdict
 from isolation.spec import SandboxSpec
 from isolation.template import Template
@@ -30,6 +30,7 @@ hookimpl = pluggy.HookimplMarker("isolation")
 CHANGES = "changes"  # tells what the guest wrote
 CPU_LIMIT = "cpu-limit"
 DISK_LIMIT = "disk-limit"
+FILE_CHECKPOINTS = "file-checkpoints"  # the files of a live sandbox can be kept, and restored
 FORK = "fork"  # a warm sandbox can be forked
 FORK_ACCOUNT = "fork-account"  # tells what a fork left behind
 FORK_HERE = "fork-here"  # the calling process itself can be the template
@@ -118,6 +119,20 @@ class Machine(abc.ABC):
     @abc.abstractmethod
     def changes(self) -> list[Change]:
         """What the guest wrote so far, sorted by path; works after the end, too."""
+
+    def keep_files(self) -> int:
+        """Freeze the files as they are; the guest goes on in a layer of its own above. Returns the number for the two below
+        (feature "file-checkpoints", here and there). Raises GuestError when all is as it was."""
+        raise FeatureMissing("this backend cannot keep the files of a sandbox that lives")
+
+    def restore_files(self, kept: int) -> None:
+        """The files are again as they were then, with a new layer above. May be repeated, and leaves all that is kept as it
+        is, be it older or newer. Raises GuestError when all is as it was."""
+        raise FeatureMissing("this backend cannot restore the files of a sandbox that lives")
+
+    def forget_files(self, kept: int) -> None:
+        """Free what nothing else needs. Raises GuestError."""
+        raise FeatureMissing("this backend keeps no files of a sandbox that lives")
 
     @abc.abstractmethod
     def close(self) -> None:

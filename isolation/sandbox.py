@@ -340,10 +340,40 @@ class Sandbox:
         return self.machine.open(path, mode)
 
     def changes(self) -> list[Change]:
-        """Every path that the guest added, changed or deleted, sorted by path."""
+        """Every path that the guest added, changed or deleted, sorted by path; since the sandbox was made, whatever was
+        kept and restored meanwhile."""
         if self._machine is None:
             return []
         return self.machine.changes()
+
+    def keep_files(self) -> int:
+        """Keep the files as they are now, to come back to: returns a number for `restore_files`. It takes no copy, and as
+        good as no time: what is there is frozen, and what is written from now on lies in a layer of its own.
+
+        Kept is all that the sandbox has to itself: copy-on-write mounts, the home directory, /tmp, /dev/shm, /run. What is
+        mounted "rw" is the host's, and is not. Processes run on, but one that is in a directory, or has a file open, is with
+        the old files: it has to go to the directory again by its path, and should have nothing open for writing. A unix
+        socket that was bound to a path is not reached by it any more, hard links are separate files once they are written
+        to, and rename(2) refuses a directory from before (EXDEV), which `mv` and shutil.move make up for.
+
+        Raises FeatureMissing where the backend cannot, GuestError when it failed, and all is as it was, and SandboxClosed.
+        """
+        return self.machine.keep_files()
+
+    def restore_files(self, kept: int) -> None:
+        """The files are again as they were when `keep_files` returned this number. That can be done again and again, and to
+        every state that is kept, earlier or later ones. Processes, and what they have open: as with `keep_files`.
+
+        Raises FeatureMissing, GuestError (no such number, or it failed: then all is as it was), SandboxClosed.
+        """
+        self.machine.restore_files(kept)
+
+    def forget_files(self, kept: int) -> None:
+        """Nobody will come back to this state: free the space of what no other state, nor the files of now, are made of.
+
+        Raises FeatureMissing, GuestError (no such number, or the space could not be freed yet), SandboxClosed.
+        """
+        self.machine.forget_files(kept)
 
     def template(self, payload: str, config: Any = None) -> Template:
         """Run `payload` ("package.module:function") in a sandbox of this spec, as a template to fork.

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isolation.backends.namespace.operations import LAYERS, PRIVATE, Operation, Overlay, Private
+from isolation.backends.namespace.layers import ORIGIN
+from isolation.backends.namespace.operations import KEPT, LAYERS, PRIVATE, Operation, Overlay, Private
 from isolation.guest import upper
 from isolation.result import Change
 
 
 def of_store(
-    store: int, operations: Sequence[Operation], *, level: int = 1, most: int = upper.AT_MOST
+    store: int,
+    operations: Sequence[Operation],
+    *,
+    level: int = 1,
+    chain: Sequence[int] = (ORIGIN,),
+    most: int = upper.AT_MOST,
 ) -> list[Change]:
     """Every path added, changed or deleted in the store behind the descriptor, sorted; at most `most`. `level`: how many
-    forks away from the host; what was there before is in the stores of the levels above."""
+    forks away from the host; what was there before is in the stores of the levels above. `chain`: the layers that the
+    files lie in, the uppermost first (layers.py)."""
     found: list[Change] = []
     for operation in operations:
         if isinstance(operation, Overlay):
-            top, source = f".{LAYERS}/{operation.number}/upper", operation.source
+            origin, source = f".{LAYERS}/{operation.layer}/upper", operation.source
         elif isinstance(operation, Private):
             source = ""
-            top = f".{PRIVATE}/{operation.number}" if level == 1 else f".{LAYERS}/private{operation.number}/upper"
+            origin = f".{PRIVATE}/{operation.number}" if level == 1 else f".{LAYERS}/{operation.layer}/upper"
         else:
             continue
-        found += upper.walk(store, top, operation.target, source, most=most - len(found))
+        tops = [origin if layer == ORIGIN else f".{KEPT}/{layer}/{operation.layer}/upper" for layer in chain]
+        found += upper.walk_layers(store, tops, operation.target, source, most=most - len(found))
     # A mount point inside another private directory is part of the tree, not of what the guest did.
     shown = {operation.target for operation in operations}
     made = {parent for target in shown for parent in upper.parents(target)}

@@ -36,6 +36,9 @@ class KeeperProcess:
         self._scratch: int | None = None
         self._ended: dict[int, Message] = {}
         self._unwanted: set[int] = set()
+        self._asked = 0
+        self._asking: dict[int, int] = {}  # sandboxes whose files are asked for, by the number of the question
+        self._answers: dict[int, Message] = {}
         self._numbers = 0
         self._users = 0
         self._spares: list[tuple[int, Wire]] = []
@@ -141,14 +144,34 @@ class KeeperProcess:
 
         Raises TimeoutError.
         """
+        return self._ended.pop(number) if self._wait_for(lambda: number in self._ended, timeout) else None
+
+    def files(self, number: int, do: str, kept: int | None, timeout: float) -> Message | None:
+        """Ask that the files of a sandbox be kept, or what is kept be restored or forgotten; the answer, or None when the
+        sandbox has ended. Raises TimeoutError, and LaunchError when the keeper is gone."""
+        with self._lock:
+            self._asked += 1
+            ask = self._asked
+            self._asking[ask] = number
+        try:
+            self.request({"op": "files", "id": number, "ask": ask, "do": do, "kept": kept})
+            self._wait_for(lambda: ask in self._answers, timeout)
+        finally:
+            with self._lock:
+                del self._asking[ask]
+                answer = self._answers.pop(ask, None)
+        return None if answer is None or answer.get("ended") else answer
+
+    def _wait_for(self, there: Callable[[], bool], timeout: float | None) -> bool:
+        """Read what the keeper says until something is known; False when it says no more. Raises TimeoutError."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while number not in self._ended:
+        while not there():
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             with self._lock:
-                if number in self._ended:
+                if there():
                     break
                 if self.wire.fileno() < 0:
-                    return None  # closed, and all its sandboxes with it
+                    return False  # closed, and all its sandboxes with it
                 try:
                     message = self.wire.receive(None if left is None else min(left, 0.1))
                 except TimeoutError:
@@ -156,11 +179,11 @@ class KeeperProcess:
                         raise
                     continue
                 except WireError:
-                    return None
+                    return False
                 if message is None:
-                    return None
+                    return False
                 self._note(message)
-        return self._ended.pop(number)
+        return True
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Read what has arrived, and drop what is said of clones that nobody asks about any more."""
@@ -172,6 +195,14 @@ class KeeperProcess:
                 self._unwanted.add(number)  # its last word is still to come
 
     def _note(self, message: Message) -> None:
+        if message.get("event") == "files":
+            if message["ask"] in self._asking:
+                self._answers[message["ask"]] = message
+            return
+        if message.get("event") in ("exit", "ended"):
+            for ask, number in self._asking.items():
+                if number == message["id"]:
+                    self._answers.setdefault(ask, {"ended": True})
         if message.get("id") in self._unwanted:
             self._unwanted.discard(message["id"])
         elif message.get("event") in ("exit", "ended", "unforked"):

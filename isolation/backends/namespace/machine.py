@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from isolation.backends.namespace import changes, launcher
+from isolation.backends.namespace import changes, keeping, launcher, layering, layers
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.refusal import not_started
@@ -24,6 +24,8 @@ from isolation.wire import Message, Wire, wait_readable
 
 _NOTES_AT_ONCE = 1000
 _LOOK_AGAIN = 0.1  # s
+_FILES_TIMEOUT = keeping.PATIENCE + 30
+_DONE = {"keep": "kept", "restore": "restored", "forget": "forgotten"}
 
 _HINTS = {
     errno.ENOSPC: "the kernel's limit on namespaces is reached; raise sysctl user.max_user_namespaces (and its like)",
@@ -57,6 +59,8 @@ class NamespaceMachine(Machine):
         self._last: Message | None = None  # the keeper's last word
         self._closed = False
         self._owner = os.getpid()
+        self._files_lock = threading.Lock()
+        self._chain: tuple[int, ...] = (layers.ORIGIN,)  # what the files lie in, the live layer first
         self._keeper: KeeperProcess = launcher.keeper_for(plan)
         # The time of a wall-clock limit begins with the clone, so that none is made ahead.
         self._number, self._control = self._keeper.new_init(ahead=plan.limits.wall is None)
@@ -151,7 +155,36 @@ class NamespaceMachine(Machine):
     def changes(self) -> list[Change]:
         if self._store < 0:
             raise SandboxClosed("the sandbox is closed, and what it wrote is gone")
-        return changes.of_store(self._store, self.plan.fresh)
+        return changes.of_store(self._store, self.plan.fresh, chain=self._chain)
+
+    def keep_files(self) -> int:
+        kept: int = self._ask_for_files("keep", None)["kept"]
+        return kept
+
+    def restore_files(self, kept: int) -> None:
+        self._ask_for_files("restore", kept)
+
+    def forget_files(self, kept: int) -> None:
+        self._ask_for_files("forget", kept)
+
+    def _ask_for_files(self, do: str, kept: int | None) -> Message:
+        if not layering.usable():
+            raise FeatureMissing("files can be kept where a tmpfs has user extended attributes: Linux 6.6 or later")
+        with self._files_lock:  # not self._lock: who waits for a command need not wait for this
+            if self._closed:
+                raise SandboxClosed("the sandbox is closed")
+            try:
+                answer = self._keeper.files(self._number, do, kept, _FILES_TIMEOUT)
+            except LaunchError:
+                answer = None
+            except TimeoutError:
+                raise GuestError(f"the files could not be {_DONE[do]}: no answer") from None
+            if answer is None:
+                raise SandboxClosed(f"the sandbox has ended: {self._verdict_of_end()}")
+            if "errno" in answer:
+                raise GuestError(f"the files could not be {_DONE[do]}: {answer['what']}")
+            self._chain = tuple(answer["chain"])
+            return answer
 
     def close(self) -> None:
         if self._closed or os.getpid() != self._owner:
@@ -231,6 +264,9 @@ class BorrowedMachine(NamespaceMachine):
 
     def changes(self) -> list[Change]:
         raise FeatureMissing("the changes of a sandbox are seen from the host only, not from inside a test's sandbox")
+
+    def _ask_for_files(self, do: str, kept: int | None) -> Message:
+        raise FeatureMissing("the files of a sandbox are kept by the host only, not from inside a test's sandbox")
 
     def close(self) -> None:
         self._control.close()

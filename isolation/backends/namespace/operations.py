@@ -33,6 +33,7 @@ PROC = HIDDEN + "/proc"
 DEEPEST = 6  # levels of templates and forks below the host, and so stores in one mount namespace
 LAYERS = "/layers"
 PRIVATE = "/private"
+KEPT = "/kept"  # layers of sandboxes whose files were kept once: layering.py
 
 # `userxattr` is what lets a user namespace keep whiteouts and opaque marks; the others say what follows from it anyway
 # and keep the kernel log quiet (kernel: Documentation/filesystems/overlayfs.rst). `volatile` skips pointless syncs.
@@ -211,12 +212,17 @@ class Private(FreshOperation):
     number: int
     mode: int = 0o755
 
+    @property
+    def layer(self) -> str:
+        """The name of what it is in the layers above the first."""
+        return f"private{self.number}"
+
     def write(self, script: Script, ground: Ground) -> None:
         if ground.level > 1:
             *stores, first = ground.stores_above()
-            lowers = [f"{store}{LAYERS}/private{self.number}/upper" for store in stores]
+            lowers = [f"{store}{LAYERS}/{self.layer}/upper" for store in stores]
             lowers.append(f"{first}{PRIVATE}/{self.number}")
-            write_overlay(script, self, ground, f"private{self.number}", lowers)
+            write_overlay(script, self, ground, self.layer, lowers)
             return
         source = f"{ground.store}{PRIVATE}/{self.number}"
         script.call("mkdirat", syscalls.AT_FDCWD, source, self.mode, about=self.describe())
@@ -242,10 +248,15 @@ class Overlay(FreshOperation):
         """Where its `Lower` is."""
         return f"{LOWER}/{self.number}"
 
+    @property
+    def layer(self) -> str:
+        """The name of what it is in each layer."""
+        return str(self.number)
+
     def write(self, script: Script, ground: Ground) -> None:
-        lowers = [f"{store}{LAYERS}/{self.number}/upper" for store in ground.stores_above()]
+        lowers = [f"{store}{LAYERS}/{self.layer}/upper" for store in ground.stores_above()]
         foreign_mode = self.foreign_mode if ground.level == 1 else None  # what is above has one that may be shown
-        write_overlay(script, self, ground, str(self.number), [*lowers, self.lower], foreign_mode)
+        write_overlay(script, self, ground, self.layer, [*lowers, self.lower], foreign_mode)
 
     def mode_for_guest(self) -> int | None:
         """Where the base stands, and one id only is mapped, which is 0 while the sandbox is made: the mode for a lower
@@ -405,10 +416,15 @@ def write_overlay(
     for path in (top, top + "/work", top + "/upper"):
         script.call("mkdirat", syscalls.AT_FDCWD, path, 0o755, about=about)
     _write_status(script, lowers[0], top + "/upper", foreign_mode, about)
-    data = f"lowerdir={':'.join(lowers)},upperdir={top}/upper,workdir={top}/work,{_OVERLAY},volatile"
+    data = overlay_options(lowers, top)
     flags = syscalls.MS_NODEV | syscalls.MS_NOSUID
     write_mount(script, operation, "overlay", operation.target, "overlay", flags, data)
     _cover(operation.target, ground.made)
+
+
+def overlay_options(lowers: Sequence[str], top: str) -> str:
+    """What mount(2) is told of an overlay over `lowers`, the first of which is the uppermost; its upper is in `top`."""
+    return f"lowerdir={':'.join(lowers)},upperdir={top}/upper,workdir={top}/work,{_OVERLAY},volatile"
 
 
 def _write_status(script: Script, lower: str, upper: str, foreign_mode: int | None, about: str) -> None:

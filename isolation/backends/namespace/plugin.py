@@ -11,6 +11,7 @@ from isolation.hookspecs import (
     CHANGES,
     CPU_LIMIT,
     DISK_LIMIT,
+    FILE_CHECKPOINTS,
     FORK,
     FORK_ACCOUNT,
     FORK_HERE,
@@ -41,10 +42,14 @@ class NamespaceBackend(Backend):
         return probe.probe(self.features())
 
     def features(self) -> frozenset[str]:
+        from isolation.backends.namespace import layering
+
         found = {CHANGES, DISK_LIMIT, FORK, FORK_ACCOUNT, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST}
         found |= {NETWORK_NONE, PASS_FDS, PIDS_LIMIT, TTY}
         if Hierarchy.find().can("cpu"):
             found.add(CPU_LIMIT)
+        if layering.usable():
+            found.add(FILE_CHECKPOINTS)
         return frozenset(found)
 
     def launch(self, spec: SandboxSpec) -> Machine:

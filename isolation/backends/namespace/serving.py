@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
+from isolation.backends.namespace.keeping import KeptFiles, TornApart
 from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.guest import Guest
-from isolation.wire import Message, Wire
+from isolation.wire import Message, Wire, wait_readable
 
 STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
 _NS_GET_PARENT = 0xB702  # ioctl_ns(2)
@@ -63,6 +64,7 @@ class Child:
         self.template = False
         self.proc = self.store = -1
         self.mounts = -1  # the mount namespace of a sandbox for commands, see init.py
+        self.files: KeptFiles | None = None  # once they were to be kept
         self.memory_files: tuple[int, int] | None = None
         self.watch: memory.Watch | None = None
         self.deadline: float | None = None
@@ -77,6 +79,8 @@ class Child:
 
     def close(self) -> None:
         self.leash.close()
+        if self.files is not None:
+            self.files.close()
         if self.watch is not None:
             self.watch.close()
         elif self.memory_files is not None:
@@ -144,6 +148,10 @@ class Keeper:
                     child.kill()
                 elif message["op"] == "dump":
                     self._dump(child)
+                elif message["op"] == "files":
+                    self._keep_files(child, message)
+            elif message["op"] == "files":
+                self._wire.send({"event": "files", "id": message["id"], "ask": message["ask"], "ended": True})
 
     def _next_message(self) -> Message | None:
         """The host's next wish; meanwhile, what the sandboxes want and do. None when the host is gone."""
@@ -158,6 +166,8 @@ class Keeper:
                     waiting[child.pidfd] = lambda child=child: self._ended(child)  # type: ignore[misc]
                 if child.leash.fileno() >= 0:
                     waiting[child.leash.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
+                if child.files is not None and child.files.fileno() >= 0:
+                    waiting[child.files.fileno()] = lambda child=child: self._hear_of_files(child)  # type: ignore[misc]
             for pidfd in self._ending:
                 waiting[pidfd] = lambda pidfd=pidfd: self._buried(pidfd)  # type: ignore[misc]
             for fd in (self._wire.fileno(), self._host, *waiting):
@@ -175,7 +185,10 @@ class Keeper:
         """What one event did may have ended what another was about."""
         if fd in self._ending or fd in self._others():
             return True
-        return any(fd in (child.pidfd, child.leash.fileno()) for child in self._children.values())
+        for child in self._children.values():
+            if fd in (child.pidfd, child.leash.fileno(), -1 if child.files is None else child.files.fileno()):
+                return True
+        return False
 
     def _others(self) -> dict[int, Callable[[], None]]:
         """What else is waited for: descriptors, and what to do when they are readable."""
@@ -185,7 +198,8 @@ class Keeper:
         """The host wants the template itself to go on."""
 
     def _patience(self) -> float | None:
-        """Milliseconds until something must be looked at. Ends what is over its wall-clock or memory limit."""
+        """Milliseconds until something must be looked at. Ends what is over its wall-clock or memory limit, or takes too
+        long."""
         now = time.monotonic()
         patience: list[float] = []
         for child in self._children.values():
@@ -205,6 +219,11 @@ class Keeper:
                     self._dump(child)
                     time.sleep(0.02)  # a moment for the stacks to be written
                     child.kill()
+            if child.files is not None and (deadline := child.files.deadline) is not None:
+                if deadline <= now:
+                    self._hear_of_files(child, late=True)
+                else:
+                    patience.append((deadline - now) * 1000 + 1)
         return min(patience, default=None)
 
     def _dump(self, child: Child) -> None:
@@ -217,6 +236,32 @@ class Keeper:
                 signal.pidfd_send_signal(child.pidfd, payload.DUMP_SIGNAL)
             except OSError:
                 pass  # the file is the guest's, too, who may have grown it beyond all bounds; or it is gone
+
+    def _keep_files(self, child: Child, message: Message) -> None:
+        """Keep them, restore or forget what is kept. The answer comes later."""
+        try:
+            if child.files is None:
+                while child.mounts < 0 and wait_readable(child.leash.fileno(), 0):
+                    self._answer(child)  # it has sent them, but has not been heard yet
+                if child.mounts < 0:
+                    raise OSError(errno.ENOTSUP, "this is not a sandbox for commands")
+                child.files = KeptFiles(self._plan, child.mounts)
+            child.files.begin(message)
+        except OSError as error:
+            self._wire.send({
+                "event": "files", "id": child.number, "ask": message["ask"], "errno": error.errno,
+                "what": error.strerror or str(error),
+            })  # fmt: skip
+
+    def _hear_of_files(self, child: Child, *, late: bool = False) -> None:
+        assert child.files is not None
+        try:
+            answer = child.files.give_up() if late else child.files.hear()
+        except TornApart:
+            child.kill()
+        else:
+            if answer is not None:
+                self._wire.send(answer)
 
     def _fork(self, message: Message) -> Guest | None:
         ours, theirs = socket.socketpair()

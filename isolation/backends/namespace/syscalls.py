@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from typing import Any
 
 # Flags, from the kernel's uapi headers; alphabetical within a call.
@@ -35,7 +36,9 @@ MOUNT_ATTR_IDMAP = 0x00100000
 MOUNT_ATTR_NODEV = 0x00000004
 MOUNT_ATTR_NOSUID = 0x00000002
 MOUNT_ATTR_RDONLY = 0x00000001
+MOVE_MOUNT_BENEATH = 0x00000200
 MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
+MOVE_MOUNT_T_EMPTY_PATH = 0x00000040
 MS_BIND = 4096
 MS_NODEV = 4
 MS_NOEXEC = 8
@@ -57,12 +60,13 @@ PR_SET_NAME = 15
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_PDEATHSIG = 1
 PR_SET_SECUREBITS = 28
+STATX_ATTR_MOUNT_ROOT = 0x00002000
 
 # Numbers that differ between architectures; those of 2019 and later (424 up) are the same everywhere.
 _MACHINE = platform.machine()
 _NUMBERS: dict[str, dict[str, int]] = {
-    "x86_64": {"capset": 126, "clone": 56, "keyctl": 250, "pivot_root": 155, "signalfd4": 289},
-    "aarch64": {"capset": 91, "clone": 220, "keyctl": 219, "pivot_root": 41, "signalfd4": 74},
+    "x86_64": {"capset": 126, "clone": 56, "keyctl": 250, "pivot_root": 155, "signalfd4": 289, "statx": 332},
+    "aarch64": {"capset": 91, "clone": 220, "keyctl": 219, "pivot_root": 41, "signalfd4": 74, "statx": 291},
 }
 _NR = _NUMBERS.get(_MACHINE, {})
 # struct stat: where mode, uid, gid and the two times are that utimensat(2) takes (<asm/stat.h>, <asm-generic/stat.h>).
@@ -216,6 +220,22 @@ def move_mount(from_fd: int, to_path: str) -> None:
     empty, target = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(to_path))
     if _syscall(_NR_MOVE_MOUNT, from_fd, empty, AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH):
         raise _fail("move_mount", to_path)
+
+
+def move_mount_onto(from_fd: int, to_fd: int, *, beneath: bool = False) -> None:
+    """move_mount(2) of the detached tree `from_fd` onto the directory or file `to_fd`; with `beneath` (Linux 6.5), between
+    the mount whose root that is and what it lies on."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH | (MOVE_MOUNT_BENEATH if beneath else 0)
+    if _syscall(_NR_MOVE_MOUNT, from_fd, ctypes.c_char_p(b""), to_fd, ctypes.c_char_p(b""), flags):
+        raise _fail("move_mount", from_fd, to_fd)
+
+
+def statx_attributes(fd: int) -> int:
+    """statx(2): stx_attributes of what `fd` is."""
+    result = ctypes.create_string_buffer(256)
+    if _syscall(_NR["statx"], fd, ctypes.c_char_p(b""), AT_EMPTY_PATH, 0, ctypes.byref(result)):
+        raise _fail("statx", fd)
+    return int.from_bytes(result.raw[8:16], sys.byteorder)
 
 
 class _MountAttr(ctypes.Structure):

@@ -1,0 +1,152 @@
+"""A keeper's part in keeping the files of its sandboxes: it has a process do it (layering.py), and waits for no one.
+
+Before that process touches the sandbox's own mounts it may fail, or take too long, and be ended, and nothing has happened.
+If it ends between two of them and says nothing, the sandbox is neither here nor there, and has to end, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+
+from isolation.backends.namespace import layering, syscalls
+from isolation.backends.namespace.layering import Held, Wish
+from isolation.backends.namespace.layers import Change, Layers
+from isolation.backends.namespace.plan import Plan
+from isolation.wire import Message
+
+PATIENCE = 30.0  # s; a guest can fill its store with more than can be removed in that time
+_FDS_AT_MOST = 250
+
+
+class TornApart(Exception):
+    """Some of a sandbox's mounts may be of its old files, and some of the new ones."""
+
+
+@dataclass
+class _Work:
+    """What is being done, and by whom.
+
+    begun    the sandbox's own mounts are being changed
+    stands   they are all new
+    error    why nothing was done; or, where they are new, why what nobody needs is still there
+    done     nothing is left to be done
+    """
+
+    about: Message
+    change: Change
+    pid: int
+    pidfd: int
+    leash: socket.socket
+    deadline: float
+    begun: bool = False
+    stands: bool = False
+    error: OSError | None = None
+    done: bool = False
+
+
+class KeptFiles:
+    """Those of one sandbox."""
+
+    def __init__(self, plan: Plan, mounts: int) -> None:
+        self._plan = plan
+        self._mounts = mounts
+        self._layers = Layers()
+        self._held: tuple[Held, ...] = ()
+        self._work: _Work | None = None
+
+    def fileno(self) -> int:
+        """Readable when there is something to `hear`; -1 while nothing is being done."""
+        return -1 if self._work is None else self._work.leash.fileno()
+
+    @property
+    def deadline(self) -> float | None:
+        """When `give_up` is due."""
+        return None if self._work is None else self._work.deadline
+
+    def begin(self, message: Message) -> None:
+        """What the host wishes ("do", "kept"). Raises OSError when it cannot be."""
+        if self._work is not None:
+            raise OSError(errno.EBUSY, "the files are being kept, restored or removed at this moment")
+        if message["do"] == "keep":
+            change = self._layers.keep()
+        elif message["do"] == "restore":
+            change = self._layers.restore(message["kept"])
+        else:
+            change = self._layers.forget(message["kept"])
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid, pidfd = syscalls.clone(0)
+        if pid == 0:
+            layering.live(self._plan, Wish(self._mounts, change, self._held), theirs)
+        theirs.close()
+        self._work = _Work(message, change, pid, pidfd, ours, time.monotonic() + PATIENCE)
+
+    def hear(self) -> Message | None:
+        """What that process says; the answer to the host, when there is one. Raises TornApart."""
+        return None if self._listen() else self._end()
+
+    def give_up(self) -> Message:
+        """It takes too long. Raises TornApart."""
+        assert self._work is not None
+        signal.pidfd_send_signal(self._work.pidfd, signal.SIGKILL)
+        return self._end()
+
+    def close(self) -> None:
+        """The sandbox is gone."""
+        if self._work is not None:
+            with contextlib.suppress(TornApart):
+                self.give_up()
+        self._close_held()
+
+    def _listen(self) -> bool:
+        """One message; False when there will be no more."""
+        assert self._work is not None
+        work = self._work
+        said, given, _flags, _ = socket.recv_fds(work.leash, 8192, _FDS_AT_MOST)
+        if given:
+            self._close_held()
+            self._held = tuple(Held(*pair) for pair in zip(given[::2], given[1::2], strict=False))
+        if said == layering.BEGINS:
+            work.begun = True
+        elif said == layering.STANDS:
+            work.stands = len(given) == 2 * len(layering.places(self._plan.fresh))  # or there was no room for them
+            if work.stands:
+                self._layers.succeeded(work.change)
+        elif said == layering.DONE:
+            work.done = True
+            self._layers.removed(work.change)
+        elif said:
+            number, _, what = said[1:].decode("utf-8", "replace").partition(" ")
+            work.error = OSError(int(number), what)
+        return bool(said)
+
+    def _end(self) -> Message:
+        """That process has ended, or is about to. Returns the answer to the host. Raises TornApart."""
+        assert self._work is not None
+        work = self._work
+        os.waitpid(work.pid, 0)
+        while self._listen():  # what it had said before it was ended
+            pass
+        self._work = None
+        os.close(work.pidfd)
+        work.leash.close()
+        if not work.stands:
+            self._layers.failed(work.change)
+            if work.begun and work.error is None:
+                raise TornApart
+        answer: Message = {"event": "files", "id": work.about["id"], "ask": work.about["ask"]}
+        if work.done or work.stands:  # what is still there will be removed the next time
+            return answer | {"kept": work.change.keeps, "chain": self._layers.chain()}
+        error = work.error or OSError(errno.ETIME, f"not done after {PATIENCE:.0f} seconds; the guest may be too busy")
+        return answer | {"errno": error.errno, "what": error.strerror}
+
+    def _close_held(self) -> None:
+        for held in self._held:
+            os.close(held.ground)
+            os.close(held.top)
+        self._held = ()
