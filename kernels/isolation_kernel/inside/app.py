@@ -11,8 +11,8 @@ from ipykernel.kernelapp import IPKernelApp
 
 from isolation_kernel.connection import CHANNELS
 
-_SHELL: Final = CHANNELS.index("shell") + 1
-_PATIENCE: Final = 3.0  # s, for frontends that connect again; libzmq tries after 0.1 to 0.2
+_SHELL, _IOPUB = CHANNELS.index("shell") + 1, CHANNELS.index("iopub") + 1
+_PATIENCE: Final = 2.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
 
 
 class KernelApp(IPKernelApp):
@@ -51,6 +51,8 @@ class RenewedApp(KernelApp):
         if port == _SHELL:
             self._monitor = s.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
             self._monitored = s
+        elif port == _IOPUB:
+            s.setsockopt(zmq.XPUB_VERBOSE, 1)  # who subscribes to what others have is not told otherwise
         return super()._try_bind_socket(s, port)
 
     def init_iopub(self, context: Any) -> None:
@@ -86,6 +88,7 @@ class RenewedApp(KernelApp):
             time.sleep(0.002)
         if self._subscribed < 0:
             time.sleep(0.3)
+        self.iopub_thread.io_loop.add_callback(self.iopub_thread.socket.setsockopt, zmq.XPUB_VERBOSE, 0)
         super().init_kernel()  # type: ignore[no-untyped-call]
 
     def _nothing(self) -> None:

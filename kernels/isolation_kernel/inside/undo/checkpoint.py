@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import os
 import random
 import signal
@@ -80,7 +81,11 @@ class Undo:
         self._wish = _Wish(name, said["slot"], said["replaced"])
 
     def _refuse(self) -> None:
-        found = refusals(self._own, self._lineage.fds() if self._lineage is not None else ())
+        ours = self._lineage.fds() if self._lineage is not None else set()
+        found = refusals(self._own, ours)
+        if found:
+            gc.collect()  # a pool's pipes, say, that nobody holds any more
+            found = refusals(self._own, ours)
         if found:
             raise UsageError(
                 "a checkpoint is a fork of this kernel, which would lose or share: " + "; ".join(found) + ". End that "

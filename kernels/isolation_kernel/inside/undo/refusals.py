@@ -121,14 +121,16 @@ def _commands() -> Iterator[tuple[int, str]]:
 def _threads(own: Own) -> Iterator[str]:
     main = threading.main_thread()
     for thread in threading.enumerate():
-        if thread is not main and thread not in own.threads:
-            yield f"thread {thread.name!r}"
+        kind = type(thread)
+        # pyzmq's garbage collector comes with the first large message, and starts anew in a fork.
+        if thread is not main and thread not in own.threads and not kind.__module__.startswith("zmq."):
+            yield f"thread {thread.name!r}" + (f" ({kind.__module__})" if kind.__module__ != "threading" else "")
 
 
 def _native_threads() -> Iterator[str]:
     """Those of libraries. OpenBLAS ends its own before a fork, and starts them again when they are needed (its
     pthread_atfork(3) handler); others, OpenMP's among them, would leave a fork waiting for threads that it does not have."""
-    python = {thread.native_id for thread in threading.enumerate()}
+    python = {os.getpid(), *(thread.native_id for thread in threading.enumerate())}  # a fork's first may not know its own
     unknown = 0
     for name in os.listdir("/proc/self/task"):
         try:
