@@ -332,7 +332,9 @@ class _Exchange:
         """All is as it was. Returns what is held then. Raises OSError when it cannot be."""
         for index, (held, tree, copy) in enumerate(zip(self._held, self._trees, self._copies, strict=True)):
             if index in self._placed:
-                _unmount(tree)  # and what may lie upon it
+                if held.top >= 0 and index not in self._gone:
+                    _unmount(held.top)  # which lies upon it
+                _unmount(tree)
             if copy >= 0 and index in self._placed | self._gone:
                 syscalls.move_mount_onto(copy, held.ground)
                 self._held[index] = replace(held, top=copy)
@@ -363,6 +365,6 @@ def _freeze(mount: int, *, recursive: bool = False) -> None:
 
 
 def _unmount(mount: int) -> None:
-    """A mount, by its root, and whatever lies upon and beneath it."""
+    """A mount, by its root, with all beneath it. Nothing must lie upon it, or that would go instead (LOOKUP_MOUNTPOINT)."""
     os.fchdir(mount)
     syscalls.umount2(".", syscalls.MNT_DETACH)
