@@ -432,6 +432,54 @@ while sys.stdin.buffer.raw.read(1) is None:
         assert process.stdout.read() == b""
 
 
+@pytest.mark.usefixtures("kernel")
+def test_who_stayed_does_not_see_beneath_what_is_mounted(project: Path, tmp_path: Path) -> None:
+    """Old mounts go, and what was mounted in them must not go before: it may hide something."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none").touch()
+    (project / "secrets").mkdir()
+    (project / "secrets" / "password").write_text("1234")
+    (project / "secret").write_text("1234")
+    script = """
+import os
+print("ready", flush=True)
+input()
+print(os.listdir("secrets"), repr(open("secret").read()))
+for call in (os.rename, os.link):
+    for old, new in (("secret", "other"), ("secrets", "others"), ("data.txt", "secret"), ("kept", "secrets")):
+        try:
+            call(old, new)
+        except OSError:
+            pass
+for name in ("rmdir secrets", "unlink secret"):
+    try:
+        getattr(os, name.split()[0])(name.split()[1])
+    except OSError:
+        pass
+for directory, names, files in os.walk("."):
+    for file in files:
+        if "1234" in open(os.path.join(directory, file)).read():
+            print("seen", directory, file)
+"""
+    mounts = [Mount(tmp_path / "empty", project / "secrets"), Mount(tmp_path / "none", project / "secret")]
+    for target in (project, Path("/srv/again")):
+        mounts = [Mount(tmp_path / "empty", target / "secrets"), Mount(tmp_path / "none", target / "secret")]
+        with Sandbox(of(project, *mounts)) as box, contextlib.ExitStack() as stack:
+            processes = []
+            for keeps in range(3):
+                process = box.popen([sys.executable, "-c", script], stdin=PIPE, stdout=PIPE, stderr=PIPE, cwd=str(target))
+                stack.callback(process.close)
+                assert process.stdout is not None
+                assert process.stdout.read(6) == b"ready\n"
+                processes.append(process)
+                kept = box.keep_files()
+                if keeps == 1:
+                    box.restore_files(kept)
+            for process in processes:
+                done = process.communicate(b"\n")
+                assert done.stdout == b"[] ''\n", done
+
+
 def test_renamed_ancestors_are_noticed(box: Sandbox, project: Path) -> None:
     """The mount goes with what it lies in; by its old path, something else would be found."""
     first = "/".join(str(project).split("/")[:3])
@@ -572,7 +620,7 @@ def test_the_end_of_the_sandbox_in_the_middle(
 def test_what_takes_too_long_has_not_happened(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = layering._assemble
 
-    def slow(*arguments: Any) -> int:
+    def slow(*arguments: Any) -> str:
         if any(os.path.exists(f"layers/{number}/upper/slow") for number in range(9)):  # its working directory is the store
             time.sleep(60)
         return plain(*arguments)
