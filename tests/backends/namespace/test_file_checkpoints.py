@@ -381,13 +381,12 @@ for where in sys.argv[1:]:
     except OSError as error:
         print(error.errno)
 """
-    opening = "exec 3<. 4</tmp 5</srv/again; exec " + sys.executable + " -c '" + script + "' 3 4 5"
+    opening = "exec 3<. 4</tmp 5</srv/again; echo ready; exec " + sys.executable + " -c '" + script + "' 3 4 5"
     for _ in range(2):
-        with box.popen(["sh", "-c", "echo ready; " + opening], stdin=PIPE, stdout=PIPE) as process:
+        with box.popen(["sh", "-c", opening], stdin=PIPE, stdout=PIPE) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stdout.read(6) == b"ready\n"
-            time.sleep(0.3)
             kept = box.keep_files()
             process.stdin.write(b"x")
             refused = b""
@@ -600,7 +599,7 @@ def test_the_end_of_the_sandbox_in_the_middle(
 ) -> None:
     launcher.release()
     monkeypatch.setattr(layering, "_assemble", lambda *_: time.sleep(60))
-    spec = of(project, limits=Limits(wall=1.5)) if how == "wall" else of(project)
+    spec = of(project, limits=Limits(wall=3)) if how == "wall" else of(project)
     if shared:
         with Sandbox(spec):
             pass
