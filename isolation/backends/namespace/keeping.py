@@ -36,6 +36,7 @@ class _Work:
     stands   they are all new
     error    why nothing was done; or, where they are new, why what nobody needs is still there
     done     nothing is left to be done
+    late     it has taken too long
     """
 
     about: Message
@@ -48,6 +49,7 @@ class _Work:
     stands: bool = False
     error: OSError | None = None
     done: bool = False
+    late: bool = False
 
 
 class KeptFiles:
@@ -93,6 +95,7 @@ class KeptFiles:
     def give_up(self) -> Message:
         """It takes too long. Raises TornApart."""
         assert self._work is not None
+        self._work.late = True
         signal.pidfd_send_signal(self._work.pidfd, signal.SIGKILL)
         return self._end()
 
@@ -142,7 +145,8 @@ class KeptFiles:
         answer: Message = {"event": "files", "id": work.about["id"], "ask": work.about["ask"]}
         if work.done or work.stands:  # what is still there will be removed the next time
             return answer | {"kept": work.change.keeps, "chain": self._layers.chain()}
-        error = work.error or OSError(errno.ETIME, f"not done after {PATIENCE:.0f} seconds; the guest may be too busy")
+        late = OSError(errno.ETIME, f"not done after {PATIENCE:.0f} seconds; is the guest busy with the same files?")
+        error = work.error or (late if work.late else OSError(errno.ECHILD, "the process that should do it died"))
         return answer | {"errno": error.errno, "what": error.strerror}
 
     def _close_held(self) -> None:

@@ -14,6 +14,10 @@ The guest can rename whatever a mount point lies in, and plant a link there. So 
 mounts: each is walked by descriptors, without a symlink, and mounts are named by descriptors from then on. One that was put
 there before is known by its descriptor only, and nothing else is ever unmounted. Nor is anything imported here, since the
 files are the guest's.
+
+Who stays with the old files is in a mount that has gone. What was mounted beneath it, and may hide something, would go
+first, unless it were locked to it: so the trees are taken out by a process of a lesser user namespace, whose copy of the
+mounts the kernel locks (mount_namespaces(7)).
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from isolation.backends.namespace.operations import (
 from isolation.backends.namespace.plan import Plan
 
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
-_OUTER, _INNER = store_of(2), store_of(3)  # free, in a sandbox that is no fork of a template: where mounts are made
+_BENCH = store_of(2)  # free, in a sandbox that is no fork of a template: where mounts are made
 _FLAGS = syscalls.MS_NODEV | syscalls.MS_NOSUID
 _PAGE = 4096  # the options of a mount must fit in
 _TREE = syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC
@@ -174,7 +178,7 @@ def _renew(plan: Plan, wish: Wish, new: int, leash: socket.socket) -> None:
     for path in (KEPT[1:], f"{KEPT[1:]}/{new}"):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o755)
-    trees = [_assemble(place, wish.change.beneath, new) for place in there]
+    trees = _take_out([_assemble(place, wish.change.beneath, new) for place in there])
     syscalls.setns(wish.mounts, syscalls.CLONE_NEWNS)
     exchange = _Exchange(wish.held or [Held(_mount_at(place.outer.target), -1) for place in there], trees)
     if not wish.held:
@@ -240,17 +244,43 @@ def _walk(top: int, path: str, *, make: bool = False, file: bool = False) -> int
     return fd
 
 
-def _assemble(place: Place, beneath: Sequence[int], new: int) -> int:
-    """A detached tree: the overlay, and in it what is mounted beneath it. Raises OSError."""
-    _mount_overlay(place.outer, beneath, new, _OUTER)
-    root = os.open(_OUTER, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def _assemble(place: Place, beneath: Sequence[int], new: int) -> str:
+    """Mount the overlay, and in it what is mounted beneath it; returns where. Raises OSError."""
+    point = f"{KEPT[1:]}/{new}/{place.outer.layer}.tree"
+    os.mkdir(point, 0o755)
+    _mount_overlay(place.outer, beneath, new, point)
+    root = os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for operation in place.beneath:
             _attach(operation, root, place.outer.target, beneath, new)
-        return syscalls.open_tree(_OUTER, _TREE | syscalls.AT_RECURSIVE)
     finally:
         os.close(root)
-        syscalls.umount2(_OUTER, syscalls.MNT_DETACH)
+    return point
+
+
+def _take_out(points: Sequence[str]) -> list[int]:
+    """Detached trees of what is mounted there, in which all mounts but the uppermost are locked. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid, pidfd = syscalls.clone(0)
+    if pid == 0:
+        try:
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
+            trees = [syscalls.open_tree(point, _TREE | syscalls.AT_RECURSIVE) for point in points]
+            socket.send_fds(theirs, [b"t"], trees)
+        except OSError as error:
+            theirs.send(f"x{error.errno or 0} {error.strerror}".encode("utf-8", "replace")[:4000])
+        finally:
+            os._exit(0)
+    theirs.close()
+    said, trees, _flags, _ = socket.recv_fds(ours, 8192, len(points))
+    ours.close()
+    os.waitpid(pid, 0)
+    os.close(pidfd)
+    if len(trees) != len(points):
+        number, _, what = said[1:].decode("utf-8", "replace").partition(" ")
+        raise OSError(int(number or errno.ECHILD), what or "the new mounts could not be taken out")
+    return trees
 
 
 def _attach(operation: Private | Overlay | Rebind, root: int, outer: str, beneath: Sequence[int], new: int) -> None:
@@ -258,9 +288,9 @@ def _attach(operation: Private | Overlay | Rebind, root: int, outer: str, beneat
         tree = syscalls.open_tree(operation.base, _TREE | syscalls.AT_RECURSIVE)
         file = not operation.directory
     else:
-        _mount_overlay(operation, beneath, new, _INNER)
-        tree, file = syscalls.open_tree(_INNER, _TREE), False
-        syscalls.umount2(_INNER, syscalls.MNT_DETACH)
+        _mount_overlay(operation, beneath, new, _BENCH)
+        tree, file = syscalls.open_tree(_BENCH, _TREE), False
+        syscalls.umount2(_BENCH, syscalls.MNT_DETACH)
     try:
         with _named(operation.target):
             target = _walk(root, operation.target[len(outer) :], make=True, file=file)
@@ -332,7 +362,9 @@ class _Exchange:
         """All is as it was. Returns what is held then. Raises OSError when it cannot be."""
         for index, (held, tree, copy) in enumerate(zip(self._held, self._trees, self._copies, strict=True)):
             if index in self._placed:
-                _unmount(tree)  # and what may lie upon it
+                if held.top >= 0 and index not in self._gone:
+                    _unmount(held.top)  # which lies upon it
+                _unmount(tree)
             if copy >= 0 and index in self._placed | self._gone:
                 syscalls.move_mount_onto(copy, held.ground)
                 self._held[index] = replace(held, top=copy)
@@ -363,6 +395,6 @@ def _freeze(mount: int, *, recursive: bool = False) -> None:
 
 
 def _unmount(mount: int) -> None:
-    """A mount, by its root, and whatever lies upon and beneath it."""
+    """A mount, by its root, with all beneath it. Nothing must lie upon it, or that would go instead (LOOKUP_MOUNTPOINT)."""
     os.fchdir(mount)
     syscalls.umount2(".", syscalls.MNT_DETACH)

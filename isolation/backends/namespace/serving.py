@@ -241,10 +241,10 @@ class Keeper:
         """Keep them, restore or forget what is kept. The answer comes later."""
         try:
             if child.files is None:
-                while child.mounts < 0 and wait_readable(child.leash.fileno(), 0):
+                while child.mounts < 0 and child.leash.fileno() >= 0 and wait_readable(child.leash.fileno(), 0):
                     self._answer(child)  # it has sent them, but has not been heard yet
                 if child.mounts < 0:
-                    raise OSError(errno.ENOTSUP, "this is not a sandbox for commands")
+                    raise OSError(errno.ENOTSUP, "this is no sandbox for commands, or it has ended")
                 child.files = KeptFiles(self._plan, child.mounts)
             child.files.begin(message)
         except OSError as error:
