@@ -145,6 +145,7 @@ def main() -> int:
         os.mkdir(warm)
         starts(rounds, cold, warm)
         figures(max(3, rounds // 3), cold)
+        undo(max(3, rounds // 3), cold)
     return 0
 
 
@@ -200,6 +201,31 @@ def figures(rounds: int, cold: str) -> None:
         parts = " + ".join(f"{one:.0f}" for one in each)
         rows.append([name, f"{speed:.0f} MB/s", f"{speed / plain:.2f}", f"{sum(each):.0f} MiB", parts])
     print(table(["", "200 MB message", "of plain", "memory, idle", "of which"], rows))
+
+
+def undo(rounds: int, cold: str) -> None:
+    """Back to the state behind some imports: by a rollback; and, in a plain kernel, by a restart and the same imports."""
+    took: dict[str, list[float]] = {name: [] for name in ("restart, and run again", "checkpoint", "rollback")}
+    for _ in range(rounds):
+        plain = Started("python3", cold)
+        try:
+            plain.run(PLOT)
+            plain.began = time.perf_counter()
+            plain.manager.restart_kernel(now=True)
+            took["restart, and run again"].append(plain.run(PLOT))
+        finally:
+            plain.close()
+        kernel = Started("argv", cold)
+        try:
+            kernel.run(PLOT)
+            for name in ("checkpoint", "rollback"):
+                kernel.began = time.perf_counter()
+                took[name].append(kernel.run(f"%isolation {name} a"))
+        finally:
+            kernel.close()
+    whole = median(took["restart, and run again"])
+    rows = [[name, f"{1000 * median(all_):.0f} ms", f"{median(all_) / whole:.2f}"] for name, all_ in took.items()]
+    print(table(["back to a plot", "median", "of a restart"], rows))
 
 
 if __name__ == "__main__":

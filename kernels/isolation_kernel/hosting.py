@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from isolation.errors import LaunchError
 from isolation.result import Ended, Verdict
+from isolation.spec import Limits
 from isolation.units import format_size
 from isolation.wire import wait_readable
 from isolation_kernel.box import KernelBox
@@ -172,25 +173,13 @@ class Hosting:
 
     def _explain(self, verdict: Verdict, relay: Relay) -> None:
         """Ends that a user would wonder about: in the frontend's log, and in the cell that ran."""
-        limits = self.box.sandbox.spec.limits
-        if self._services is not None and self._services.reason:
-            text = f"the kernel was ended: {self._services.reason}"
-        elif verdict.ended is Ended.OUT_OF_MEMORY:
-            limit = f" (its limit is {format_size(limits.memory)}: --memory)" if limits.memory is not None else ""
-            text = f"the kernel ran out of memory{limit}"
-        elif verdict.ended is Ended.TIMED_OUT:
-            text = f"the kernel's time was up after {limits.wall:g} s (--timeout)"
-        elif not verdict.ok:
-            text = f"the kernel {verdict}"
-        else:
-            return
-        say(text)
-        if self._connection is not None and self._services is not None and self._services.cell:
-            from isolation_kernel import obituary
-
-            relay.close()
-            endpoint = self._connection.endpoint(CHANNELS.index("iopub"))
-            obituary.publish(endpoint, self._connection.told, self._services.cell, f"isolation: {text}\n")
+        assert self._services is not None
+        text = why_ended(verdict, self._services.reason, self.box.sandbox.spec.limits)
+        if text:
+            say(text)
+            if self._connection is not None and self._services.cell:
+                relay.close()
+                publish_why(text, self._connection, self._services.cell)
 
     def close(self) -> None:
         """End the kernel, and everything in its sandbox."""
@@ -214,6 +203,25 @@ class Hosting:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def why_ended(verdict: Verdict, reason: str, limits: Limits) -> str:
+    """For people; "" for an end that nobody wonders about. `reason`: why its host has ended it."""
+    if reason:
+        return f"the kernel was ended: {reason}"
+    if verdict.ended is Ended.OUT_OF_MEMORY:
+        limit = f" (its limit is {format_size(limits.memory)}: --memory)" if limits.memory is not None else ""
+        return f"the kernel ran out of memory{limit}"
+    if verdict.ended is Ended.TIMED_OUT:
+        return f"the kernel's time was up after {limits.wall:g} s (--timeout)"
+    return "" if verdict.ok else f"the kernel {verdict}"
+
+
+def publish_why(text: str, connection: Connection, cell: Mapping[str, str]) -> None:
+    """To the notebook, as the last words of the cell that ran. What listened on the iopub channel does so no more."""
+    from isolation_kernel import obituary
+
+    obituary.publish(connection.endpoint(CHANNELS.index("iopub")), connection.told, cell, f"isolation: {text}\n")
 
 
 def told_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -53,10 +53,10 @@ class Options:
             parse_seconds(self.cell_timeout, "cell time limit")
         if self.export is not None and not os.path.isabs(self.export):
             raise SpecError(f"the export directory {self.export!r} must be an absolute path")
-        if self.in_machine and (self.network not in ("none", "nat") or self.notebook == "rw"):
+        if self.in_machine and (Network.parse(self.network).mode == "host" or self.notebook == "rw"):
             raise SpecError(
-                "a kernel in a virtual machine has --network none or nat, and --notebook overlay, ro or none: what it "
-                "writes reaches the host by %isolation export only"
+                "a kernel in a virtual machine has --network none, allow:… or nat, and --notebook overlay, ro or none: what "
+                "it writes reaches the host by %isolation export only"
             )
         self.spec(None, {})
 

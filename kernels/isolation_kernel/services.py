@@ -178,7 +178,10 @@ class Services:
     def _checkpoint(self, message: Message) -> dict[str, Any]:
         name = checkpoint_name(message, self._kept)
         if FILE_CHECKPOINTS not in self._box.sandbox.backend.features():
-            raise GuestError(f"the {self._box.sandbox.backend.name} backend has no checkpoints")
+            raise GuestError(
+                "checkpoints of a container need Linux 6.6 or later; a kernel in a virtual machine has them anywhere "
+                "(isolation kernel install --backend microvm)"
+            )
         taken = {kept.slot for kept in self._kept.values()}
         before = self._kept.get(name)
         slot = next(number for number in range(CHECKPOINTS_AT_MOST + 1) if number not in taken)

@@ -28,10 +28,13 @@ from kernel import frontend
 from kernel.conftest import install
 from kernel.frontend import Kernel
 from kernel.test_protocol import Samples
+from kernel.test_proxy import GET, Index, index
 
 import isolation
 from isolation.errors import LaunchError
 from isolation.mux import MuxError
+
+__all__ = ["index"]  # a fixture
 
 Kernels = Callable[..., Kernel]
 FIRST_START = 240.0  # s, for a machine to be made, and a kernel to be started in it, emulated
@@ -202,6 +205,32 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(kernel: Kernel) -> None:
         time.sleep(0.1)
 
 
+def test_only_the_allowed_hosts_are_reached(
+    kernels: Kernels, machine_kernel: str, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontend, "PATIENCE", FIRST_START)  # the proxy's variables make another warm machine of it
+    kernel = kernels("argv", "--backend", "microvm", "--network", "allow:localhost")
+    get = GET.format(f"http://localhost:{index.port}/page")
+    for _ in range(2):
+        assert "hello_sandbox" in kernel.run(get).text
+        assert "HTTP Error 403" in kernel.run(GET.format("http://example.org/")).error
+        assert kernel.run("%isolation checkpoint a").status == "ok"
+        assert kernel.run("%isolation rollback a").status == "ok"
+    assert index.asked == ["/page", "/page"]
+    assert kernel.run(f"import socket\nsocket.create_connection(('127.0.0.1', {index.port}), 5)").status == "error"
+    assert kernel.run("socket.getaddrinfo('example.org', 80)").content["ename"] == "gaierror"
+
+
+def test_the_notebook_is_told_why_its_kernel_ended(kernel: Kernel) -> None:
+    kernel.run("import os, signal")
+    identity = kernel.send("os.kill(os.getpid(), signal.SIGSEGV)")
+    told = ""
+    while "isolation: the kernel killed by signal 11 (SIGSEGV)" not in told:
+        message = kernel.client.get_iopub_msg(timeout=frontend.PATIENCE)
+        if message["parent_header"].get("msg_id") == identity:
+            told += message["content"].get("text", "")
+
+
 def test_export(kernels: Kernels, machine_kernel: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "victim").write_text("still here")
@@ -334,6 +363,16 @@ def test_lines_arrive_in_any_pieces() -> None:
     for byte in line({"a": 1}) + line({"b": "\n"}):
         lines.feed(bytes([byte]))
     assert heard == [{"a": 1}, {"b": "\n"}]
+
+
+def test_nothing_is_left_of_a_file_that_was_on_its_way(faked: tuple[box.MachineBox, FakeBranch], tmp_path: Path) -> None:
+    made, branch = faked
+    made.fetch("/x", str(tmp_path / "x"), 1000, lambda told: None)
+    branch.guest.sendall(frame(box.CONTROL, line({"size": 10, "of": box.FIRST})) + frame(box.FIRST, b"half"))
+    steps(made, 5)
+    assert len(os.listdir(tmp_path)) == 1
+    made.close()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("size", ["more than was said", "more than is allowed", "less than was said"])

@@ -11,7 +11,7 @@ from ipykernel.kernelapp import IPKernelApp
 
 from isolation_kernel.connection import CHANNELS
 
-_SHELL, _IOPUB = CHANNELS.index("shell") + 1, CHANNELS.index("iopub") + 1
+_SHELL, _IOPUB, _STDIN = (CHANNELS.index(name) + 1 for name in ("shell", "iopub", "stdin"))  # ports
 _PATIENCE: Final = 2.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
 
 
@@ -40,17 +40,20 @@ class KernelApp(IPKernelApp):
 class RenewedApp(KernelApp):
     """In a kernel that has come back: the shell, and what its user has made of it, is there already.
 
-    It waits for the frontends of the kernel before, `expected` for each of shell and iopub. What is said to somebody who is
-    not connected is lost, and they would wait for it.
+    It waits for the frontends of the kernel before, of whom so many were `expected` (by port). What is said to somebody who
+    is not connected is lost, and they would wait for it.
     """
 
-    expected: tuple[int, int]
+    expected: ClassVar[dict[int, int]]
     streams: ClassVar[dict[str, Any]]  # stdout and stderr of the application before
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self._monitored: list[tuple[Any, Any, int]] = []
+
     def _try_bind_socket(self, s: Any, port: int) -> int:
-        if port == _SHELL:
-            self._monitor = s.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-            self._monitored = s
+        if port in (_SHELL, _STDIN):
+            self._monitored.append((s, s.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED), self.expected[port]))
         elif port == _IOPUB:
             s.setsockopt(zmq.XPUB_VERBOSE, 1)  # who subscribes to what others have is not told otherwise
         return super()._try_bind_socket(s, port)
@@ -78,13 +81,13 @@ class RenewedApp(KernelApp):
     def init_kernel(self) -> None:
         """Not before the frontends are there."""
         deadline = time.monotonic() + _PATIENCE
-        missing, subscribers = self.expected
-        while missing > 0 and self._monitor.poll(max(0, 1000 * (deadline - time.monotonic()))):
-            _event, endpoint = self._monitor.recv_multipart()
-            missing -= not endpoint.endswith(b"-inner")
-        self._monitored.disable_monitor()
-        self._monitor.close()
-        while 0 <= self._subscribed < subscribers and time.monotonic() < deadline:
+        for monitored, monitor, missing in self._monitored:
+            while missing > 0 and monitor.poll(max(0, 1000 * (deadline - time.monotonic()))):
+                _event, endpoint = monitor.recv_multipart()
+                missing -= not endpoint.endswith(b"-inner")
+            monitored.disable_monitor()
+            monitor.close()
+        while 0 <= self._subscribed < self.expected[_IOPUB] and time.monotonic() < deadline:
             time.sleep(0.002)
         if self._subscribed < 0:
             time.sleep(0.3)

@@ -5,7 +5,7 @@ at each checkpoint: what is forked is the machine, with the kernel, its threads 
 
 On the stream, each connection of a frontend is a mux stream of its own, so that none keeps another waiting. Two are special:
 
-    0  this program's own: lines of JSON. From the host: open, read, signal, files, order, checkpoint; to it: gone, exit
+    0  this program's own: lines of JSON. From the host: open, read, signal, files, forward, checkpoint; to it: gone, exit
     1  the kernel's wire, as bytes
 """
 
@@ -26,11 +26,13 @@ from typing import Any, BinaryIO, Final
 from isolation.guest import Guest
 from isolation.mux import Mux, MuxError
 from isolation.wire import Wire
+from isolation_kernel.inside import forwarder
 
 CONTROL, WIRE, FIRST = 0, 1, 2  # numbers of streams; those from FIRST on are the host's to give
 _LINE_AT_MOST: Final = 1 << 20
 _FIRST_GIVEN: Final = 64  # see host.py
 _CHANNELS: Final = 5
+EXITS: Final = 5  # the number of one more, behind which is forwarder.py
 _LAST_WORDS: Final = 2.0  # s
 
 
@@ -85,6 +87,7 @@ class Bridge:
         self._ended = os.pidfd_open(self._kernel.pid)
         self._mux: Mux
         self._checkpoint = False
+        self._forwarder: subprocess.Popen[bytes] | None = None
         self._archive: BinaryIO | None = None
         self._place = "/"
 
@@ -161,8 +164,22 @@ class Bridge:
             self._archive, self._place = tempfile.TemporaryFile(), message["directory"]
             self._mux.open(message["files"], deliver=self._take, ended=self._unpack)
             self._mux.finish(message["files"])
+        elif "forward" in message:
+            self._forward()
         elif "checkpoint" in message:
             self._checkpoint = True
+
+    def _forward(self) -> None:
+        if self._forwarder is None:
+            given = [self._listen(EXITS), forwarder.listen()]  # from now on: the kernel may be faster than that program
+            for number, listener in enumerate(given):
+                os.dup2(listener.fileno(), _FIRST_GIVEN + number)
+                listener.close()
+            numbers = range(_FIRST_GIVEN, _FIRST_GIVEN + len(given))
+            argv = [sys.executable, "-c", _FORWARDER, json.dumps(sys.path), str(numbers[-1])]
+            self._forwarder = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=numbers, start_new_session=True)
+            for fd in numbers:
+                os.close(fd)
 
     def _take(self, data: bytes) -> None:
         assert self._archive is not None
@@ -218,6 +235,10 @@ class Bridge:
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from isolation_kernel.inside.start import main; main(sys.argv[2:])"
+)
+_FORWARDER = (
+    "import json, socket, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from isolation_kernel.inside.forwarder import main; main(socket.socket(fileno=int(sys.argv[2])))"
 )
 
 

@@ -64,7 +64,8 @@ def _application(host: Host, given: Sequence[int], told: dict[str, Any], argumen
     deferred.client_side()
     from isolation_kernel.inside.app import KernelApp
 
-    given_arguments = ["-f", _write_connection_file(told), _HISTORY, *arguments]
+    history = [] if any(word.startswith("--HistoryManager.hist_file") for word in arguments) else [_HISTORY]
+    given_arguments = ["-f", _write_connection_file(told), *history, *arguments]
     sys.argv = ["ipykernel_launcher", *given_arguments]
     KernelApp.given = {number + 1: fd for number, fd in enumerate(given)}
     app: Any = KernelApp.instance(kernel_class=deferred.kernel_class())

@@ -17,7 +17,7 @@ from isolation.spec import SandboxSpec
 from isolation.template import Branch, Template
 from isolation.wire import Wire
 from isolation_kernel.box import REQUEST_AT_MOST, send_order
-from isolation_kernel.inside.bridge import CONTROL, FIRST, WIRE, Lines, line
+from isolation_kernel.inside.bridge import CONTROL, EXITS, FIRST, WIRE, Lines, line
 from isolation_kernel.machine import saved
 
 _PATIENCE: Final = 60.0  # s, with a machine that is to come to rest
@@ -56,9 +56,15 @@ class MachineBox:
 
     def close(self) -> None:
         """End this machine, and all that was connected to it."""
+        self._hang_up()
+        self.branch.close()
+
+    def _hang_up(self) -> None:
         self.mux.close()
         self.wire.close()
-        self.branch.close()
+        for incoming in self._reads.values():
+            incoming.abandon()
+        self._reads.clear()
 
     # What the kernel is told.
 
@@ -77,6 +83,10 @@ class MachineBox:
         fd = end.detach()
         self.mux.open(number, source=fd, sink=fd)
         return number
+
+    def forward(self) -> None:
+        """Start what takes the machine's connections to a proxy, on the last channel."""
+        self.say({"forward": True})
 
     def send_files(self, archive: BinaryIO, directory: str, unpacked: Callable[[], None]) -> None:
         """Unpack an archive in a directory."""
@@ -144,11 +154,9 @@ class MachineBox:
         made = self.branch.template(_PATIENCE)
         if made is None:
             raise SandboxClosed("the machine did not come to rest")
-        self.mux.close()
-        self.wire.close()
+        self._hang_up()
         self._begin(made.branch())
         return made, time.monotonic() - begun
-
 
 
 class _Incoming:
@@ -195,11 +203,15 @@ class _Incoming:
         self._tell(self._size)
 
     def fail(self, why: str) -> None:
+        self.abandon()
+        self._tell(why)
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
         if self._file is not None:
             self._file.close()
             self._file = None
             os.unlink(self._partial)
-        self._tell(why)
 
     def _tell(self, what: int | str) -> None:
         done, self._done = self._done, None
@@ -220,4 +232,4 @@ def make(spec: SandboxSpec, arguments: Sequence[str]) -> MachineBox:
     return MachineBox(spec, saved.template(spec, arguments))
 
 
-__all__ = ["CONTROL", "FIRST", "WIRE", "MachineBox", "make"]
+__all__ = ["CONTROL", "EXITS", "FIRST", "WIRE", "MachineBox", "make"]

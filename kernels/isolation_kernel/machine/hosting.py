@@ -8,19 +8,31 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from isolation.errors import IsolationError, LaunchError
 from isolation.mux import MuxError
 from isolation.result import Ended, Verdict
 from isolation.units import format_size
 from isolation.wire import Message
-from isolation_kernel.connection import Connection
-from isolation_kernel.hosting import TO_GROUP, Output, ParentLike, SignalsLike, say, told_environment
+from isolation_kernel.connection import Connection, Doors
+from isolation_kernel.hosting import (
+    TO_GROUP,
+    Output,
+    ParentLike,
+    SignalsLike,
+    publish_why,
+    say,
+    told_environment,
+    why_ended,
+)
 from isolation_kernel.machine import box as boxes
 from isolation_kernel.machine import files, saved
 from isolation_kernel.machine.services import MachineServices
 from isolation_kernel.options import Options
+
+if TYPE_CHECKING:
+    from isolation_kernel.proxy import Proxy
 
 _CONNECTIONS_AT_MOST: Final = 512
 _DRAIN: Final = 0.5  # s, for the last bytes of a kernel that has ended
@@ -37,6 +49,9 @@ class MachineHosting:
         self._listeners = {listener.fileno(): (number, listener) for number, listener in enumerate(listeners)}
         self._box: boxes.MachineBox | None = None
         self._services: MachineServices
+        self._connection: Connection | None = None
+        self._proxy: Proxy | None = None
+        self._exits: Doors | None = None
         self._connected: dict[int, int] = {}  # streams, and the channel of each
         self._output = Output()
         self._silent: set[int] = set()  # of the machine's output, what has come to its end
@@ -50,10 +65,21 @@ class MachineHosting:
                 "a kernel in a virtual machine has no transport encryption: set transport_encryption to 'disabled', or "
                 "install it with --provisioner, for sockets that are nobody else's"
             )
+        self._connection = connection
         spec = self._options.spec(cwd, environ)
         machine_spec, copied = saved.spec_for(spec.replace(env=self._options.spec(None, {}).env), cwd)
         self._box = box = boxes.make(machine_spec, arguments)
         self._services = MachineServices(box, self._options, spec, self._plan_move)
+
+        hosts = self._options.allowed_hosts
+        if hosts:
+            from isolation_kernel.proxy import Proxy
+
+            box.forward()
+            self._exits = exits = Doors(count=1)
+            (way,) = exits.listeners
+            self._listeners[way.fileno()] = boxes.EXITS, way
+            self._proxy = Proxy(hosts, exits)
 
         def order() -> None:
             box.order(connection.told, (), spec.workdir, told_environment(environ) | dict(spec.env))
@@ -143,7 +169,7 @@ class MachineHosting:
         assert self._move is not None
         (move, answer), self._move = self._move, None
         self._forget_closed()
-        before = Counter(self._connected.values())
+        before = Counter(channel for channel in self._connected.values() if channel != boxes.EXITS)
         try:
             move()
         except IsolationError as error:
@@ -189,16 +215,26 @@ class MachineHosting:
             self._output.pass_on(fd)
 
     def _explain(self, verdict: Verdict) -> None:
+        """Ends that a user would wonder about: in the frontend's log, and in the cell that ran."""
         limits = self._options.spec(None, {}).limits
-        if self._services.reason:
-            say(f"the kernel was ended: {self._services.reason}")
-        elif verdict.ended is Ended.SIGNALLED and verdict.status == signal.SIGKILL and limits.memory is not None:
-            say(f"the kernel was killed, for memory perhaps (its limit is {format_size(limits.memory)}: --memory)")
-        elif not verdict.ok:
-            say(f"the kernel {verdict}")
+        text = why_ended(verdict, self._services.reason, limits)
+        if verdict.ended is Ended.SIGNALLED and verdict.status == signal.SIGKILL and limits.memory is not None:
+            text = f"the kernel was killed, for memory perhaps (its limit is {format_size(limits.memory)}: --memory)"
+        if text:
+            say(text)
+            if self._connection is not None and self._services.cell:
+                assert self._box is not None
+                self._box.mux.close()
+                publish_why(text, self._connection, self._services.cell)
 
     def close(self) -> None:
         """End the machine, and forget its checkpoints."""
+        if self._proxy is not None:
+            self._proxy.close()
+            self._proxy = None
+        if self._exits is not None:
+            self._exits.close()
+            self._exits = None
         if self._box is not None:
             self._box.close()
             self._services.close()

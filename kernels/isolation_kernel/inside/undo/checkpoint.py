@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from IPython.core.error import UsageError
 
 from isolation.errors import WireError
+from isolation_kernel.connection import CHANNELS
 from isolation_kernel.inside.host import Host, Refused
 from isolation_kernel.inside.undo import request
 from isolation_kernel.inside.undo.refusals import Own, refusals
@@ -100,7 +101,7 @@ class Undo:
         if lineage is None:
             raise UsageError(f"there is no checkpoint {name!r}")
         asked, idents = request.current(self._app.kernel)
-        expected = own.connections(0), own.connections(1)
+        expected = [own.connections(number) for number in range(len(CHANNELS))]
         message = {"name": name, "request": asked, "idents": idents, "expected": expected}
         try:
             successor = lineage.wake(slot, message)
@@ -178,7 +179,7 @@ class Undo:
         from isolation_kernel.inside.undo import rebuild
 
         self._host.adopt()
-        self._app = app = rebuild.application(self._own, self._arguments, tuple(wake.message["expected"]))
+        self._app = app = rebuild.application(self._own, self._arguments, wake.message["expected"])
         app.kernel.at_cell_end = self._cell_ended
         app.io_loop = app.kernel.io_loop = _current_loop()
         self._own = Own(app)

@@ -19,8 +19,9 @@ from isolation_kernel.inside.undo.refusals import Own
 _KEPT: list[Any] = []
 
 
-def application(own: Own, arguments: list[str], expected: tuple[int, int]) -> Any:
-    """Another one; its sockets are those that this process was given. `expected`: see RenewedApp."""
+def application(own: Own, arguments: list[str], expected: list[int]) -> Any:
+    """Another one; its sockets are those that this process was given. `expected` are the connections that
+    each of its channels had."""
     before = own.app
     kernel, shell = before.kernel, before.kernel.shell
     loops = own.loops()
@@ -35,7 +36,8 @@ def application(own: Own, arguments: list[str], expected: tuple[int, int]) -> An
 
     type(before).clear_instance()
     type(kernel).clear_instance()
-    RenewedApp.given, RenewedApp.expected, RenewedApp.streams = before.given, expected, streams
+    RenewedApp.given, RenewedApp.streams = before.given, streams
+    RenewedApp.expected = {number + 1: count for number, count in enumerate(expected)}
     sys.argv, argv = ["ipykernel_launcher", *arguments], sys.argv
     try:
         app: Any = RenewedApp.instance(kernel_class=type(kernel))
