@@ -21,12 +21,13 @@ import struct
 import termios
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Final, Self
 
 from isolation.errors import SandboxClosed, SpecError
 from isolation.result import Verdict
 from isolation.sandbox import Process
+from isolation.signals import Signals
 
 _BOUND: Final = 1 << 16  # bytes that wait in a pump, at most
 _PTY_HOLDS: Final = 1 << 17  # more than the kernel keeps for the master of a terminal
@@ -292,39 +293,6 @@ def _make_raw(mode: list[Any]) -> None:
     mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
 
 
-class _Signals:
-    """Signals as bytes in a pipe, so that a loop of poll(2) sees them. What the caller ignores (nohup) stays ignored."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before: dict[int, Any] = {}
-        for number in (*_TO_PROCESS, *_TO_GROUP, *_OURS):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, _noted)
-
-    def fileno(self) -> int:
-        return self._read
-
-    def take(self) -> bytes:
-        """The numbers of those that came."""
-        try:
-            return os.read(self._read, 64)
-        except BlockingIOError:
-            return b""
-
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self._read)
-        os.close(self._write)
-
-
-def _noted(_number: int, _frame: FrameType | None) -> None:
-    """The wakeup descriptor has it already."""
-
-
 class Relay:
     """Between the caller's streams and those of one command. With `capture` (a bound in bytes), output is kept in
     `captured` instead of passed on, and nothing is a terminal. What a command writes to its terminal goes through `screen`,
@@ -349,7 +317,7 @@ class Relay:
         self._master = -1
         self._screen = screen
         self._asked = -_AGAIN_WITHIN
-        self._signals: _Signals | None = None
+        self._signals: Signals | None = None
         try:
             self._arrange(capture)
         except BaseException:
@@ -409,7 +377,7 @@ class Relay:
 
     def watch_signals(self) -> None:
         """From now on signals are for the command."""
-        self._signals = _Signals()
+        self._signals = Signals((*_TO_PROCESS, *_TO_GROUP, *_OURS), obedient=True)
 
     def run(self, process: Process, news: int) -> Verdict:
         """Pass everything on until the command has ended (`news` is readable then), and what it has left in its pipes."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from isolation.errors import IsolationError, SpecError
+from isolation.signals import Signals
 from isolation_kernel.pool import client
 
 _FAILED: Final = 125
@@ -18,7 +19,8 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the kernel's exit code, or 125 when there is none."""
-    signals = Signals()  # first: a manager interrupts before every restart, and perhaps before this has begun
+    # First: a manager interrupts before every restart, and perhaps before this has begun.
+    signals = Signals(_SIGNALS, obedient=False)
     parent = Parent()
     try:
         return _launch(sys.argv[1:] if argv is None else argv, signals, parent)
@@ -75,30 +77,6 @@ def _accompany(adopted: client.Adopted, signals: Signals, parent: Parent) -> int
             for number in signals.take():
                 adopted.send_signal(number)
     return code if code >= 0 else 128 - code
-
-
-class Signals:
-    """Signals as bytes in a pipe, for a loop of epoll."""
-
-    def __init__(self) -> None:
-        self._read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            signal.signal(number, _noted)
-
-    def fileno(self) -> int:
-        return self._read
-
-    def take(self) -> bytes:
-        """The numbers of those that came."""
-        try:
-            return os.read(self._read, 64)
-        except BlockingIOError:
-            return b""
-
-
-def _noted(_number: int, _frame: object) -> None:
-    """The pipe has it already."""
 
 
 class Parent:
