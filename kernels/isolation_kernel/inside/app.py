@@ -50,6 +50,7 @@ class RenewedApp(KernelApp):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self._monitored: list[tuple[Any, Any, int]] = []
+        self._subscribed = 0
 
     def _try_bind_socket(self, s: Any, port: int) -> int:
         if port in (_SHELL, _STDIN):
@@ -61,17 +62,13 @@ class RenewedApp(KernelApp):
     def init_iopub(self, context: Any) -> None:
         """With an eye on who subscribes."""
         super().init_iopub(context)  # type: ignore[no-untyped-call]
-        thread, self._subscribed = self.iopub_thread, 0
-        stream = getattr(thread, "_xpub_stream", None)  # there is none before ipykernel 7
-        if stream is not None:
+        thread = self.iopub_thread
 
-            def subscribed(frames: Any) -> None:
-                self._subscribed += sum(bytes(frame)[:1] == b"\1" for frame in frames)
-                thread._handle_subscription(frames)
+        def subscribed(frames: Any) -> None:
+            self._subscribed += sum(bytes(frame)[:1] == b"\1" for frame in frames)
+            thread._handle_subscription(frames)
 
-            thread.io_loop.add_callback(stream.on_recv, subscribed)
-        else:
-            self._subscribed = -1
+        thread.io_loop.add_callback(thread._xpub_stream.on_recv, subscribed)
 
     def init_io(self) -> None:
         """Streams for the new channels; in the objects that were there before, which loggers, say, have kept."""
@@ -87,10 +84,8 @@ class RenewedApp(KernelApp):
                 missing -= not endpoint.endswith(b"-inner")
             monitored.disable_monitor()
             monitor.close()
-        while 0 <= self._subscribed < self.expected[_IOPUB] and time.monotonic() < deadline:
+        while self._subscribed < self.expected[_IOPUB] and time.monotonic() < deadline:
             time.sleep(0.002)
-        if self._subscribed < 0:
-            time.sleep(0.3)
         self.iopub_thread.io_loop.add_callback(self.iopub_thread.socket.setsockopt, zmq.XPUB_VERBOSE, 0)
         super().init_kernel()  # type: ignore[no-untyped-call]
 

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from ipykernel import _version
 from IPython.core.error import UsageError
 
 from isolation.errors import WireError
@@ -78,6 +79,8 @@ class Undo:
 
     def wish(self, name: str, said: dict[str, Any]) -> None:
         """The host allows for a checkpoint. Raises UsageError."""
+        if _version.version_info < (7,):
+            raise UsageError(f"checkpoints of a container need ipykernel 7; this is {_version.__version__}")
         self._refuse()
         self._wish = _Wish(name, said["slot"], said["replaced"])
 
@@ -195,11 +198,9 @@ class Undo:
         content = {
             "status": "ok", "execution_count": kernel.shell.execution_count - 1, "user_expressions": {}, "payload": [],
         }  # fmt: skip
-        channel = kernel.shell_stream
-        if getattr(kernel, "_supports_kernel_subshells", False):
-            channel = kernel.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None)
+        channel = kernel.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None)
         kernel.session.send(channel, "execute_reply", content, parent=asked, ident=idents)
-        kernel._publish_status_and_flush("idle", "shell", channel)
+        kernel._publish_status("idle", "shell")
         self._host.tell("cell", parent=None)
 
 

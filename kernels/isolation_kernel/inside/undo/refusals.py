@@ -20,6 +20,8 @@ from isolation_kernel.inside.host import FIRST_GIVEN
 HOLDER_NAME: Final = "iso-check-"  # of the processes that keep checkpoints, and the slot; 15 bytes at most (prctl(2))
 GIVEN: Final = range(FIRST_GIVEN, FIRST_GIVEN + 6)  # five listening sockets, and the wire
 _LIBRARIES: Final = ("ipykernel", "IPython", "zmq", "tornado", "jupyter_client", "isolation_kernel")
+# Modules whose threads are of no harm when they are lost, and start anew: pyzmq's comes with the first large message.
+_RENEWED: Final = ("zmq.utils.garbage", "tqdm._monitor")
 _SHOWN: Final = 8
 _NATIVE: Final = ("ZMQbg",)  # names of threads of libzmq's
 
@@ -78,6 +80,9 @@ class Own:
 def refusals(own: Own, ours: Iterable[int] = ()) -> list[str]:
     """Reasons, for people; none when nothing of the user's would be lost. `ours`: descriptors that checkpoints need."""
     found = [*_threads(own), *_native_threads(), *_processes(own), *_tasks(own), *_open_files(own, set(ours)), *_maps(own)]
+    debugger = getattr(own.app.kernel, "debugger", None)
+    if debugger is not None and (vars(debugger).get("_debugger") or vars(debugger).get("debugpy_initialized")):
+        found.append("the debugger, which has been used")
     if getattr(own.app.kernel, "eventloop", None) is not None:
         found.append("the event loop of a graphical toolkit (%gui)")
     more = len(found) - _SHOWN
@@ -122,8 +127,7 @@ def _threads(own: Own) -> Iterator[str]:
     main = threading.main_thread()
     for thread in threading.enumerate():
         kind = type(thread)
-        # pyzmq's garbage collector comes with the first large message, and starts anew in a fork.
-        if thread is not main and thread not in own.threads and not kind.__module__.startswith("zmq."):
+        if thread is not main and thread not in own.threads and kind.__module__ not in _RENEWED:
             yield f"thread {thread.name!r}" + (f" ({kind.__module__})" if kind.__module__ != "threading" else "")
 
 
