@@ -95,6 +95,16 @@ def test_a_warm_kernel(pool: Callable[..., Pool], kernels: Kernels, route: str) 
     kernel.manager.shutdown_kernel()
 
 
+def test_a_warm_kernel_goes_back(pool: Callable[..., Pool], kernels: Kernels) -> None:
+    pool("provisioner")
+    kernel = kernels("provisioner")
+    kernel.run("x = 1; open('file', 'w').write('1')\n%isolation checkpoint a")
+    kernel.run("x = 2; open('file', 'w').write('2')")
+    assert kernel.run("%isolation rollback a").text == "back at checkpoint a\n"
+    assert kernel.value("(x, open('file').read())") == "(1, '1')"
+    assert "image/png" in kernel.run("import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()").data
+
+
 def test_each_is_handed_out_once(pool: Callable[..., Pool], kernels: Kernels) -> None:
     waiting = pool("provisioner", count=2)
     numbers = set()

@@ -291,6 +291,37 @@ def test_a_notebook_with_a_rollback(jupyter: Path, tmp_path: Path) -> None:
     assert notebook.cells[3].outputs[0].text == "back at checkpoint a\n"
 
 
+def test_encrypted_channels_come_back(kernels: Kernels) -> None:
+    kernel = kernels("argv", encryption="required")
+    kernel.run("x = 1\n%isolation checkpoint a")
+    kernel.run("x = 2")
+    back(kernel)
+    assert kernel.value("x") == "1"
+
+
+def test_asked_for_by_a_subshell(one: Kernel) -> None:
+    """Which is a thread that a fork would lose; and it goes with a rollback."""
+    one.run("x = 1\n%isolation checkpoint a")
+    subshell = one.control("create_subshell_request", {})["subshell_id"]
+    assert "(ipykernel.subshell)" in one.run("x = 2\n%isolation checkpoint b").error
+    message = one.client.session.msg("execute_request", {
+        "code": "%isolation rollback a", "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False,
+    })  # fmt: skip
+    message["header"]["subshell_id"] = subshell
+    one.client.shell_channel.send(message)
+    assert one.collect(message["header"]["msg_id"]).text == "back at checkpoint a\n"
+    assert one.value("x") == "1"
+    assert one.control("list_subshell_request", {})["subshell_id"] == []
+
+
+def test_the_working_directory_goes_back(one: Kernel) -> None:
+    one.run("import os; os.mkdir('below'); os.chdir('below'); here = os.getcwd()\n%isolation checkpoint a")
+    assert one.value("os.getcwd() == here and open('new', 'w').write('1')") == "1"
+    one.run("os.chdir('/tmp')")
+    back(one)
+    assert one.value("(os.getcwd() == here, os.listdir())") == "(True, [])"
+
+
 def test_without_the_supervisor_s_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The supervisor ends as the kernel does: here one that was named by the pipe, after another."""
     pipe, its_end = os.pipe()
