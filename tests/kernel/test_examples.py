@@ -40,6 +40,9 @@ def test_tour(notebooks: Path) -> None:
     assert "squares.csv" in text(cells[2])
     assert any("image/png" in output.get("data", {}) for output in cells[3].outputs)
     assert "refused" in text(cells[5])
+    assert text(cells[7]) == "{} False\n"
+    assert text(cells[8]) == "back at checkpoint good\n"
+    assert text(cells[9]) == "{'apple': 3, 'pear': 4} True\n"
     assert not (notebooks / "squares.csv").exists()
 
 
