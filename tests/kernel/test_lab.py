@@ -137,6 +137,25 @@ def test_a_notebook_in_jupyterlab(server: Server, browser: Browser, tmp_path: Pa
     assert server.execute(kernel["id"], "print('plt' in globals())") == "False\n"
 
 
+def test_all_cells_of_a_notebook_that_goes_back(server: Server, browser: Browser, tmp_path: Path) -> None:
+    """JupyterLab sends them all at once: those behind the rollback are for a kernel that is not there yet."""
+    codes = ("x = 1", "%isolation checkpoint a", "x = 2", "%isolation rollback a", "print('x is', x)")
+    notebook(tmp_path / "n.ipynb", "argv", codes)
+    browser.call("Page.navigate", url=f"http://{server.address}/lab/tree/n.ipynb?token={server.token}&reset")
+    wait(lambda: browser.evaluate("!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-CodeCell')"), 90)
+    wait(lambda: kernels_of(server), 40)
+    wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
+    cells = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]"
+    for _ in range(2):
+        browser.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        wait(lambda: browser.evaluate(f"{cells}[4].innerText").rstrip().endswith("x is 1"))
+        wait(lambda: "*" not in browser.evaluate(f"{cells}.map(c => c.querySelector('.jp-InputPrompt').innerText).join()"))
+        wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
+        assert "back at checkpoint a" in browser.evaluate(f"{cells}[3].innerText")
+        assert browser.evaluate("document.querySelectorAll('.jp-Dialog').length") == 0
+        browser.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+
+
 def kernels_of(server: Server) -> Any:
     """What runs. While one starts, jupyter_server may answer with an internal error (500)."""
     try:

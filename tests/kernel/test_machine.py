@@ -144,6 +144,14 @@ def test_checkpoints_have_names_and_an_end(kernel: Kernel) -> None:
     assert "%isolation checkpoint NAME" in kernel.run("%isolation checkpoint").error
 
 
+def test_cells_in_the_queue_behind_a_rollback_are_run(kernel: Kernel) -> None:
+    kernel.run("x = 1")
+    kernel.run("%isolation checkpoint a")
+    sent = [kernel.send(code) for code in ("x = 2", "%isolation rollback a", "x += 10", "print(x)")]
+    assert [kernel.collect(identity).status for identity in sent[:-1]] == ["ok"] * 3
+    assert kernel.collect(sent[-1]).text == "11\n"
+
+
 def test_many_frontends_come_back(kernel: Kernel) -> None:
     other = BlockingKernelClient()  # with a session, and so an identity, of its own
     other.load_connection_file(kernel.manager.connection_file)

@@ -154,6 +154,18 @@ def test_cells_in_the_queue_behind_a_checkpoint_are_run(one: Kernel) -> None:
     assert one.collect(sent[-1]).text == "3\n"
 
 
+def test_cells_in_the_queue_behind_a_rollback_are_run(kernel: Kernel) -> None:
+    """As a frontend sends them that runs all cells; by the kernel that has come back."""
+    for _ in range(3):
+        codes = ["x = 2", "%isolation rollback a", "x += 10", "print(x)", "1/0", "print('not this one')"]
+        sent = [kernel.send(code) for code in codes]
+        replies = [kernel.collect(identity) for identity in sent]
+        assert [reply.status for reply in replies[:4]] == ["ok"] * 4
+        assert replies[3].text == "11\n"
+        assert replies[4].error == "ZeroDivisionError: division by zero"
+        assert replies[5].status in ("error", "aborted")
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import time
 from typing import Any, ClassVar, Final
 
 import zmq
 from ipykernel.heartbeat import Heartbeat
+from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 
 from isolation_kernel.connection import CHANNELS
 
 _SHELL, _IOPUB, _STDIN = (CHANNELS.index(name) + 1 for name in ("shell", "iopub", "stdin"))  # ports
 _PATIENCE: Final = 2.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
+
+
+class Kernel(IPythonKernel):
+    """IPython's, with something to do at the end of each cell, and an eye on who waits."""
+
+    at_cell_end: Any = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.waiting: dict[int, Any] = {}  # requests that have come, and are not begun
+
+    def start(self) -> None:
+        """As the base class's; it hears of requests as soon as they come."""
+        super().start()  # type: ignore[no-untyped-call]
+        if getattr(self, "shell_channel_thread", None) is None:
+            return  # before ipykernel 7
+        context = contextvars.copy_context()
+
+        async def begin(message: Any) -> None:
+            await asyncio.create_task(self.shell_main(None, message), context=context)
+
+        def received(message: Any) -> Any:
+            self.waiting[id(message)] = message
+            return begin(message)
+
+        self.shell_channel_thread.manager.get_shell_channel_to_subshell_pair(None).on_recv(self.io_loop, received)
+
+    async def dispatch_shell(self, msg: Any, *arguments: Any, **more: Any) -> None:
+        """A request's turn has come."""
+        self.waiting.pop(id(msg), None)
+        await super().dispatch_shell(msg, *arguments, **more)
+
+    async def do_execute(self, *arguments: Any, **more: Any) -> Any:
+        """A cell."""
+        reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
+        return reply if self.at_cell_end is None else await self.at_cell_end(reply)
 
 
 class KernelApp(IPKernelApp):

@@ -94,16 +94,8 @@ class _Debugger:
 
 
 def kernel_class() -> Any:
-    """IPython's kernel, with something to do at the end of each cell; and with a debugger that is made when it is needed,
-    where there is one and it is not imported yet."""
-    from ipykernel.ipkernel import IPythonKernel
-
-    class Kernel(IPythonKernel):
-        at_cell_end: Any = None
-
-        async def do_execute(self, *arguments: Any, **more: Any) -> Any:
-            reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
-            return reply if self.at_cell_end is None else await self.at_cell_end(reply)
+    """Our kernel's; with a debugger that is made when it is needed, where there is one and it is not imported yet."""
+    from isolation_kernel.inside.app import Kernel
 
     if importlib.util.find_spec("debugpy") is None or _defer("ipykernel.debugger", _is_debugpy_available=True) is None:
         return Kernel

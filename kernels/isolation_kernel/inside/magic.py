@@ -98,14 +98,21 @@ class Magic:
             self._undo.wish(name, said)
         elif "rolled_back" in said:
             request.become(self._shell.kernel, said["request"], said["idents"])
+            request.wait_again(self._shell.kernel, request.from_text(said["waiting"]))
             print(f"back at checkpoint {name}")
         else:
             print(f"checkpoint {name} in {said['seconds']} s")
 
     def _roll_back(self, arguments: list[str]) -> None:
         name = _one(arguments, "%isolation rollback NAME")
-        asked, idents = request.current(self._shell.kernel)
-        said = self._host.ask("rollback", name=name, request=asked, idents=idents)  # by a machine nobody hears the answer
+        kernel = self._shell.kernel
+        asked, idents = request.current(kernel)
+        waiting = [] if self._undo.holds else request.waiting(kernel)  # a machine does not come back here with them
+        try:
+            said = self._host.ask("rollback", name=name, request=asked, idents=idents, waiting=request.as_text(waiting))
+        except BaseException:
+            request.wait_again(kernel, waiting)
+            raise
         self._undo.roll_back(name, said["slot"])
 
 

@@ -74,7 +74,7 @@ class MachineServices(Services):
             self._machine.move_to(template)
             self.listen()
 
-        back = {"rolled_back": message["name"], "request": message.get("request"), "idents": message.get("idents")}
+        back = {"rolled_back": message["name"], **{name: message.get(name) for name in ("request", "idents", "waiting")}}
         self._moved(restore, {"answer": back})
 
     def close(self) -> None:

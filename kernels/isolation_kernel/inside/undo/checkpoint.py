@@ -77,6 +77,11 @@ class Undo:
 
     # The magic's side.
 
+    @property
+    def holds(self) -> bool:
+        """There are checkpoints here, in a container."""
+        return self._lineage is not None
+
     def wish(self, name: str, said: dict[str, Any]) -> None:
         """The host allows for a checkpoint. Raises UsageError."""
         if _version.version_info < (7,):
@@ -117,7 +122,7 @@ class Undo:
             raise
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        successor.take_over(own.streams())
+        successor.take_over(own.streams(), request.waiting(self._app.kernel))
 
     # Between two cells.
 
@@ -159,7 +164,7 @@ class Undo:
             if wake is not None:
                 random.setstate(state)
                 os.chdir("/")
-                holder.become_kernel(wake, self._own)
+                wake.waiting = holder.become_kernel(wake, self._own)
                 os.chdir(place)
                 return wake
             try:
@@ -187,6 +192,7 @@ class Undo:
         app.io_loop = app.kernel.io_loop = _current_loop()
         self._own = Own(app)
         app.io_loop.add_callback(self._answer, wake.message)
+        request.wait_again(app.kernel, wake.waiting)
 
     async def _answer(self, message: dict[str, Any]) -> None:
         kernel = self._app.kernel

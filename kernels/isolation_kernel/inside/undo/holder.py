@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import json
 import os
+import pickle
 import select
 import signal
 import socket
@@ -21,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from isolation_kernel.inside.undo.refusals import GIVEN, HOLDER_NAME, Own, descriptors, holders, processes
@@ -30,7 +31,7 @@ SLOTS: Final = 5  # one more than a kernel may have checkpoints, for the one tha
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _ANSWER: Final = 20.0  # s, for a fork
 _REQUEST: Final = 1 << 17
-_STOP: Final = b"x"
+
 
 class Gone(Exception):
     """A checkpoint's process is no more."""
@@ -38,10 +39,12 @@ class Gone(Exception):
 
 @dataclass
 class Wake:
-    """What a kernel hears that has come back: a message, and the pipe that tells of the end of the one before."""
+    """What a kernel hears that has come back: a message; a pipe that tells of the end of the one before; and by that pipe,
+    the requests that waited there."""
 
     message: dict[str, Any]
     life: int
+    waiting: list[list[bytes]] = field(default_factory=list)
 
 
 class Lineage:
@@ -144,12 +147,13 @@ class Successor:
 
     def stop(self) -> None:
         """It is not wanted after all."""
-        os.write(self._life, _STOP)
         os.close(self._life)
 
-    def take_over(self, streams: Sequence[Any]) -> None:
+    def take_over(self, streams: Sequence[Any], waiting: list[list[bytes]]) -> None:
         """End this process, or become the supervisor. Does not return."""
         lineage = self._lineage
+        with open(self._life, "wb", closefd=False) as life:
+            pickle.dump(waiting, life)
         if not lineage.first:
             os.write(lineage._its_pids, self._pid.to_bytes(8, "little"))
             os._exit(0)
@@ -159,12 +163,13 @@ class Successor:
         os.execv(sys.executable, [sys.executable, "-I", "-S", program, str(lineage._pids), str(self._pid)])
 
 
-def become_kernel(wake: Wake, own: Own) -> None:
-    """In one that comes back: wait for the end of the one before, and end what was started since the checkpoint. Ends this
-    process when it is not wanted after all."""
-    if os.read(wake.life, 1) == _STOP:
+def become_kernel(wake: Wake, own: Own) -> list[list[bytes]]:
+    """In one that comes back: wait for the end of the one before, and end what was started since the checkpoint. Returns the
+    requests that waited there. Ends this process when it is not wanted after all."""
+    with open(wake.life, "rb") as life:
+        data = life.read()
+    if not data:
         os._exit(0)
-    os.close(wake.life)
     deadline = time.monotonic() + _ANSWER
     while strays := [pid for pid in processes() if pid not in own.processes and pid != os.getpid()]:
         for pid in strays:
@@ -175,6 +180,8 @@ def become_kernel(wake: Wake, own: Own) -> None:
         if time.monotonic() > deadline:
             break
         time.sleep(0.005)
+    found: list[list[bytes]] = pickle.loads(data)
+    return found
 
 
 def _fork() -> int:

@@ -7,12 +7,15 @@ the later one, in place: ipykernel has the same objects in its hands while the c
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from typing import Any
 
+import zmq
 from IPython.core.error import UsageError
 from jupyter_client.jsonutil import json_default
 
+_CARRIED_AT_MOST = 32 << 10  # bytes, half of what a message to the host may be
 _KEPT = ("header", "msg_id", "msg_type", "parent_header")
 
 
@@ -22,6 +25,36 @@ def current(kernel: Any) -> tuple[dict[str, Any], list[str]]:
     kept = {name: request[name] for name in _KEPT if name in request}
     found = [base64.b64encode(ident).decode() for ident in _idents(kernel)]
     return json.loads(json.dumps(kept, default=json_default)), found
+
+
+def waiting(kernel: Any) -> list[list[bytes]]:
+    """Requests that have come and are not begun, in their order."""
+    found = [[bytes(frame) for frame in message] for message in kernel.waiting.values()]
+    inbox = kernel.shell_channel_thread.manager.get_shell_channel_to_subshell_pair(None).to_socket
+    with contextlib.suppress(zmq.Again):
+        while True:
+            found.append(inbox.recv_multipart(zmq.NOBLOCK))
+    return found
+
+
+def wait_again(kernel: Any, requests: list[list[bytes]]) -> None:
+    """Put such requests where they are taken from; in a kernel that has not begun, before any others."""
+    shell = kernel.shell_channel_thread
+    outbox = shell.manager.get_shell_channel_to_subshell_socket(None)  # that thread's
+    for frames in requests:
+        shell.io_loop.add_callback(outbox.send_multipart, frames)
+
+
+def as_text(requests: list[list[bytes]]) -> list[list[str]]:
+    """For the host, who gives it back to a machine; nothing, if it is too much to carry."""
+    if sum(len(frame) for frames in requests for frame in frames) > _CARRIED_AT_MOST:
+        return []
+    return [[base64.b64encode(frame).decode() for frame in frames] for frames in requests]
+
+
+def from_text(requests: list[list[str]]) -> list[list[bytes]]:
+    """The inverse."""
+    return [[base64.b64decode(frame) for frame in frames] for frames in requests]
 
 
 def become(kernel: Any, request: dict[str, Any], idents: list[str]) -> None:
