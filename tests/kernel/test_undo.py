@@ -311,19 +311,32 @@ def test_encrypted_channels_come_back(kernels: Kernels) -> None:
     assert kernel.value("x") == "1"
 
 
-def test_asked_for_by_a_subshell(one: Kernel) -> None:
-    """Which is a thread that a fork would lose; and it goes with a rollback."""
-    one.run("x = 1\n%isolation checkpoint a")
-    subshell = one.control("create_subshell_request", {})["subshell_id"]
-    assert "(ipykernel.subshell)" in one.run("x = 2\n%isolation checkpoint b").error
-    message = one.client.session.msg("execute_request", {
-        "code": "%isolation rollback a", "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False,
+def in_subshell(kernel: Kernel, subshell: str, code: str) -> str:
+    message = kernel.client.session.msg("execute_request", {
+        "code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False,
     })  # fmt: skip
     message["header"]["subshell_id"] = subshell
-    one.client.shell_channel.send(message)
-    assert one.collect(message["header"]["msg_id"]).text == "back at checkpoint a\n"
-    assert one.value("x") == "1"
-    assert one.control("list_subshell_request", {})["subshell_id"] == []
+    kernel.client.shell_channel.send(message)
+    return str(message["header"]["msg_id"])
+
+
+def test_subshells(one: Kernel) -> None:
+    """They are there again, by the same names: JupyterLab has one for its widgets."""
+    first = one.control("create_subshell_request", {})["subshell_id"]
+    assert one.run("x = 1\n%isolation checkpoint a").status == "ok"
+    second = one.control("create_subshell_request", {})["subshell_id"]
+    assert "a subshell at work" in one.collect(in_subshell(one, first, "%isolation checkpoint b")).error
+    for _ in range(2):
+        one.run("x = 2")
+        assert one.run("%isolation checkpoint later").status == "ok"
+        assert one.collect(in_subshell(one, first, "%isolation rollback a")).text == "back at checkpoint a\n"
+        assert one.value("x") == "1"
+        assert sorted(one.control("list_subshell_request", {})["subshell_id"]) == sorted([first, second])
+        for name in (first, second):
+            assert one.collect(in_subshell(one, name, "import threading; print(threading.current_thread().name, x)")).text == (
+                f"subshell-{name} 1\n"
+            )
+    assert one.control("delete_subshell_request", {"subshell_id": first})["status"] == "ok"
 
 
 def test_the_working_directory_goes_back(one: Kernel) -> None:

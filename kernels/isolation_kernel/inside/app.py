@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
+import types
 from typing import Any, ClassVar, Final
 
 import zmq
@@ -26,9 +27,13 @@ class Kernel(IPythonKernel):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.waiting: dict[int, Any] = {}  # requests that have come, and are not begun
+        self.subshells: list[str] = []  # that there were in the kernel before, and are to be again
 
     def start(self) -> None:
         """As the base class's; it hears of requests as soon as they come."""
+        if self.subshells:
+            self.shell_channel_thread.manager.set_on_recv_callback(self.shell_main)
+            self.shell_channel_thread.io_loop.add_callback(self._make_subshells)
         super().start()  # type: ignore[no-untyped-call]
         if getattr(self, "shell_channel_thread", None) is None:
             return  # before ipykernel 7
@@ -42,6 +47,19 @@ class Kernel(IPythonKernel):
             return begin(message)
 
         self.shell_channel_thread.manager.get_shell_channel_to_subshell_pair(None).on_recv(self.io_loop, received)
+
+    def _make_subshells(self) -> None:
+        """By the names that frontends know them by. ipykernel takes new ones, from the module `uuid`."""
+        from ipykernel import subshell_manager
+
+        module: Any = subshell_manager
+        uuid, names = module.uuid, iter(self.subshells)
+        module.uuid = types.SimpleNamespace(uuid4=lambda: next(names))
+        try:
+            for _ in self.subshells:
+                self.shell_channel_thread.manager._create_subshell()
+        finally:
+            module.uuid = uuid
 
     async def dispatch_shell(self, msg: Any, *arguments: Any, **more: Any) -> None:
         """A request's turn has come."""

@@ -110,7 +110,7 @@ class Undo:
             raise UsageError(f"there is no checkpoint {name!r}")
         asked, idents = request.current(self._app.kernel)
         expected = [own.connections(number) for number in range(len(CHANNELS))]
-        message = {"name": name, "request": asked, "idents": idents, "expected": expected}
+        message = {"name": name, "request": asked, "idents": idents, "expected": expected, "subshells": own.subshells()}
         try:
             successor = lineage.wake(slot, message)
         except holder.Gone as error:
@@ -188,7 +188,7 @@ class Undo:
 
         self._host.adopt()
         self._app = app = rebuild.application(self._own, self._arguments, wake.message["expected"])
-        app.kernel.at_cell_end = self._cell_ended
+        app.kernel.at_cell_end, app.kernel.subshells = self._cell_ended, wake.message["subshells"]
         app.io_loop = app.kernel.io_loop = _current_loop()
         self._own = Own(app)
         app.io_loop.add_callback(self._answer, wake.message)

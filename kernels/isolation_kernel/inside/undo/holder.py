@@ -65,10 +65,12 @@ class Lineage:
         """Leave a copy of this process behind. Returns None; and in each kernel that comes back to it, what woke that one.
         Raises OSError."""
         self.forget(slot)
+        loops = own.loops()  # now: threads of subshells are forgotten by a fork
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             if _fork():
                 return None
+            own.lost = loops
             wake = self._be_holder(slot, own)
             self.first = False
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as ipykernel has it between cells
@@ -194,7 +196,7 @@ def _let_go(own: Own, kept: set[int]) -> None:
     """Close what the kernel has open for itself: frontends must see its end when it ends. What is certainly not used again
     and has no object that would close its number a second time."""
     _restore(own.streams())
-    for loop in own.loops():
+    for loop in own.lost:
         selector = getattr(getattr(loop, "_selector", None), "_selector", None)
         if selector is not None:
             selector.close()

@@ -24,8 +24,7 @@ def application(own: Own, arguments: list[str], expected: list[int]) -> Any:
     each of its channels had."""
     before = own.app
     kernel, shell = before.kernel, before.kernel.shell
-    loops = own.loops()
-    _KEPT.append((own, before, kernel, list(shell.configurables), loops, [asyncio.all_tasks(loop) for loop in loops]))
+    _KEPT.append((own, before, kernel, list(shell.configurables), [asyncio.all_tasks(loop) for loop in own.lost]))
     for function in (before.close, before.iopub_thread.stop, before.cleanup_connection_file):
         atexit.unregister(function)
     asyncio.set_event_loop(asyncio.new_event_loop())

@@ -33,6 +33,7 @@ class Own:
         self.app = app
         self.threads = {thread for thread in threading.enumerate() if thread is not threading.main_thread()}
         self.processes = set(processes())
+        self.lost: list[Any] = []  # in a fork: event loops of threads that it does not have
         self.shared_maps = set(_shared_maps())
         self.anonymous = {fd for fd, link in descriptors() if link.startswith("anon_inode:")}
         self.pipes = {link for _fd, link in descriptors() if link.startswith("pipe:")}
@@ -41,13 +42,18 @@ class Own:
 
     def loops(self) -> list[Any]:
         """asyncio's, of the kernel's threads."""
-        names = ("control_thread", "iopub_thread", "shell_channel_thread")
-        found = [getattr(getattr(self.app, name, None), "io_loop", None) for name in names]
-        return [loop.asyncio_loop for loop in (self.app.io_loop, *found) if loop is not None]
+        threads = (self.app.control_thread, self.app.iopub_thread, self.app.shell_channel_thread)
+        more = [thread for thread in threading.enumerate() if _is_subshell(thread)]
+        return [loop.asyncio_loop for loop in (self.app.io_loop, *(thread.io_loop for thread in (*threads, *more)))]
+
+    def subshells(self) -> list[str]:
+        """Their names. JupyterLab has one for its widgets."""
+        found: list[str] = self.app.shell_channel_thread.manager.list_subshell()
+        return found
 
     def loop_ends(self) -> Iterator[Any]:
         """The two ends by which each of these loops is woken, as Python objects."""
-        for loop in self.loops():
+        for loop in self.lost or self.loops():
             yield from (end for end in (getattr(loop, "_ssock", None), getattr(loop, "_csock", None)) if end is not None)
 
     def streams(self) -> list[Any]:
@@ -79,7 +85,8 @@ class Own:
 
 def refusals(own: Own, ours: Iterable[int] = ()) -> list[str]:
     """Reasons, for people; none when nothing of the user's would be lost. `ours`: descriptors that checkpoints need."""
-    found = [*_threads(own), *_native_threads(), *_processes(own), *_tasks(own), *_open_files(own, set(ours)), *_maps(own)]
+    found = [*_threads(own), *_subshells(own), *_native_threads(), *_processes(own), *_tasks(own)]
+    found += [*_open_files(own, set(ours)), *_maps(own)]
     debugger = getattr(own.app.kernel, "debugger", None)
     if debugger is not None and (vars(debugger).get("_debugger") or vars(debugger).get("debugpy_initialized")):
         found.append("the debugger, which has been used")
@@ -127,8 +134,20 @@ def _threads(own: Own) -> Iterator[str]:
     main = threading.main_thread()
     for thread in threading.enumerate():
         kind = type(thread)
-        if thread is not main and thread not in own.threads and kind.__module__ not in _RENEWED:
+        known = thread is main or thread in own.threads or _is_subshell(thread)
+        if not known and kind.__module__ not in _RENEWED:
             yield f"thread {thread.name!r}" + (f" ({kind.__module__})" if kind.__module__ != "threading" else "")
+
+
+def _is_subshell(thread: Any) -> bool:
+    return type(thread).__module__ == "ipykernel.subshell"
+
+
+def _subshells(own: Own) -> Iterator[str]:
+    """Another kernel has them again, but not what they were about to do."""
+    manager = own.app.shell_channel_thread.manager
+    if any(manager.get_subshell_asyncio_lock(name).locked() for name in own.subshells()):
+        yield "a subshell at work"
 
 
 def _native_threads() -> Iterator[str]:
@@ -160,13 +179,13 @@ def _processes(own: Own) -> Iterator[str]:
 
 
 def _tasks(own: Own) -> Iterator[str]:
-    loop = own.app.io_loop.asyncio_loop
-    for task in asyncio.all_tasks(loop):
-        if not _is_of_library(_file_of(task.get_coro())):
-            yield f"task {task.get_name()!r} ({getattr(task.get_coro(), '__qualname__', '?')})"
-    for handle in getattr(loop, "_scheduled", ()):
-        if not handle.cancelled() and not _is_of_library(_file_of(handle._callback)):
-            yield f"a timer of the event loop ({getattr(handle._callback, '__qualname__', '?')})"
+    for loop in own.loops():
+        for task in asyncio.all_tasks(loop):
+            if not _is_of_library(_file_of(task.get_coro())):
+                yield f"task {task.get_name()!r} ({getattr(task.get_coro(), '__qualname__', '?')})"
+        for handle in list(getattr(loop, "_scheduled", ())):
+            if not handle.cancelled() and not _is_of_library(_file_of(handle._callback)):
+                yield f"a timer of the event loop ({getattr(handle._callback, '__qualname__', '?')})"
 
 
 def _file_of(what: Any) -> str:
