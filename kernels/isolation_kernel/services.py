@@ -6,8 +6,10 @@ costs the kernel its wire.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -103,6 +105,7 @@ class Services:
                 if answer is not None:
                     wire.send(answer)
         except WireError:
+            wire.sock.shutdown(socket.SHUT_RDWR)  # or who asks waits for an answer
             return False
         return alive
 
@@ -193,10 +196,12 @@ class Services:
             raise GuestError("no checkpoint was asked for")
         name, slot = self._wished
         self._wished = None
+        files = self._box.sandbox.keep_files()
         before = self._kept.pop(name, None)
-        self._kept[name] = _Kept(slot, self._box.sandbox.keep_files())
+        self._kept[name] = _Kept(slot, files)
         if before is not None:
-            self._box.sandbox.forget_files(before.files)
+            with contextlib.suppress(GuestError):  # more than can be removed in time: the rest goes with the next
+                self._box.sandbox.forget_files(before.files)
 
     def _rollback(self, message: Message) -> dict[str, Any]:
         return {"slot": checkpoint_of(message, self._kept).slot}

@@ -63,6 +63,119 @@ def test_variables_and_files_go_back(kernel: Kernel, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "notebook")) == ["data.txt"]
 
 
+def test_what_is_of_a_context_goes_back(one: Kernel) -> None:
+    one.run(
+        "import contextvars, decimal, os, numpy as np\ndecimal.getcontext().prec = 5; np.seterr(all='raise')\n"
+        "v = contextvars.ContextVar('v'); v.set(7); open('data', 'wb').write(b'x' * 99 + b'y' * 100_000)\n"
+        "raw, f = open('data', 'rb', buffering=0), open('data'); raw.read(99); f.read(99)\nos.umask(0o027)\n"
+        "%isolation checkpoint a"
+    )
+    state = "(decimal.getcontext().prec, np.geterr()['over'], v.get(), set(raw.read()), set(f.read()), os.umask(0o027))"
+    for _ in range(3):
+        assert one.value(state) == "(5, 'raise', 7, {121}, {'y'}, 23)"
+        one.run("decimal.getcontext().prec = 9; np.seterr(all='ignore'); v.set(8)")
+        back(one)
+
+
+def test_nothing_is_written_into_what_has_come_back(one: Kernel) -> None:
+    """By what was started since, and runs until it is ended."""
+    one.run("import subprocess, threading, time\n%isolation checkpoint a")
+    for _ in range(5):
+        one.run(
+            "def write():\n    while True: open('/tmp/thread', 'a').write('x')\n"
+            "threading.Thread(target=write, daemon=True).start()\n"
+            "p = subprocess.Popen(['sh', '-c', 'while :; do echo x >> /tmp/process; done']); time.sleep(0.05)"
+        )
+        back(one)
+        assert one.value("sorted(n for n in __import__('os').listdir('/tmp') if n in ('thread', 'process'))") == "[]"
+
+
+def test_output_before_a_rollback_arrives(kernel: Kernel) -> None:
+    for _ in range(3):
+        reply = kernel.run("for n in range(3000): print('y' * 100)\n%isolation rollback a")
+        assert reply.text.count("y" * 100 + "\n") == 3000
+        assert reply.text.endswith("back at checkpoint a\n")
+
+
+@pytest.mark.parametrize("line", ["checkpoint b", "rollback a"])
+def test_interrupts_meanwhile(one: Kernel, line: str) -> None:
+    """They come too early, and stop the cell; or too late, and stop nothing. Never half-way."""
+    one.run("import os; x = 1\n%isolation checkpoint a")
+    for number in range(25):
+        one.run("x = 2; open('file', 'w').write('2')")
+        sent = one.send(f"%isolation {line}")
+        time.sleep(number * 0.0015)
+        one.manager.interrupt_kernel()
+        reply = one.collect(sent)
+        assert reply.status == "ok" or reply.error.startswith("KeyboardInterrupt"), reply.error
+        assert one.value("(x, os.path.exists('file'), os.getcwd() == os.path.realpath('.'))") in (
+            "(2, True, True)", "(1, False, True)",
+        )  # fmt: skip
+    assert one.run("%isolation checkpoint c").status == "ok"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import warnings; warnings.simplefilter('error')",
+        "import socket; socket.setdefaulttimeout(0.2)",
+        "%%bash\necho from bash",
+        "import multiprocessing as mp; lock = mp.Lock(); lock.acquire()",
+        "import asyncio\nawait asyncio.to_thread(int)",
+        "from multiprocessing.shared_memory import SharedMemory as S; s = S(create=True, size=9); s.close(); s.unlink(); del s",
+    ],
+)
+def test_what_is_no_reason_to_refuse(kernels: Kernels, code: str) -> None:
+    kernel = kernels("argv")
+    assert kernel.run(code).status == "ok"
+    assert kernel.run("import time; x = 1").status == "ok"
+    reply = kernel.run("%isolation checkpoint a")
+    assert reply.status == "ok", reply.error
+    for _ in range(2):
+        kernel.run("x = 2; time.sleep(0.3); lock.release() if 'lock' in globals() else None")
+        assert kernel.run("%isolation rollback a").status == "ok"
+        assert kernel.run("x").data["text/plain"] == "1"
+    if "lock" in code:
+        assert kernel.run("lock.acquire(block=False)").data["text/plain"] == "False"
+    else:
+        assert kernel.run(code).status == "ok"
+
+
+def test_a_redirected_stream_that_cannot_be_flushed(one: Kernel) -> None:
+    one.run("x = 1\nimport contextlib\nclass Out:\n    def write(self, text): pass\n%isolation checkpoint a")
+    reply = one.run("x = 2\nwith contextlib.redirect_stdout(Out()): get_ipython().run_line_magic('isolation', 'rollback a')")
+    assert reply.text == "back at checkpoint a\n"
+    assert one.value("x") == "1"
+
+
+def test_only_cells_go_back(one: Kernel) -> None:
+    one.run("%isolation checkpoint a")
+    one.run("from ipykernel.comm import Comm\nsaid = []")
+    one.run(
+        "def opened(comm, message):\n    for line in ('checkpoint b', 'rollback a'):\n"
+        "        try: get_ipython().run_line_magic('isolation', line)\n        except Exception as error: said.append(str(error))\n"
+        "get_ipython().kernel.comm_manager.register_target('t', opened)"
+    )
+    session = one.client.session
+    one.client.shell_channel.send(session.msg("comm_open", {"comm_id": "c", "target_name": "t", "data": {}}))
+    assert one.value("said") == (
+        "[\"a checkpoint is taken when a cell has ended; this is none (a widget's callback?)\", "
+        "\"only a cell can go back; this is none (a widget's callback?)\"]"
+    )
+    twice = one.run("%isolation checkpoint b\n%isolation checkpoint c")
+    assert "this cell takes a checkpoint already (b)" in twice.error
+    assert "there is: a" in one.run("%isolation rollback b").error
+
+
+def test_a_checkpoint_that_fails_replaces_none(kernels: Kernels) -> None:
+    kernel = kernels("argv", "--disk", "4M")
+    kernel.run("x = 1\n%isolation checkpoint a")
+    kernel.run("x = 2\nimport os, errno\ntry:\n    for n in range(10**6): os.mkdir(f'/tmp/{n}')\nexcept OSError: pass")
+    assert kernel.run("%isolation checkpoint a").status == "error"
+    back(kernel)
+    assert kernel.value("x") == "1"
+
+
 def test_random_numbers_go_back(kernel: Kernel) -> None:
     first = kernel.value("(random.random(), np.random.random())")
     back(kernel)
@@ -169,6 +282,8 @@ def test_cells_in_the_queue_behind_a_rollback_are_run(kernel: Kernel) -> None:
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
+        ("import signal; signal.alarm(100)", "a timer (signal.setitimer"),
+        ("import _thread, time; _thread.start_new_thread(time.sleep, (100,))", "1 threads of a library"),
         ("import threading; t = threading.Timer(100, print); t.name = 'mine'; t.daemon = True; t.start()", "thread 'mine'"),
         ("from concurrent.futures import ThreadPoolExecutor as E; e = E(); e.submit(int).result()", "ThreadPoolExecutor"),
         ("import subprocess; p = subprocess.Popen(['sleep', '100'])", "(sleep 100)"),

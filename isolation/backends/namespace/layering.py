@@ -54,6 +54,8 @@ from isolation.backends.namespace.operations import (
 from isolation.backends.namespace.plan import Plan
 
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
+_ROOM = f"{KEPT[1:]}/room"
+_DIRECTORIES = 6  # of a mount in a layer, at most
 _BENCH = store_of(2)  # free, in a sandbox that is no fork of a template: where mounts are made
 _FLAGS = syscalls.MS_NODEV | syscalls.MS_NOSUID
 _PAGE = 4096  # the options of a mount must fit in
@@ -134,15 +136,29 @@ def live(plan: Plan, wish: Wish, leash: socket.socket) -> NoReturn:
         fds.close_all_but({0, 1, 2, leash.fileno(), wish.mounts, *descriptors})
         sys.meta_path.clear()
         store = _enter(plan, wish.mounts)
+        with contextlib.suppress(OSError):
+            for layer in wish.change.failed:
+                removal.remove(store, f"{KEPT[1:]}/{layer}")
+            if wish.change.new is not None and wish.change.keeps is None:
+                removal.remove(store, _ROOM)
         if wish.change.new is not None:
             _renew(plan, wish, wish.change.new, leash)
         for layer in wish.change.removes:
             removal.remove(store, f"{KEPT[1:]}/{layer}")
+        _take_room(plan, store)
         leash.send(DONE)
     except OSError as error:
         _refuse(leash, error, [])
     finally:
         os._exit(0)
+
+
+def _take_room(plan: Plan, store: int) -> None:
+    """For the directories of another layer: a guest that has filled its store can go back nevertheless."""
+    with contextlib.suppress(OSError):  # it is taken already; or there is none
+        os.mkdir(_ROOM, dir_fd=store)
+        for number in range(_DIRECTORIES * (1 + len(plan.fresh))):
+            os.mkdir(f"{_ROOM}/{number}", dir_fd=store)
 
 
 def _refuse(leash: socket.socket, error: OSError, held: Sequence[Held]) -> None:

@@ -22,12 +22,14 @@ class Change:
     new      a live layer, over the chain `beneath`, the nearest first; None: only room is made
     keeps    what is frozen, if that is wished for
     removes  what nobody needs then
+    failed   of that, what has never been in use: it may go first, and make room
     """
 
     new: int | None = None
     beneath: tuple[int, ...] = ()
     keeps: int | None = None
     removes: tuple[int, ...] = ()
+    failed: tuple[int, ...] = ()
 
 
 class Layers:
@@ -36,6 +38,7 @@ class Layers:
     def __init__(self) -> None:
         self.live = ORIGIN
         self.doomed: set[int] = set()
+        self._failed: set[int] = set()
         self._below: dict[int, int | None] = {ORIGIN: None}
         self._kept: set[int] = set()
         self._last = ORIGIN
@@ -72,11 +75,13 @@ class Layers:
     def removed(self, change: Change) -> None:
         """What nobody needed is gone."""
         self.doomed -= set(change.removes)
+        self._failed -= set(change.removes)
 
     def failed(self, change: Change) -> None:
         """All is as it was, but for what there may be of the new layer."""
         if change.new is not None:
             self.doomed.add(change.new)
+            self._failed.add(change.new)
 
     def _grow(self, beneath: tuple[int, ...], keeps: int | None = None) -> Change:
         if len(beneath) >= MOST:
@@ -86,7 +91,7 @@ class Layers:
             )
         self._last += 1
         useless = self.doomed | (set(self._below) - self._needed(beneath))
-        return Change(self._last, beneath, keeps, tuple(sorted(useless)))
+        return Change(self._last, beneath, keeps, tuple(sorted(useless)), tuple(sorted(self._failed)))
 
     def _check(self, kept: int) -> None:
         if kept not in self._kept:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import signal
+import threading
 import time
 import types
 from typing import Any, ClassVar, Final
@@ -16,13 +19,15 @@ from ipykernel.kernelapp import IPKernelApp
 from isolation_kernel.connection import CHANNELS
 
 _SHELL, _IOPUB, _STDIN = (CHANNELS.index(name) + 1 for name in ("shell", "iopub", "stdin"))  # ports
-_PATIENCE: Final = 2.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
+_PATIENCE: Final = 5.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
 
 
 class Kernel(IPythonKernel):
     """IPython's, with something to do at the end of each cell, and an eye on who waits."""
 
     at_cell_end: Any = None
+    in_cell = False
+    context: Any = None  # of all cells: context variables that they set are there in the next
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -37,7 +42,7 @@ class Kernel(IPythonKernel):
         super().start()  # type: ignore[no-untyped-call]
         if getattr(self, "shell_channel_thread", None) is None:
             return  # before ipykernel 7
-        context = contextvars.copy_context()
+        self.context = context = self.context or contextvars.copy_context()
 
         async def begin(message: Any) -> None:
             await asyncio.create_task(self.shell_main(None, message), context=context)
@@ -68,7 +73,18 @@ class Kernel(IPythonKernel):
 
     async def do_execute(self, *arguments: Any, **more: Any) -> Any:
         """A cell."""
-        reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
+        self.in_cell = True
+        try:
+            reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
+        except KeyboardInterrupt:  # when the cell had ended; ipykernel would not answer at all
+            reply = {
+                "status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": [],
+                "execution_count": self.execution_count - 1, "user_expressions": {},
+            }  # fmt: skip
+        finally:
+            self.in_cell = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it is answered: see Kernel.post_handler_hook
         return reply if self.at_cell_end is None else await self.at_cell_end(reply)
 
 
@@ -81,7 +97,8 @@ class KernelApp(IPKernelApp):
         take_over(s, self.given[port], f"{self.ip}-{port}")
         if port == _SHELL:
             # ipykernel's debugger sends requests to its own shell, which it finds by its last endpoint.
-            s.bind(f"ipc://{self.ip}-inner")
+            with contextlib.suppress(zmq.ZMQError):  # on a full disk it is the only thing that is missing
+                s.bind(f"ipc://{self.ip}-inner")
         return port
 
     def init_heartbeat(self) -> None:

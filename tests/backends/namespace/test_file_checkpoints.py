@@ -268,6 +268,11 @@ def test_a_full_store_is_told(project: Path) -> None:
         box.run(["sh", "-c", "i=0; while mkdir /tmp/$i; do i=$((i + 1)); done 2>&-"])
         with pytest.raises(GuestError, match="could not be kept: No space left"):
             box.keep_files()
+        box.restore_files(kept)  # for that there is always room
+        sh(box, "test ! -e /tmp/1")
+        box.run(["sh", "-c", "i=0; while mkdir /tmp/$i; do i=$((i + 1)); done 2>&-"])
+        with pytest.raises(GuestError, match="could not be kept: No space left"):
+            box.keep_files()
         sh(box, "rmdir /tmp/1 /tmp/2")
         box.forget_files(kept)
         sh(box, "test -d /tmp/3; rm -r /tmp/*[0-9]")

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import gc
 import os
-import random
 import signal
 import sys
+import threading
 import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -86,6 +89,10 @@ class Undo:
         """The host allows for a checkpoint. Raises UsageError."""
         if _version.version_info < (7,):
             raise UsageError(f"checkpoints of a container need ipykernel 7; this is {_version.__version__}")
+        if not self._app.kernel.in_cell:
+            raise UsageError("a checkpoint is taken when a cell has ended; this is none (a widget's callback?)")
+        if self._wish is not None:
+            raise UsageError(f"this cell takes a checkpoint already ({self._wish.name}), when it has ended")
         self._refuse()
         self._wish = _Wish(name, said["slot"], said["replaced"])
 
@@ -102,32 +109,44 @@ class Undo:
             )
 
     def roll_back(self, name: str, slot: int) -> None:
-        """Does not return, but to raise UsageError, Refused, WireError."""
+        """Does not return, but to raise UsageError."""
         from isolation_kernel.inside.undo import holder
 
-        lineage, own = self._lineage, self._own
+        lineage, own, kernel = self._lineage, self._own, self._app.kernel
         if lineage is None:
             raise UsageError(f"there is no checkpoint {name!r}")
-        asked, idents = request.current(self._app.kernel)
-        expected = [own.connections(number) for number in range(len(CHANNELS))]
-        message = {"name": name, "request": asked, "idents": idents, "expected": expected, "subshells": own.subshells()}
-        try:
-            successor = lineage.wake(slot, message)
-        except holder.Gone as error:
-            raise UsageError(f"checkpoint {name!r} is lost ({error}); take another") from None
-        try:
-            self._host.ask("restore", name=name)
-        except BaseException:
-            successor.stop()
-            raise
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        successor.take_over(own.streams(), request.waiting(self._app.kernel))
+        asked, idents = request.current(kernel)
+        if asked.get("header", {}).get("msg_type") != "execute_request":
+            raise UsageError("only a cell can go back; this is none (a widget's callback?)")
+        with _uninterrupted():
+            expected = [own.connections(number) for number in range(len(CHANNELS))]
+            message = {"name": name, "request": asked, "idents": idents, "expected": expected, "subshells": own.subshells()}
+            try:
+                successor = lineage.wake(slot, message)
+            except holder.Gone as error:
+                raise UsageError(f"checkpoint {name!r} is lost ({error}); take another") from None
+            try:
+                waiting = request.waiting(kernel)
+                self._say_all()
+                successor.take_over(own.streams(), waiting)
+            except BaseException:
+                successor.stop()
+                raise
+
+    def _say_all(self) -> None:
+        """What was printed is on its way, and libzmq's threads end with this process: they are waited for."""
+        for stream in (sys.stdout, sys.stderr, *self._own.streams()):
+            with contextlib.suppress(Exception):  # it may be a user's
+                stream.flush()
+        closing = threading.Thread(target=self._app.close, daemon=True)
+        closing.start()
+        closing.join(_LAST_WORDS)
 
     # Between two cells.
 
     async def _cell_ended(self, reply: dict[str, Any]) -> dict[str, Any]:
-        """Called with what a cell's request will be answered; returns what it is to be answered."""
+        """Called with what a cell's request will be answered, when nothing interrupts any more; returns what it is to be
+        answered."""
         wish = self._wish
         if wish is None:
             return reply
@@ -141,73 +160,99 @@ class Undo:
         if not error:
             print(f"checkpoint {wish.name} in {time.monotonic() - began:.2f} s")
             return reply
-        print(f"UsageError: {error}", file=sys.stderr)
-        return {**reply, "status": "error", "ename": "UsageError", "evalue": error, "traceback": [f"UsageError: {error}"]}
+        return reply | _failed(error)
 
     def _take(self) -> Wake | None:
         """Returns None; and in each kernel that comes back here, what woke that one."""
         from isolation_kernel.inside.undo import holder
+        from isolation_kernel.inside.undo.state import State
 
         wish, self._wish = self._wish, None
         assert wish is not None
         assert wish.done is not None
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         error = ""
         try:
             self._refuse()
             if self._lineage is None:
                 self._lineage = holder.Lineage()
             for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            state, place = random.getstate(), os.getcwd()
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            state = State()
             wake = self._lineage.hold(wish.slot, self._own)
             if wake is not None:
-                random.setstate(state)
-                os.chdir("/")
-                wake.waiting = holder.become_kernel(wake, self._own)
-                os.chdir(place)
+                wake.state = state
                 return wake
             try:
                 self._host.ask("keep", name=wish.name)
-                os.chdir(place)  # as it is from now on
             except BaseException:
                 self._lineage.forget(wish.slot)
                 raise
+            state.go_back()  # the same place, in the new layer
             if wish.replaced is not None:
                 self._lineage.forget(wish.replaced)
         except (UsageError, Refused, WireError, OSError, TimeoutError) as problem:
             error = str(problem)
-        finally:
-            signal.signal(signal.SIGINT, handler)
         wish.done.get_loop().call_soon(wish.done.set_result, error)
         return None
 
     def _come_back(self, wake: Wake) -> None:
         """Another application, which answers the request that has led here."""
-        from isolation_kernel.inside.undo import rebuild
+        from isolation_kernel.inside.undo import holder, rebuild
 
+        os.chdir("/")
+        waiting = holder.become_kernel(wake, self._own)
         self._host.adopt()
-        self._app = app = rebuild.application(self._own, self._arguments, wake.message["expected"])
-        app.kernel.at_cell_end, app.kernel.subshells = self._cell_ended, wake.message["subshells"]
+        message = wake.message
+        try:
+            self._host.ask("restore", name=message["name"])
+        except (Refused, WireError, TimeoutError) as error:
+            message["error"] = f"variables are those of checkpoint {message['name']!r}, but files could not go back: {error}"
+        wake.state.restore()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a user may have made errors of them
+            self._app = app = rebuild.application(self._own, self._arguments, message["expected"])
+        app.kernel.at_cell_end, app.kernel.subshells = self._cell_ended, message["subshells"]
         app.io_loop = app.kernel.io_loop = _current_loop()
         self._own = Own(app)
-        app.io_loop.add_callback(self._answer, wake.message)
-        request.wait_again(app.kernel, wake.waiting)
+        app.io_loop.add_callback(self._answer, message)
+        request.wait_again(app.kernel, waiting)
 
     async def _answer(self, message: dict[str, Any]) -> None:
         kernel = self._app.kernel
         idents = request.senders(message["idents"])
         asked = message["request"]
         kernel.set_parent(idents, asked, channel="shell")
-        print(f"back at checkpoint {message['name']}")
+        content: dict[str, Any] = {"execution_count": kernel.shell.execution_count - 1, "user_expressions": {}}
+        if "error" in message:
+            content |= _failed(message["error"])
+        else:
+            print(f"back at checkpoint {message['name']}")
+            content |= {"status": "ok", "payload": []}
         sys.stdout.flush()
-        content = {
-            "status": "ok", "execution_count": kernel.shell.execution_count - 1, "user_expressions": {}, "payload": [],
-        }  # fmt: skip
         channel = kernel.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(None)
         kernel.session.send(channel, "execute_reply", content, parent=asked, ident=idents)
         kernel._publish_status("idle", "shell")
         self._host.tell("cell", parent=None)
+
+
+def _failed(error: str) -> dict[str, Any]:
+    """To be merged into a reply. Says it, too, as IPython does for a UsageError."""
+    print(f"UsageError: {error}", file=sys.stderr)
+    return {"status": "error", "ename": "UsageError", "evalue": error, "traceback": [f"UsageError: {error}"]}
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Neither here nor there, an interrupt would leave the kernel. A subshell's thread gets none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _current_loop() -> Any:

@@ -20,12 +20,21 @@ import signal
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
-from isolation_kernel.inside.undo.refusals import GIVEN, HOLDER_NAME, Own, descriptors, holders, processes
+from isolation_kernel.inside.undo import supervisor
+from isolation_kernel.inside.undo.refusals import (
+    GIVEN,
+    HOLDER_NAME,
+    Own,
+    descriptors,
+    fork,
+    holders,
+    processes,
+    tracker,
+)
 
 SLOTS: Final = 5  # one more than a kernel may have checkpoints, for the one that takes another's place
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
@@ -39,12 +48,12 @@ class Gone(Exception):
 
 @dataclass
 class Wake:
-    """What a kernel hears that has come back: a message; a pipe that tells of the end of the one before; and by that pipe,
-    the requests that waited there."""
+    """What a kernel hears that has come back: a message; and a pipe that tells of the end of the one before, and of the
+    requests that waited there."""
 
     message: dict[str, Any]
     life: int
-    waiting: list[list[bytes]] = field(default_factory=list)
+    state: Any = None  # state.State, as it was
 
 
 class Lineage:
@@ -55,6 +64,8 @@ class Lineage:
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(SLOTS)]
         self._ours = [ours for ours, _theirs in pairs]
         self._theirs = [theirs for _ours, theirs in pairs]
+        for end in (*self._ours, *self._theirs):
+            end.setblocking(True)  # whatever a user's socket.setdefaulttimeout() says
         self._pids, self._its_pids = os.pipe2(os.O_CLOEXEC)
 
     def fds(self) -> set[int]:
@@ -68,7 +79,7 @@ class Lineage:
         loops = own.loops()  # now: threads of subshells are forgotten by a fork
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            if _fork():
+            if fork():
                 return None
             own.lost = loops
             wake = self._be_holder(slot, own)
@@ -95,8 +106,8 @@ class Lineage:
             data, given, _flags, _address = socket.recv_fds(end, _REQUEST, 1)
             try:
                 # By way of a child that ends, so that the supervisor adopts it.
-                if (pid := _fork()) == 0:
-                    if _fork():
+                if (pid := fork()) == 0:
+                    if fork():
                         os._exit(0)
                     end.send(json.dumps({"pid": os.getpid()}).encode())
                     return Wake(json.loads(data), given[0])
@@ -160,9 +171,10 @@ class Successor:
             os.write(lineage._its_pids, self._pid.to_bytes(8, "little"))
             os._exit(0)
         _restore(streams)
+        for number in supervisor.SIGNALS:
+            ctypes.CDLL(None).signal(number, 1)  # SIG_IGN, which stays through execve(2); from a subshell, too
         os.set_inheritable(lineage._pids, True)
-        program = os.path.join(os.path.dirname(__file__), "supervisor.py")
-        os.execv(sys.executable, [sys.executable, "-I", "-S", program, str(lineage._pids), str(self._pid)])
+        os.execv(sys.executable, [sys.executable, "-I", "-S", supervisor.__file__, str(lineage._pids), str(self._pid)])
 
 
 def become_kernel(wake: Wake, own: Own) -> list[list[bytes]]:
@@ -173,7 +185,7 @@ def become_kernel(wake: Wake, own: Own) -> list[list[bytes]]:
     if not data:
         os._exit(0)
     deadline = time.monotonic() + _ANSWER
-    while strays := [pid for pid in processes() if pid not in own.processes and pid != os.getpid()]:
+    while strays := [pid for pid in processes() if pid not in (*own.processes, os.getpid(), tracker()[0])]:
         for pid in strays:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -184,12 +196,6 @@ def become_kernel(wake: Wake, own: Own) -> list[list[bytes]]:
         time.sleep(0.005)
     found: list[list[bytes]] = pickle.loads(data)
     return found
-
-
-def _fork() -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later: of the kernel's own threads
-        return os.fork()
 
 
 def _let_go(own: Own, kept: set[int]) -> None:

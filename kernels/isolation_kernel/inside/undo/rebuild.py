@@ -11,10 +11,8 @@ import atexit
 import sys
 from typing import Any
 
-from tornado.ioloop import IOLoop
-
 from isolation_kernel.inside.app import RenewedApp
-from isolation_kernel.inside.undo.refusals import Own
+from isolation_kernel.inside.undo.refusals import Own, script_magics
 
 _KEPT: list[Any] = []
 
@@ -27,8 +25,11 @@ def application(own: Own, arguments: list[str], expected: list[int]) -> Any:
     _KEPT.append((own, before, kernel, list(shell.configurables), [asyncio.all_tasks(loop) for loop in own.lost]))
     for function in (before.close, before.iopub_thread.stop, before.cleanup_connection_file):
         atexit.unregister(function)
-    asyncio.set_event_loop(asyncio.new_event_loop())
-    IOLoop.clear_current()
+    # As the kernel's own were made: a user may have installed others since (uvloop), which do not go with libzmq.
+    policy = asyncio.get_event_loop_policy()
+    loop = type(before.io_loop.asyncio_loop)()
+    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
+    asyncio.set_event_loop(loop)
     user_streams = sys.stdout, sys.stderr
     streams = {"stdout": kernel._stdout, "stderr": kernel._stderr}
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
@@ -43,6 +44,8 @@ def application(own: Own, arguments: list[str], expected: list[int]) -> Any:
         app.initialize(arguments)
     finally:
         sys.argv = argv
+        asyncio.set_event_loop_policy(policy)
+        asyncio.set_event_loop(loop)
     app.session.session = before.session.session
     atexit.unregister(shell.atexit_operations)
     atexit.register(shell.atexit_operations)  # the last to be registered is the first to run: before sockets are closed
@@ -50,6 +53,13 @@ def application(own: Own, arguments: list[str], expected: list[int]) -> Any:
         if user is not stream:
             setattr(sys, name, user)  # redirected by the user
 
+    app.kernel.context = kernel.context
+    script = script_magics(shell)
+    if script is not None:
+        script.event_loop = None  # its thread is gone
+        finalizer = getattr(script, "_event_loop_finalizer", None)
+        if finalizer is not None:
+            finalizer.detach()
     shell.kernel = app.kernel
     seen: list[Any] = []
     for item in shell.configurables:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import stat
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -22,8 +24,10 @@ GIVEN: Final = range(FIRST_GIVEN, FIRST_GIVEN + 6)  # five listening sockets, an
 _LIBRARIES: Final = ("ipykernel", "IPython", "zmq", "tornado", "jupyter_client", "isolation_kernel")
 # Modules whose threads are of no harm when they are lost, and start anew: pyzmq's comes with the first large message.
 _RENEWED: Final = ("zmq.utils.garbage", "tqdm._monitor")
+SEMAPHORE: Final = "/dev/shm/sem."  # of multiprocessing's locks, tqdm's among them; each is in a file that is deleted
 _SHOWN: Final = 8
-_NATIVE: Final = ("ZMQbg",)  # names of threads of libzmq's
+# Names of native threads that may be lost: libzmq's are the kernel's, jemalloc (in pyarrow) starts its own again.
+_NATIVE: Final = ("ZMQbg", "jemalloc_bg_thd")
 
 
 class Own:
@@ -44,7 +48,24 @@ class Own:
         """asyncio's, of the kernel's threads."""
         threads = (self.app.control_thread, self.app.iopub_thread, self.app.shell_channel_thread)
         more = [thread for thread in threading.enumerate() if _is_subshell(thread)]
-        return [loop.asyncio_loop for loop in (self.app.io_loop, *(thread.io_loop for thread in (*threads, *more)))]
+        found = [loop.asyncio_loop for loop in (self.app.io_loop, *(thread.io_loop for thread in (*threads, *more)))]
+        script = script_magics(self.app.kernel.shell)
+        return found if script is None or script.event_loop is None else [*found, script.event_loop]
+
+    def helpers(self) -> list[Any]:
+        """Threads that wait, and are started anew where there are none: of `%%bash` and its like, and of the event loop
+        (`asyncio.to_thread`)."""
+        found = []
+        script = script_magics(self.app.kernel.shell)
+        for thread in threading.enumerate():
+            run = getattr(getattr(thread, "_target", None), "__self__", None)
+            if script is not None and run is not None and run is script.event_loop:
+                found.append(thread)
+        executor = getattr(self.app.io_loop.asyncio_loop, "_default_executor", None)
+        threads = list(getattr(executor, "_threads", ()))
+        if executor is not None and executor._work_queue.empty() and executor._idle_semaphore._value == len(threads):
+            found += threads
+        return found
 
     def subshells(self) -> list[str]:
         """Their names. JupyterLab has one for its widgets."""
@@ -65,7 +86,7 @@ class Own:
         """Of a frontend's connection, or the kernel's inner ones."""
         if fd in GIVEN or fd in {end.fileno() for end in self.loop_ends()}:
             return True
-        with socket.socket(fileno=os.dup(fd)) as end:
+        with _looked_at(fd) as end:
             ours, theirs = _names(end)
             if end.family == socket.AF_UNIX:
                 known = {*self.doors, self.inner}
@@ -83,10 +104,17 @@ class Own:
         return found
 
 
+def script_magics(shell: Any) -> Any:
+    """Of IPython: `%%bash` and its like, which have an event loop of their own."""
+    return shell.magics_manager.registry.get("ScriptMagics")
+
+
 def refusals(own: Own, ours: Iterable[int] = ()) -> list[str]:
     """Reasons, for people; none when nothing of the user's would be lost. `ours`: descriptors that checkpoints need."""
     found = [*_threads(own), *_subshells(own), *_native_threads(), *_processes(own), *_tasks(own)]
     found += [*_open_files(own, set(ours)), *_maps(own)]
+    if any(signal.getitimer(which)[0] for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
+        found.append("a timer (signal.setitimer, signal.alarm)")
     debugger = getattr(own.app.kernel, "debugger", None)
     if debugger is not None and (vars(debugger).get("_debugger") or vars(debugger).get("debugpy_initialized")):
         found.append("the debugger, which has been used")
@@ -134,7 +162,7 @@ def _threads(own: Own) -> Iterator[str]:
     main = threading.main_thread()
     for thread in threading.enumerate():
         kind = type(thread)
-        known = thread is main or thread in own.threads or _is_subshell(thread)
+        known = thread is main or thread in own.threads or _is_subshell(thread) or thread in own.helpers()
         if not known and kind.__module__ not in _RENEWED:
             yield f"thread {thread.name!r}" + (f" ({kind.__module__})" if kind.__module__ != "threading" else "")
 
@@ -152,30 +180,62 @@ def _subshells(own: Own) -> Iterator[str]:
 
 def _native_threads() -> Iterator[str]:
     """Those of libraries. OpenBLAS ends its own before a fork, and starts them again when they are needed (its
-    pthread_atfork(3) handler); others, OpenMP's among them, would leave a fork waiting for threads that it does not have."""
+    pthread_atfork(3) handler); others, OpenMP's among them, would leave a fork waiting for threads that it does not have.
+    So they are looked at after a fork that is for nothing else."""
+    if _unknown_threads():
+        fork_and_end()
+        names = _unknown_threads()
+        if names:
+            yield f"{len(names)} threads of a library, not Python's ({', '.join(sorted(set(names)))})"
+
+
+def _unknown_threads() -> list[str]:
     python = {os.getpid(), *(thread.native_id for thread in threading.enumerate())}  # a fork's first may not know its own
-    unknown = 0
+    found = []
     for name in os.listdir("/proc/self/task"):
         try:
             with open(f"/proc/self/task/{name}/comm", encoding="utf-8", errors="replace") as file:
-                unknown += int(name) not in python and not file.read().startswith(_NATIVE)
+                command = file.read().strip()
         except OSError:
             continue
-    blas = {path for _permissions, path in _maps_of_files() if "openblas" in path.rpartition("/")[2]}
-    allowed = len(blas) * ((os.cpu_count() or 1) - 1)
-    if unknown > allowed:
-        yield f"{unknown - allowed} threads of a library that are not Python's (OpenMP, Arrow, …)"
+        if int(name) not in python and not command.startswith(_NATIVE):
+            found.append(command)
+    return found
+
+
+def fork() -> int:
+    """Quietly: from Python 3.12 on it is said that the kernel has threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def fork_and_end() -> None:
+    """For what handlers do before a fork."""
+    pid = fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
 
 
 def _processes(own: Own) -> Iterator[str]:
     for pid in processes():
-        if pid not in own.processes and pid != os.getpid():
+        if pid not in own.processes and pid not in (os.getpid(), tracker()[0]):
             try:
                 with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
                     words = file.read().replace("\0", " ").strip()
             except OSError:
                 continue
             yield f"process {pid} ({words[:60]})"
+
+
+def tracker() -> tuple[int, int]:
+    """multiprocessing's resource tracker, which stays once something has needed it, and may serve whoever has its pipe: its
+    pid, and that descriptor; -1 where there is none."""
+    module = sys.modules.get("multiprocessing.resource_tracker")
+    found = getattr(module, "_resource_tracker", None)
+    pid, fd = getattr(found, "_pid", None), getattr(found, "_fd", None)
+    return (-1 if pid is None else pid, -1 if fd is None else fd)
 
 
 def _tasks(own: Own) -> Iterator[str]:
@@ -210,7 +270,7 @@ def _places() -> tuple[str, ...]:
 
 def _open_files(own: Own, ours: set[int]) -> Iterator[str]:
     for fd, link in descriptors():
-        if fd in ours:
+        if fd in ours or fd == tracker()[1]:
             continue
         try:
             mode = os.fstat(fd).st_mode
@@ -232,7 +292,7 @@ def _is_writable(fd: int) -> bool:
 
 def _maps(own: Own) -> Iterator[str]:
     for path in _shared_maps():
-        if path not in own.shared_maps:
+        if path not in own.shared_maps and not path.startswith(SEMAPHORE):
             yield f"memory shared with a file: {path}"
 
 
@@ -253,14 +313,24 @@ def _maps_of_files() -> Iterator[tuple[str, str]]:
                 yield fields[1], fields[5]
 
 
+def _looked_at(fd: int) -> socket.socket:
+    """An object for a socket, which is not changed by that: it would be, by a user's default for time-outs."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    try:
+        return socket.socket(fileno=os.dup(fd))
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def _described(fd: int) -> str:
-    with socket.socket(fileno=os.dup(fd)) as end:
+    with _looked_at(fd) as end:
         ours, theirs = _names(end)
         return f"{theirs or ours or '(unnamed)'} (descriptor {fd})"
 
 
 def _name(fd: int) -> Any:
-    with socket.socket(fileno=os.dup(fd)) as end:
+    with _looked_at(fd) as end:
         return _names(end)[0]
 
 
