@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Any, Final
 
 from isolation.wire import Message, Wire
@@ -15,6 +18,19 @@ _ANSWER: Final = 60.0  # s
 
 class Refused(Exception):
     """The host says no; the message says why."""
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Neither here nor there, an interrupt would leave what is done meanwhile. Threads but the main one get none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class Host:
@@ -42,7 +58,7 @@ class Host:
 
     def ask(self, op: str, **details: Any) -> Any:
         """The answer. Raises Refused; WireError or TimeoutError when the host has none."""
-        with self._lock:
+        with self._lock, uninterrupted():  # or the answer would be the next one's
             self._wire.send({"op": op, **details})
             message = self._wire.receive(_ANSWER)
         if message is None:

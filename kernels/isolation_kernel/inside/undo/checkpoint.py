@@ -12,12 +12,10 @@ import atexit
 import contextlib
 import gc
 import os
-import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +24,7 @@ from IPython.core.error import UsageError
 
 from isolation.errors import WireError
 from isolation_kernel.connection import CHANNELS
-from isolation_kernel.inside.host import Host, Refused
+from isolation_kernel.inside.host import Host, Refused, uninterrupted
 from isolation_kernel.inside.undo import request
 from isolation_kernel.inside.undo.refusals import Own, refusals
 
@@ -118,7 +116,7 @@ class Undo:
         asked, idents = request.current(kernel)
         if asked.get("header", {}).get("msg_type") != "execute_request":
             raise UsageError("only a cell can go back; this is none (a widget's callback?)")
-        with _uninterrupted():
+        with uninterrupted():
             expected = [own.connections(number) for number in range(len(CHANNELS))]
             message = {"name": name, "request": asked, "idents": idents, "expected": expected, "subshells": own.subshells()}
             try:
@@ -240,19 +238,6 @@ def _failed(error: str) -> dict[str, Any]:
     """To be merged into a reply. Says it, too, as IPython does for a UsageError."""
     print(f"UsageError: {error}", file=sys.stderr)
     return {"status": "error", "ename": "UsageError", "evalue": error, "traceback": [f"UsageError: {error}"]}
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Neither here nor there, an interrupt would leave the kernel. A subshell's thread gets none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _current_loop() -> Any:

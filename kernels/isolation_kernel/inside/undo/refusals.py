@@ -186,7 +186,8 @@ def _native_threads() -> Iterator[str]:
         fork_and_end()
         names = _unknown_threads()
         if names:
-            yield f"{len(names)} threads of a library, not Python's ({', '.join(sorted(set(names)))})"
+            named = sorted(set(names) - {_command("self")})  # one that has no name has the process's
+            yield f"{len(names)} threads of a library, not Python's ({', '.join(named) or 'of OpenMP or Arrow, say'})"
 
 
 def _unknown_threads() -> list[str]:
@@ -194,13 +195,17 @@ def _unknown_threads() -> list[str]:
     found = []
     for name in os.listdir("/proc/self/task"):
         try:
-            with open(f"/proc/self/task/{name}/comm", encoding="utf-8", errors="replace") as file:
-                command = file.read().strip()
+            command = _command(f"self/task/{name}")
         except OSError:
             continue
         if int(name) not in python and not command.startswith(_NATIVE):
             found.append(command)
     return found
+
+
+def _command(which: str) -> str:
+    with open(f"/proc/{which}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
 
 
 def fork() -> int:
