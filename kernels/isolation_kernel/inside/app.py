@@ -19,6 +19,7 @@ from ipykernel.kernelapp import IPKernelApp
 from isolation_kernel.connection import CHANNELS
 
 _SHELL, _IOPUB, _STDIN = (CHANNELS.index(name) + 1 for name in ("shell", "iopub", "stdin"))  # ports
+_SUBSCRIPTION: Final = 1.5  # s
 _PATIENCE: Final = 5.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
 
 
@@ -158,6 +159,8 @@ class RenewedApp(KernelApp):
                 missing -= not endpoint.endswith(b"-inner")
             monitored.disable_monitor()
             monitor.close()
+        # Who does not look at iopub, does not subscribe again either, until it does.
+        deadline = min(deadline, time.monotonic() + _SUBSCRIPTION)
         while self._subscribed < self.expected[_IOPUB] and time.monotonic() < deadline:
             time.sleep(0.002)
         self.iopub_thread.io_loop.add_callback(self.iopub_thread.socket.setsockopt, zmq.XPUB_VERBOSE, 0)
