@@ -167,6 +167,19 @@ def test_only_cells_go_back(one: Kernel) -> None:
     assert "there is: a" in one.run("%isolation rollback b").error
 
 
+def test_no_room_for_another_process(kernels: Kernels) -> None:
+    """The kernel that is there stays, whole; and so does the checkpoint."""
+    kernel = kernels("argv", "--pids", "20")
+    kernel.run("import subprocess; x = 1\n%isolation checkpoint a")
+    kernel.run("x = 2; open('file', 'w')\nmore = []\ntry:\n    while True: more.append(subprocess.Popen(['sleep', '1000']))\nexcept OSError: pass")
+    reply = kernel.run("%isolation rollback a")
+    assert "cannot go back to checkpoint 'a': Resource temporarily unavailable" in reply.error
+    assert kernel.value("(x, __import__('os').listdir())") == "(2, ['file'])"
+    kernel.run("for p in more: p.kill(); p.wait()")
+    back(kernel)
+    assert kernel.value("(x, __import__('os').listdir())") == "(1, [])"
+
+
 def test_a_checkpoint_that_fails_replaces_none(kernels: Kernels) -> None:
     kernel = kernels("argv", "--disk", "4M")
     kernel.run("x = 1\n%isolation checkpoint a")
@@ -356,7 +369,7 @@ def test_a_lost_checkpoint(kernel: Kernel) -> None:
     kill = "[os.kill(int(p), 9) for p in os.listdir('/proc') if p.isdigit() and 'iso-check' in open(f'/proc/{p}/comm').read()]"
     assert kernel.run(kill).data["text/plain"] == "[None]"
     reply = kernel.run("%isolation rollback a")
-    assert "checkpoint 'a' is lost" in reply.error
+    assert "cannot go back to checkpoint 'a': the process that kept it has ended" in reply.error
     assert kernel.value("(x, open('file').read())") == "(2, '2')"
     assert kernel.run("%isolation checkpoint a").status == "ok"
     kernel.run("x = 3")

@@ -122,7 +122,7 @@ class Undo:
             try:
                 successor = lineage.wake(slot, message)
             except holder.Gone as error:
-                raise UsageError(f"checkpoint {name!r} is lost ({error}); take another") from None
+                raise UsageError(f"cannot go back to checkpoint {name!r}: {error}") from None
             try:
                 waiting = request.waiting(kernel)
                 self._say_all()

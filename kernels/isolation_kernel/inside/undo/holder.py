@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -43,7 +44,7 @@ _REQUEST: Final = 1 << 17
 
 
 class Gone(Exception):
-    """A checkpoint's process is no more."""
+    """A checkpoint's process is no more, or can make no kernel."""
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Lineage:
             wake = self._wait(self._theirs[slot])
             _prctl(_PR_SET_NAME, b"python")
         except BaseException:
-            sys.excepthook(*sys.exc_info())
+            traceback.print_exc(file=sys.__stderr__)  # sys.stderr is for channels that are not this process's
             os._exit(1)
         return wake
 
@@ -107,13 +108,12 @@ class Lineage:
             try:
                 # By way of a child that ends, so that the supervisor adopts it.
                 if (pid := fork()) == 0:
-                    if fork():
-                        os._exit(0)
+                    _fork_and_leave(end)
                     end.send(json.dumps({"pid": os.getpid()}).encode())
                     return Wake(json.loads(data), given[0])
                 os.waitpid(pid, 0)
             except OSError as error:
-                end.send(json.dumps({"error": error.strerror}).encode())
+                _complain(end, error)
             for fd in given:
                 os.close(fd)
 
@@ -131,7 +131,7 @@ class Lineage:
     def wake(self, slot: int, message: dict[str, Any]) -> Successor:
         """Have the holder in a slot make a kernel, which waits for the end of this one. Raises Gone."""
         if not any(holders(slot)):
-            raise Gone("its process has ended")
+            raise Gone("the process that kept it has ended; take another")
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         end = self._ours[slot]
         life, its_life = os.pipe2(os.O_CLOEXEC)
@@ -196,6 +196,20 @@ def become_kernel(wake: Wake, own: Own) -> list[list[bytes]]:
         time.sleep(0.005)
     found: list[list[bytes]] = pickle.loads(data)
     return found
+
+
+def _fork_and_leave(end: socket.socket) -> None:
+    """Returns in a child only."""
+    try:
+        if fork():
+            os._exit(0)
+    except OSError as error:
+        _complain(end, error)
+        os._exit(1)
+
+
+def _complain(end: socket.socket, error: OSError) -> None:
+    end.send(json.dumps({"error": error.strerror}).encode())
 
 
 def _let_go(own: Own, kept: set[int]) -> None:
