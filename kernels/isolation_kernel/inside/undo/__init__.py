@@ -8,7 +8,7 @@ see which request it answers then (request.py). In a container it is done by for
                        └──────> kernel   another ipykernel around the same shell and the same variables       (rebuild.py)
 
 A fork has one thread, no child process, and shares what is open with the process that it is a fork of. So a checkpoint is
-refused while there is anything of the user's that a fork would lose or share                               (refusals.py),
-and the kernel's own threads, sockets and event loops, a dozen, are not taken over but made anew. Files go back by what the
-host does to the sandbox's layers meanwhile (isolation.Sandbox.keep_files).
+refused while there is anything of the user's that a fork would lose or share (refusals.py); what is shared and can be set
+back, is (state.py); and the kernel's own threads, sockets and event loops, a dozen (own.py), are made anew. Files go back by
+what the host does to the sandbox's layers meanwhile (isolation.Sandbox.keep_files).
 """

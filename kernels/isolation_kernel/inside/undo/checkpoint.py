@@ -26,7 +26,8 @@ from isolation.errors import WireError
 from isolation_kernel.connection import CHANNELS
 from isolation_kernel.inside.host import Host, Refused, uninterrupted
 from isolation_kernel.inside.undo import request
-from isolation_kernel.inside.undo.refusals import Own, refusals
+from isolation_kernel.inside.undo.own import Own
+from isolation_kernel.inside.undo.refusals import refusals
 
 if TYPE_CHECKING:
     from isolation_kernel.inside.undo.holder import Lineage, Wake

@@ -26,16 +26,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from isolation_kernel.inside.undo import supervisor
-from isolation_kernel.inside.undo.refusals import (
-    GIVEN,
-    HOLDER_NAME,
-    Own,
-    descriptors,
-    fork,
-    holders,
-    processes,
-    tracker,
-)
+from isolation_kernel.inside.undo.own import GIVEN, Own
+from isolation_kernel.inside.undo.process import HOLDER_NAME, descriptors, fork, holders, processes, tracker
 
 SLOTS: Final = 5  # one more than a kernel may have checkpoints, for the one that takes another's place
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
