@@ -20,17 +20,17 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Final
 
 from isolation.guest import Guest
 from isolation.mux import Mux, MuxError
 from isolation.wire import Wire
 from isolation_kernel.inside import forwarder
+from isolation_kernel.inside.host import FIRST_GIVEN
 
 CONTROL, WIRE, FIRST = 0, 1, 2  # numbers of streams; those from FIRST on are the host's to give
 _LINE_AT_MOST: Final = 1 << 20
-_FIRST_GIVEN: Final = 64  # see host.py
 _CHANNELS: Final = 5
 EXITS: Final = 5  # the number of one more, behind which is forwarder.py
 _LAST_WORDS: Final = 2.0  # s
@@ -72,15 +72,8 @@ class Bridge:
         self._listeners = [self._listen(number) for number in range(_CHANNELS)]
         ours, theirs = Wire.pair()
         self._wire = ours
-        argv = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), "--standby", *guest.config]
         given = [*(listener.fileno() for listener in self._listeners), theirs.fileno()]
-        # The numbers that a kernel expects, which are above all that is open here.
-        for number, fd in enumerate(given):
-            os.dup2(fd, _FIRST_GIVEN + number)
-        wanted = range(_FIRST_GIVEN, _FIRST_GIVEN + len(given))
-        self._kernel = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=wanted, start_new_session=True)
-        for fd in wanted:
-            os.close(fd)
+        self._kernel = _start(_PROGRAM, ["--standby", *guest.config], given)
         for listener in self._listeners:
             listener.close()
         theirs.close()
@@ -172,14 +165,10 @@ class Bridge:
     def _forward(self) -> None:
         if self._forwarder is None:
             given = [self._listen(EXITS), forwarder.listen()]  # from now on: the kernel may be faster than that program
-            for number, listener in enumerate(given):
-                os.dup2(listener.fileno(), _FIRST_GIVEN + number)
+            second = str(FIRST_GIVEN + 1)
+            self._forwarder = _start(_FORWARDER, [second], [listener.fileno() for listener in given])
+            for listener in given:
                 listener.close()
-            numbers = range(_FIRST_GIVEN, _FIRST_GIVEN + len(given))
-            argv = [sys.executable, "-c", _FORWARDER, json.dumps(sys.path), str(numbers[-1])]
-            self._forwarder = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=numbers, start_new_session=True)
-            for fd in numbers:
-                os.close(fd)
 
     def _take(self, data: bytes) -> None:
         assert self._archive is not None
@@ -229,6 +218,18 @@ class Bridge:
             os.killpg(self._kernel.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def _start(program: str, arguments: Sequence[str], given: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Run one of ours, with descriptors under the numbers that it expects, which are above all that is open here."""
+    wanted = range(FIRST_GIVEN, FIRST_GIVEN + len(given))
+    for fd, number in zip(given, wanted, strict=True):
+        os.dup2(fd, number)
+    argv = [sys.executable, "-c", program, json.dumps(sys.path), *arguments]
+    started = subprocess.Popen(argv, stdin=subprocess.DEVNULL, pass_fds=wanted, start_new_session=True)
+    for number in wanted:
+        os.close(number)
+    return started
 
 
 # `-I -m` would look in this interpreter's own places only, and this program may have been found in others.

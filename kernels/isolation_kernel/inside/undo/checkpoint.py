@@ -59,9 +59,7 @@ class Undo:
     def run(self) -> None:
         """Until the kernel has ended. In a kernel that has come back it does not return: what is left in memory of the ones
         before must not be taken down."""
-        self._app.kernel.at_cell_end = self._cell_ended
-        self._app.io_loop = self._app.kernel.io_loop = _current_loop()
-        self._own = Own(self._app)
+        self._adopt(self._app)
         self._app.start()
         while self._wish is not None:
             wake = self._take()
@@ -76,6 +74,14 @@ class Undo:
         if self._lineage is not None and not self._lineage.first:
             atexit._run_exitfuncs()
             os._exit(0)
+
+    def _adopt(self, app: Any) -> None:
+        """One whose loop is about to run, and of which nothing is a user's yet."""
+        from tornado.ioloop import IOLoop
+
+        app.kernel.at_cell_end = self._cell_ended
+        app.io_loop = app.kernel.io_loop = IOLoop.current()
+        self._app, self._own = app, Own(app)
 
     # The magic's side.
 
@@ -134,12 +140,15 @@ class Undo:
 
     def _say_all(self) -> None:
         """What was printed is on its way, and libzmq's threads end with this process: they are waited for."""
-        for stream in (sys.stdout, sys.stderr, *self._own.streams()):
-            with contextlib.suppress(Exception):  # it may be a user's
-                stream.flush()
+        self._flush()
         closing = threading.Thread(target=self._app.close, daemon=True)
         closing.start()
         closing.join(_LAST_WORDS)
+
+    def _flush(self) -> None:
+        for stream in (sys.stdout, sys.stderr, *self._own.streams()):
+            with contextlib.suppress(Exception):  # it may be a user's
+                stream.flush()
 
     # Between two cells.
 
@@ -174,9 +183,7 @@ class Undo:
             self._refuse()
             if self._lineage is None:
                 self._lineage = holder.Lineage()
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(Exception):
-                    stream.flush()
+            self._flush()
             state = State()
             wake = self._lineage.hold(wish.slot, self._own)
             if wake is not None:
@@ -210,10 +217,9 @@ class Undo:
         wake.state.restore()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a user may have made errors of them
-            self._app = app = rebuild.application(self._own, self._arguments, message["expected"])
-        app.kernel.at_cell_end, app.kernel.subshells = self._cell_ended, message["subshells"]
-        app.io_loop = app.kernel.io_loop = _current_loop()
-        self._own = Own(app)
+            app = rebuild.application(self._own, self._arguments, message["expected"])
+        app.kernel.subshells = message["subshells"]
+        self._adopt(app)
         app.io_loop.add_callback(self._answer, message)
         request.wait_again(app.kernel, waiting)
 
@@ -239,9 +245,3 @@ def _failed(error: str) -> dict[str, Any]:
     """To be merged into a reply. Says it, too, as IPython does for a UsageError."""
     print(f"UsageError: {error}", file=sys.stderr)
     return {"status": "error", "ename": "UsageError", "evalue": error, "traceback": [f"UsageError: {error}"]}
-
-
-def _current_loop() -> Any:
-    from tornado.ioloop import IOLoop
-
-    return IOLoop.current()
