@@ -360,16 +360,28 @@ def test_pyc_and_caches_stay_inside(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_at_any_moment(pytester: pytest.Pytester, number: int) -> None:
+def test_interrupted_at_any_moment(pytester: pytest.Pytester, number: signal.Signals) -> None:
+    """Nothing stays alive, and an interrupted run says so.
+
+    While Python and pytest still import and collect, an interrupt may have any exit code: importlib loses it now and
+    then, and pytest fails on one in its own assertion rewriting. From the first sandbox on, it is 2, always.
+    """
     path = pytester.makepyfile("import pytest, time\n@pytest.mark.parametrize('n', range(500))\ndef test_x(n): time.sleep(0.01)\n")
-    mark = os.fsencode(path.name)
-    for delay in (0.2, 0.35, 0.45, 0.5, 0.6, 0.7, 0.9, 1.1):
-        command = [sys.executable, "-m", "pytest", "--isolation", "--isolation-memory=200M", path.name]
+    command = [sys.executable, "-u", "-m", "pytest", "--isolation", "--isolation-memory=200M", path.name]
+    for delay in (0.2, 0.35, 0.45, 0.5, 0.6, 0.7):
         process = subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(number)
-        assert process.wait(20) == (2 if number == signal.SIGINT else -number) or delay < 0.5
+        process.wait(60)
+    for delay in (0, 0.01, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8):
+        with subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout
+            assert any(b"collected 500 items" in line for line in process.stdout)
+            time.sleep(delay)
+            process.send_signal(number)
+            assert process.wait(20) == (2 if number == signal.SIGINT else -number)
     deadline = time.monotonic() + 10
+    mark = os.fsencode(path.name)
     while leftovers(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert leftovers(mark) == set()
