@@ -309,6 +309,26 @@ def test_nesting(project: Path, backend: str) -> None:
         assert b"refused" in box.run([sys.executable, "-c", program], timeout=30).stderr
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_its_owner_has_not_written_yet(project: Path, backend: str, nested: bool) -> None:
+    """It is the owner's to write, once: whatever was forked off meanwhile."""
+    spec = "SandboxSpec()" if nested else f"SandboxSpec(backend={backend!r})"
+    program = (
+        "from isolation import *\n"
+        "print('one')\n"
+        f"with Sandbox({spec}) as box: box.run(['true'])\n"
+        "print('two')\n"
+        f"with Sandbox({spec}) as box: print(box.run(['echo', 'three']).stdout)\n"
+        "print('four')\n"
+    )
+    if nested:
+        with Sandbox(of(project, nesting=True)) as box:
+            out = box.run([sys.executable, "-c", program], timeout=60).stdout
+    else:
+        out = subprocess.run([sys.executable, "-c", program], cwd=project, stdout=subprocess.PIPE, timeout=60).stdout
+    assert out.split() == [b"one", b"two", b"b'three\\n'", b"four"]
+
+
 def test_nothing_of_the_environment(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_TOKEN", "hunter2")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -47,6 +48,26 @@ def broken(guest):
 def here(function: object, **fields: object) -> Template:
     spec = SandboxSpec(**fields)  # type: ignore[arg-type]
     return registry.get("namespace").template(spec, function, None)  # type: ignore[arg-type]
+
+
+def test_output_of_the_host_is_not_a_forks(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template is a fork of this process, and inherits what Python has buffered and not yet written."""
+    buffered = os.fdopen(os.dup(1), "w", buffering=4096)
+    monkeypatch.setattr(sys, "stdout", buffered)
+    buffered.write("the host's\n")
+
+    def payload(guest: Guest) -> None:
+        for job in guest.forks():
+            guest.send({"job": job})
+
+    with here(payload) as template:
+        for job in range(2):
+            with template.fork(job) as fork:
+                assert [message["job"] for message in fork] == [job]
+                assert fork.wait(5)
+                assert os.read(fork.stdout, 100) == b""
+    buffered.close()
+    assert capfd.readouterr().out == "the host's\n"
 
 
 def test_forks_are_fresh(project: Path) -> None:

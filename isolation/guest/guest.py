@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from isolation.errors import WireError
+from isolation.guest import streams
 from isolation.wire import Message, Wire
 
 
@@ -65,9 +65,5 @@ class Guest:
 
     def finish(self, status: int = 0) -> NoReturn:
         """End this fork: what Python buffered is written, exit handlers of the template do not run."""
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                continue
+        streams.flush()
         os._exit(status)

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from isolation.guest import renew
+from isolation.guest import renew, streams
 from isolation.guest.guest import Guest
 from isolation.guest.warm import DUMP_SIGNAL
 from isolation.wire import Wire
@@ -26,7 +26,7 @@ def main(payload: str, first: int) -> None:
 
     def fork(guest: Guest) -> Iterator[Guest]:
         """The machine is what is forked: this process lives on in each of them, from this very line."""
-        _flush()
+        streams.flush()
         agent.send(b"w")
         line = b""
         while not line.endswith(b"\n"):
@@ -55,11 +55,3 @@ def main(payload: str, first: int) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
         guest.finish(1)
     guest.finish(0)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            continue

@@ -17,7 +17,6 @@ import gc
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from isolation.backends.namespace import fds, settle, syscalls
 from isolation.backends.namespace.build import Seal
 from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
-from isolation.guest import Guest
+from isolation.guest import Guest, streams
 from isolation.wire import Wire
 
 _FDS_AT_MOST = 253  # SCM_MAX_FD of the kernel
@@ -56,11 +55,7 @@ class Descent:
 
     def forks(self, guest: Guest) -> Iterator[Guest]:
         """Yields in each fork, its guest; and in the template itself, when the host wants it to go on."""
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                continue
+        streams.flush()
         inherited = fds.inventory(exclude=[guest.wire.fileno(), self._midwife.fileno(), self._stacks])
         for template in (False, True):
             if template not in self._seals:

@@ -21,7 +21,7 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.serving import Keeper
 from isolation.backends.namespace.warmkeeper import WarmKeeper
 from isolation.errors import LaunchError, WireError
-from isolation.guest import Guest
+from isolation.guest import Guest, streams
 from isolation.wire import Message, Wire, wait_readable
 
 
@@ -238,6 +238,7 @@ def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> Keep
     if not syscalls.supported_machine():
         raise LaunchError("the namespace backend knows x86_64 and aarch64 processors only")
     ours, theirs = Wire.pair()
+    streams.flush()
     host = os.pidfd_open(os.getpid())
     mask = frozenset(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
     try:
