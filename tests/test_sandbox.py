@@ -306,7 +306,9 @@ def test_nesting(project: Path, backend: str) -> None:
     if backend == "microvm":
         return  # a machine's own kernel is for its guest to use, whatever the spec says
     with Sandbox(of(project)) as box:
-        assert b"refused" in box.run([sys.executable, "-c", program], timeout=30).stderr
+        error = box.run([sys.executable, "-c", program], timeout=30).stderr
+        assert b"refused" in error
+        assert b"--nesting" in error
 
 
 @pytest.mark.parametrize("nested", [False, True])

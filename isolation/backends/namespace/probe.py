@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.cgroup import Hierarchy
@@ -96,13 +97,21 @@ def _proc() -> Check:
     covers = [path for path in MountTable.read().beneath("/proc") if path != "/proc/sys/fs/binfmt_misc"]
     if not covers:
         return Check("/proc", True, "wholly visible")
-    return Check(
-        "/proc",
-        False,
-        f"{', '.join(covers[:3])}{', …' if len(covers) > 3 else ''} covered",
-        "this is a container that masks parts of /proc, which forbids a new one inside: podman run --security-opt "
-        "unmask=ALL, docker run --security-opt systempaths=unconfined (and a seccomp profile that allows namespaces)",
-    )
+    if _pid_1().startswith("isolation"):
+        remedy = "this is a sandbox that may not make its own: 'isolation run --nesting', or SandboxSpec(nesting=True)"
+    else:
+        remedy = (
+            "this is a container that masks parts of /proc, which forbids a new one inside: podman run --security-opt "
+            "unmask=ALL, docker run --security-opt systempaths=unconfined (and a seccomp profile that allows namespaces)"
+        )
+    return Check("/proc", False, f"{', '.join(covers[:3])}{', …' if len(covers) > 3 else ''} covered", remedy)
+
+
+def _pid_1() -> str:
+    try:
+        return Path("/proc/1/comm").read_text()
+    except OSError:
+        return ""
 
 
 def _landlock() -> Check:
