@@ -5,9 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import isolation
 from isolation import Ended, LaunchError, Limits, Mount, Sandbox, SandboxSpec, registry
 from isolation.guest import Guest
 from isolation.template import Branch, Template
@@ -223,6 +227,26 @@ def test_a_branch_that_ends() -> None:
                 assert verdict.status == status
         with root.branch("return") as branch:
             pass  # closed at once
+
+
+def test_this_package_is_where_no_sandbox_shows_it(tmp_path: Path) -> None:
+    """A checkout beneath /tmp, say: whoever makes forks of forks inside has to have read all of it before."""
+    shutil.copytree(Path(isolation.__file__).parent, tmp_path / "isolation")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import isolation\n"
+        "from isolation import SandboxSpec, registry\n"
+        "def payload(guest):\n"
+        "    for outer in guest.forks():\n"
+        "        for inner in guest.forks():\n"
+        "            guest.send({'jobs': [outer, inner]})\n"
+        "with registry.get('namespace').template(SandboxSpec(workdir='/'), payload, None) as template:\n"
+        "    with template.branch(1) as branch, branch.template(20).fork(2) as fork:\n"
+        "        print(isolation.__file__, fork.receive(20))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, program], env=environment, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{tmp_path}/isolation/__init__.py {{'jobs': [1, 2]}}\n", done.stderr
 
 
 def test_closing_a_branch_ends_what_came_of_it() -> None:

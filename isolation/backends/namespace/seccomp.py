@@ -28,6 +28,7 @@ finds out at installation which calls are always allowed, and runs no filter for
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import platform
 import struct
@@ -137,6 +138,7 @@ def against_templates(profile: Profile) -> Profile:
 # --- reading ------------------------------------------------------------------------------------------
 
 
+@functools.cache  # a keeper does not see the file any more, if this package is somewhere beneath /tmp
 def load_profile() -> Profile:
     """The profile that comes with this package."""
     import importlib.resources  # late: it takes longer than all the rest here, and only the host needs it

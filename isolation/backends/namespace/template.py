@@ -229,9 +229,12 @@ class NamespaceFork(Fork):
         message = self._wire.receive(timeout)
         if message is None:
             self.wait(5.0)
-            if self._failure is not None:
-                raise LaunchError(f"the sandbox could not be made: {machine.failure(self._failure)}")
+            self._raise_failure()
         return message
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise LaunchError(f"the sandbox could not be made: {machine.failure(self._failure)}")
 
     def filenos(self) -> tuple[int, ...]:
         return (self._wire.fileno(),)
@@ -340,7 +343,12 @@ class NamespaceBranch(NamespaceFork, Branch):
         return (*super().filenos(), self._own_keeper.wire.fileno())
 
     def template(self, timeout: float | None = None) -> Template | None:
-        scratch = self._own_keeper.ready(timeout)
+        try:
+            scratch = self._own_keeper.ready(timeout)
+        except LaunchError:
+            self.wait(5.0)
+            self._raise_failure()  # which says more
+            raise
         if scratch is None:
             return None
         if self._template is None:
