@@ -488,6 +488,7 @@ def test_renamed_ancestors_are_noticed(box: Sandbox, project: Path) -> None:
     """The mount goes with what it lies in; by its old path, something else would be found."""
     first = "/".join(str(project).split("/")[:3])
     sh(box, "echo x > x")
+    there = sh(box, "ls /tmp")
     for plant in ("true", f"ln -s /etc {first}", f"mkdir -p {project}", f"touch {first}", f"ln -s moved {first}"):
         sh(box, f"mv {first} /tmp/moved; {plant}", cwd="/")
         mounts = sh(box, "wc -l < /proc/self/mountinfo", cwd="/")
@@ -498,7 +499,7 @@ def test_renamed_ancestors_are_noticed(box: Sandbox, project: Path) -> None:
     kept = box.keep_files()
     sh(box, f"cp -r {first} /tmp/copy; ln -s /etc /tmp/link", cwd="/")
     box.restore_files(kept)
-    assert sh(box, "cat x; ls /tmp | wc -l") == "x\n1\n"
+    assert sh(box, "cat x; ls /tmp") == "x\n" + there
 
 
 def test_a_target_beneath_what_the_guest_can_rename(project: Path, tmp_path: Path) -> None:
