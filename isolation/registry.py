@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pluggy
 
@@ -54,8 +54,14 @@ def get(name: str) -> Backend:
 
 @functools.cache
 def _works(name: str) -> tuple[bool, str]:
-    probe = backends()[name].probe()
+    probe = get(name).probe()
     return probe.works, probe.reason
+
+
+def _preferred() -> Iterator[Backend]:
+    """In the order of `backends`, looking for others only when no own one will do."""
+    yield from (_own(name) for name in _PREFERRED)
+    yield from (backend for name, backend in backends().items() if name not in _PREFERRED)
 
 
 def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:
@@ -66,13 +72,14 @@ def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:
     wanted = frozenset(features)
     if spec.backend != "auto":
         backend = get(spec.backend)
-        missing = wanted - backend.features()
+        missing = wanted and wanted - backend.features()
         if missing:
             raise FeatureMissing(f"the {backend.name} backend cannot do this here: {', '.join(sorted(missing))}")
         return backend
     reasons = []
-    for name, backend in backends().items():
-        missing = wanted - backend.features()
+    for backend in _preferred():
+        name = backend.name
+        missing = wanted and wanted - backend.features()
         if missing:
             reasons.append(f"{name}: has no {', '.join(sorted(missing))} here")
             continue

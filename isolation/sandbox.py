@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -304,6 +303,8 @@ class Sandbox:
     def copy_in(self, source: str | os.PathLike[str], target: str) -> None:
         """Copy a host file to `target` (an absolute path) inside. Raises OSError for the host's side, GuestError for the
         guest's."""
+        import shutil  # late: with all that it can unpack it takes long
+
         with open(source, "rb") as file, self._open(target, "wb") as inside:
             shutil.copyfileobj(file, inside, 1 << 20)
 

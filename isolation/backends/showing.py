@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
@@ -43,7 +42,7 @@ def _visible_path(path: str, shows: Callable[[str], bool]) -> str:
             continue
         if shows(os.path.realpath(entry)):
             kept.append(entry)
-        elif shutil.which("python3", path=entry) or shutil.which("python", path=entry):
+        elif any(os.access(os.path.join(entry, name), os.X_OK) for name in ("python3", "python")):
             kept.append(os.path.join(sys.prefix, "bin"))
     kept = list(dict.fromkeys(kept))
     return os.pathsep.join(kept) or os.defpath

@@ -25,6 +25,34 @@ def test_runs_in_a_sandbox(kernel: Kernel) -> None:
     assert kernel.value("(__import__('os').getpgid(0), __import__('os').getsid(0))") == "(2, 2)"
 
 
+def test_what_is_imported_late_is_the_real_thing(kernel: Kernel) -> None:
+    late = ("dateutil", "dateutil.parser", "debugpy", "jupyter_client.manager", "platformdirs.unix", "psutil._common")
+    assert kernel.value(f"{{*{late}}} & __import__('sys').modules.keys()") == "set()"
+    reply = kernel.run("""
+        import warnings
+        from jupyter_client.jsonutil import parse_date
+        from dateutil.parser import isoparse
+        from dateutil.tz import tzlocal
+        from platformdirs import user_cache_dir
+        from jupyter_client import KernelManager
+
+        assert isoparse.__module__ == "dateutil.parser.isoparser" and user_cache_dir("x").endswith("/x")
+        for end in ("Z", ".1Z", ".000123Z", ".123456+00:00", "+0530", ".25-03:30"):
+            ours, theirs = parse_date("2026-11-28T10:20:30" + end), isoparse("2026-11-28T10:20:30" + end)
+            assert (ours, ours.utcoffset(), ours.isoformat()) == (theirs, theirs.utcoffset(), theirs.isoformat()), end
+        assert parse_date("2026-11-28T24:00:00Z") == isoparse("2026-11-29T00:00:00Z")  # Python reads that from 3.13 on
+        with warnings.catch_warnings(action="ignore"):
+            assert parse_date("2026-11-28T10:20:30") == isoparse("2026-11-28T10:20:30").replace(tzinfo=tzlocal())
+        try:
+            parse_date("2026-13-28T10:20:30Z")
+        except ValueError as error:
+            print(error)
+        assert get_ipython().kernel.parent.blocking_class is __import__("jupyter_client").BlockingKernelClient
+        print(get_ipython().kernel.get_parent()["header"]["date"].utcoffset())
+    """)
+    assert reply.text == "month must be in 1..12\n0:00:00\n", reply.error
+
+
 def test_interrupt(kernel: Kernel) -> None:
     sleeping = kernel.send("import time\nprint('on', flush=True)\nwhile True: time.sleep(0.01)")
     while kernel.client.get_iopub_msg(timeout=PATIENCE)["msg_type"] != "stream":

@@ -7,9 +7,9 @@ runs machine code only; Python's own state is not its to touch.
 from __future__ import annotations
 
 import ctypes
-import platform
 import struct
 
+from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.machinecode import MachineCode
 from isolation.backends.namespace.script import Script
 
@@ -41,7 +41,7 @@ class Apart:
 
     def __init__(self, script: Script, first: int = 0, end: int | None = None) -> None:
         self._script = script
-        self._code = MachineCode(_CODE[platform.machine()])
+        self._code = MachineCode(_CODE[syscalls.MACHINE])
         walk, start, last = script.walk(first, end)
         self._about = (ctypes.c_uint64 * 4)(start, last, walk, 0)
         self._stack = Stack(self._code.address, ctypes.addressof(self._about))

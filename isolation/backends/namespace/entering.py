@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 from collections.abc import Sequence
 
@@ -70,7 +69,7 @@ class Entrance:
         top = (ctypes.addressof(self._stack) + _STACK) & ~0xF
         walk, first, last = script.walk()
         self._about = (ctypes.c_uint64 * 7)(walk, first, last, top, 0, 0, 0)
-        self._code = MachineCode(_CODE[platform.machine()])
+        self._code = MachineCode(_CODE[syscalls.MACHINE])
         # PYFUNCTYPE keeps the interpreter's lock, as the brackets around a fork expect.
         self._enter = ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p)(self._code.address)
 

@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.showing import PREFIX
@@ -26,8 +26,7 @@ _COPY_AT_MOST = 64 << 20
 _REOPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
 
 
-@dataclass(frozen=True)
-class Inherited:
+class Inherited(NamedTuple):
     """A descriptor above 2: how it looks on the host, before the tree changes."""
 
     fd: int

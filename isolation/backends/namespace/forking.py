@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 
+from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.machinecode import MachineCode
 
 # bracket(before, fork, child, parent): before(), then fork(), then child() or parent(); returns what fork() did.
@@ -46,7 +46,7 @@ def fork() -> int:
     """0 in the new process, whose hooks (os.register_at_fork) have run; else its pid. Raises OSError."""
     global _code
     if _code is None:
-        _code = MachineCode(_CODE[platform.machine()])
+        _code = MachineCode(_CODE[syscalls.MACHINE])
     # PYFUNCTYPE keeps the interpreter's lock, as PyOS_BeforeFork() and its like expect.
     bracket = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(_code.address)
     python, libc = ctypes.pythonapi, ctypes.PyDLL(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
@@ -15,8 +15,7 @@ RANGE_SIZE = 65536
 _CAP_SYS_ADMIN = 1 << 21
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """uid and gid inside, and whether they come from the mapped range of real root."""
 
     uid: int

@@ -31,8 +31,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from isolation.backends.namespace import build, fds, removal, syscalls
 from isolation.backends.namespace.layers import ORIGIN, Change
@@ -69,24 +68,21 @@ REFUSED = b"x"  # with errno and text, as elsewhere; nothing has changed but des
 DONE = b"d"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A directory that the guest writes to and that lies in no other such one; and what is mounted beneath it, in order."""
 
     outer: Private | Overlay
     beneath: tuple[Private | Overlay | Rebind, ...]
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """For a place, descriptors of two mounts' roots: of what was there from the beginning, and of what lies upon it."""
 
     ground: int
     top: int
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """What is to be done, in which mount namespace, and what is held of each place there; nothing before the first time."""
 
     mounts: int
@@ -113,7 +109,7 @@ def places(fresh: Sequence[FreshOperation]) -> tuple[Place, ...]:
     for operation in fresh:  # in an order in which each comes before what lies beneath it
         index = next((i for i, place in enumerate(found) if operation.target.startswith(place.outer.target + "/")), None)
         if isinstance(operation, (Private, Overlay, Rebind)) and index is not None:
-            found[index] = replace(found[index], beneath=(*found[index].beneath, operation))
+            found[index] = found[index]._replace(beneath=(*found[index].beneath, operation))
         elif isinstance(operation, (Private, Overlay)):
             found.append(Place(operation, ()))
         elif isinstance(operation, (Proc, DevPts)) and index is not None:
@@ -383,7 +379,7 @@ class _Exchange:
                 _unmount(tree)
             if copy >= 0 and index in self._placed | self._gone:
                 syscalls.move_mount_onto(copy, held.ground)
-                self._held[index] = replace(held, top=copy)
+                self._held[index] = held._replace(top=copy)
         return [] if any(held.top < 0 for held in self._held) else self._held
 
     def finish(self) -> list[Held]:

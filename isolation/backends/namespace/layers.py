@@ -8,15 +8,14 @@ lies beneath it. Nothing is done here: what is to be done is planned, and told o
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ORIGIN = 1
 # Looking for a file that does not exist asks every layer; and their names must fit into a page (mount(2)).
 MOST = 100
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a wish comes to.
 
     new      a live layer, over the chain `beneath`, the nearest first; None: only room is made

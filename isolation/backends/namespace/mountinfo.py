@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class MountPoint:
+class MountPoint(NamedTuple):
     """One mount as this process sees it."""
 
     path: str

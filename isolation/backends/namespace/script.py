@@ -18,12 +18,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from isolation.backends.namespace import machinecode
+from isolation.backends.namespace import machinecode, syscalls
 from isolation.backends.namespace.syscall_table import NUMBERS
 
 _STEP = struct.Struct("=II6Qqqq")
@@ -89,8 +88,7 @@ _CODE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """A place in the script's own memory; as an argument, its address."""
 
     offset: int
@@ -104,22 +102,19 @@ class Memory:
         return Value(self)
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """As an argument: the 64 bits at a place, at the time of the call."""
 
     place: Memory
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """As an argument: what an earlier step returned."""
 
     step: int
 
 
-@dataclass(frozen=True)
-class SixthArgument:
+class SixthArgument(NamedTuple):
     """As an argument: the address of an earlier step's sixth, behind which its result lies. A call that takes five makes
     nothing of it, and so the two can be a structure that holds a descriptor."""
 
@@ -129,8 +124,7 @@ class SixthArgument:
 Argument = int | str | bytes | Memory | Value | Result | SixthArgument
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One call, as it was written down."""
 
     name: str
@@ -212,7 +206,7 @@ class Script:
             self.set(place, self._resolve(to))
         for index, step in enumerate(self.steps):
             self._pages[index * _STEP.size : (index + 1) * _STEP.size] = self._encode(step)
-        self._code = machinecode.MachineCode(_CODE[platform.machine()])
+        self._code = machinecode.MachineCode(_CODE[syscalls.MACHINE])
         # PYFUNCTYPE does not let go of the interpreter's lock, whose state is unknown until PyOS_AfterFork_Child().
         self._walk = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(self._code.address)
 
@@ -264,7 +258,7 @@ class Script:
         values += [0] * (6 - len(values))
         accepted = [number if step.only else -number for number in step.accept]
         accepted += [_NO_RESULT] * (2 - len(accepted))
-        return _STEP.pack(NUMBERS[platform.machine()][step.name], flags, *values, 0, *accepted)
+        return _STEP.pack(NUMBERS[syscalls.MACHINE][step.name], flags, *values, 0, *accepted)
 
     def _resolve(self, argument: Argument) -> int:
         match argument:

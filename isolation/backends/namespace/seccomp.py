@@ -30,11 +30,11 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import platform
+import os
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.syscall_table import (
@@ -44,7 +44,7 @@ from isolation.backends.namespace.syscall_table import (
     NUMBERS,
     X32_SYSCALL_BIT,
 )
-from isolation.backends.namespace.syscalls import CLONE_NEWUSER
+from isolation.backends.namespace.syscalls import CLONE_NEWUSER, MACHINE
 from isolation.errors import IsolationError
 
 # Instructions, from <linux/bpf_common.h>; each is a class | a size or operation | a mode or source.
@@ -99,8 +99,7 @@ class Condition:
     operator: str
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What to do with some system calls if all `conditions` hold; `action` is what the filter returns."""
 
     names: tuple[str, ...]
@@ -109,8 +108,7 @@ class Rule:
     nesting: bool | None = None  # True: for nesting sandboxes only; False: for the others only; None: for all
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """A profile as it was read: `rules` in the order of the file."""
 
     default_action: int
@@ -124,7 +122,7 @@ def for_templates(profile: Profile) -> Profile:
     allows, and so neither mount nor trace."""
     user = Condition(0, _WORD, CLONE_NEWUSER, "SCMP_CMP_MASKED_EQ")
     rules = (Rule(("setns",), _ACTIONS["SCMP_ACT_ALLOW"]), Rule(("unshare",), _ACTIONS["SCMP_ACT_ALLOW"], (user,)))
-    return replace(profile, rules=(*rules, *profile.rules))
+    return profile._replace(rules=(*rules, *profile.rules))
 
 
 def against_templates(profile: Profile) -> Profile:
@@ -141,10 +139,9 @@ def against_templates(profile: Profile) -> Profile:
 @functools.cache  # a keeper does not see the file any more, if this package is somewhere beneath /tmp
 def load_profile() -> Profile:
     """The profile that comes with this package."""
-    import importlib.resources  # late: it takes longer than all the rest here, and only the host needs it
-
-    text = importlib.resources.files(__package__).joinpath("seccomp.json").read_text(encoding="utf-8")
-    return parse_profile(json.loads(text))
+    # importlib.resources would take longer to import than all the rest here.
+    with open(os.path.join(os.path.dirname(__file__), "seccomp.json"), encoding="utf-8") as file:
+        return parse_profile(json.load(file))
 
 
 def parse_profile(document: object) -> Profile:
@@ -245,8 +242,8 @@ def _number(value: object, most: int, what: str) -> int:
 
 
 def compile_profile(profile: Profile, *, machine: str | None = None, nesting: bool = False) -> bytes:
-    """The profile as an array of `struct sock_filter`; `machine` is as platform.machine() names it."""
-    name = machine or platform.machine()
+    """The profile as an array of `struct sock_filter`; `machine` is as uname(2) names it."""
+    name = machine or MACHINE
     if name not in NUMBERS:
         known = ", ".join(sorted(NUMBERS))
         raise ProfileError(f"No table of system calls for {name!r}; there are tables for {known}.")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
 import signal
 import struct
 
@@ -67,7 +66,7 @@ class Sleeper:
     """Makes sleeping PID 1s for one keeper. Their stack is shared: they never return, and all hold the same."""
 
     def __init__(self) -> None:
-        self._code = MachineCode(_CODE[platform.machine()])
+        self._code = MachineCode(_CODE[syscalls.MACHINE])
         self._flags = syscalls.CLONE_VM | signal.SIGCHLD
         self._argument = ctypes.create_string_buffer(struct.pack("=4Q", _SIG_IGN, 0, 0, 0))
         self.stack = Stack(self._code.address, ctypes.addressof(self._argument))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import stat
 from collections.abc import Sequence
@@ -72,6 +71,8 @@ def _mapped_user_namespace() -> int:
 
 def _copy_shifted(source: str, target: str, name: str) -> None:
     """A copy whose owners are in the range. Raises OSError when it is too large to be made for every keeper."""
+    import shutil  # late: with all that it can unpack it takes long
+
     files = size = 0
     if not os.path.isdir(source):
         shutil.copy2(source, target)

@@ -131,6 +131,6 @@ AARCH64: dict[str, int] = _COMMON | _numbered(
 """
 )
 
-# By the machine's name as platform.machine() gives it.
+# By the machine's name as uname(2) gives it.
 NUMBERS: dict[str, dict[str, int]] = {"x86_64": X86_64, "aarch64": AARCH64}
 AUDIT_ARCH: dict[str, int] = {"x86_64": AUDIT_ARCH_X86_64, "aarch64": AUDIT_ARCH_AARCH64}

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import sys
-from typing import Any
+from typing import Any, Final
 
 # Flags, from the kernel's uapi headers; alphabetical within a call.
 AT_EMPTY_PATH = 0x1000
@@ -63,14 +62,14 @@ PR_SET_SECUREBITS = 28
 STATX_ATTR_MOUNT_ROOT = 0x00002000
 
 # Numbers that differ between architectures; those of 2019 and later (424 up) are the same everywhere.
-_MACHINE = platform.machine()
+MACHINE: Final = os.uname().machine  # the module `platform` takes long to import
 _NUMBERS: dict[str, dict[str, int]] = {
     "x86_64": {"capset": 126, "clone": 56, "keyctl": 250, "pivot_root": 155, "signalfd4": 289, "statx": 332},
     "aarch64": {"capset": 91, "clone": 220, "keyctl": 219, "pivot_root": 41, "signalfd4": 74, "statx": 291},
 }
-_NR = _NUMBERS.get(_MACHINE, {})
+_NR = _NUMBERS.get(MACHINE, {})
 # struct stat: where mode, uid, gid and the two times are that utimensat(2) takes (<asm/stat.h>, <asm-generic/stat.h>).
-STAT_OFFSETS = (24, 28, 32, 72) if _MACHINE == "x86_64" else (16, 24, 28, 72)
+STAT_OFFSETS = (24, 28, 32, 72) if MACHINE == "x86_64" else (16, 24, 28, 72)
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
 _NR_CLOSE_RANGE = 436

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import importlib
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import zmq
 from ipykernel.heartbeat import Heartbeat
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
+from traitlets import Type, default
 
 from isolation_kernel.connection import CHANNELS
 
@@ -93,6 +95,11 @@ class KernelApp(IPKernelApp):
     """Takes over listening sockets. Their numbers stand where an ordinary kernel has the descriptors of its own."""
 
     given: dict[int, int]  # by a channel's port: the descriptor of its listening socket
+    blocking_class = Type(klass=object)  # jupyter_client has its name there, which is looked up at the start: deferred.py
+
+    @default("blocking_class")
+    def _blocking_class(self) -> Any:
+        return importlib.import_module("jupyter_client").BlockingKernelClient
 
     def _try_bind_socket(self, s: Any, port: int) -> int:
         take_over(s, self.given[port], f"{self.ip}-{port}")

@@ -1,8 +1,10 @@
-"""Importing what a kernel needs only sometimes when it is needed: debugpy when somebody debugs, and Jupyter's client side.
+"""Importing what a kernel needs only sometimes when it is needed: debugpy when somebody debugs, Jupyter's client side, and
+dateutil.
 
-ipykernel imports both while it starts: its debugger to see whether there is one, the package `jupyter_client` on its way to
-some of its modules. That is nearly half of a kernel's start, and a quarter of its memory. Neither is changed: what stands
-in for a module knows what ipykernel asks for, and becomes the real one at the first look at anything else.
+ipykernel imports them while it starts: its debugger to see whether there is one, the package `jupyter_client` on its way to
+some of its modules, dateutil for one function. That is nearly half of a kernel's start, and a quarter of its memory. None is
+changed: what stands in for a module knows what ipykernel asks for, and becomes the real one at the first look at anything
+else.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import importlib.machinery
 import importlib.util
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime, tzinfo
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +29,7 @@ class _Deferred(ModuleType):
 
     _isolation_lock: threading.RLock
     _isolation_state: str
+    _isolation_after: Callable[[Any], None] | None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("__", "_isolation")):
@@ -36,6 +41,8 @@ class _Deferred(ModuleType):
                 assert spec is not None
                 assert spec.loader is not None
                 spec.loader.exec_module(self)
+                if self._isolation_after is not None:
+                    self._isolation_after(self)
                 self._isolation_state = "done"
         try:
             return self.__dict__[name]
@@ -55,17 +62,57 @@ def _defer(name: str, **known: Any) -> _Deferred | None:
     module.__package__ = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
     if spec.submodule_search_locations is not None:
         module.__path__ = list(spec.submodule_search_locations)
-    module._isolation_lock, module._isolation_state = threading.RLock(), "deferred"
+    module._isolation_lock, module._isolation_state, module._isolation_after = threading.RLock(), "deferred", None
     module.__dict__.update(known)
     sys.modules[name] = module
     return module
 
 
+def when_imported(name: str, change: Callable[[Any], None]) -> None:
+    """Have `change(module)` done to a module, if there is one, before anybody sees it."""
+    module = _defer(name)
+    if module is not None:
+        module._isolation_after = change
+    elif importlib.util.find_spec(name) is not None:
+        change(importlib.import_module(name))
+
+
 def client_side() -> None:
-    """Of `jupyter_client` itself, ipykernel wants one name when it is imported. Call this before that."""
+    """Of `jupyter_client` itself, ipykernel wants two names while it starts. Call this before that."""
     module = _defer("jupyter_client")
     if module is not None:
-        module.__dict__["write_connection_file"] = importlib.import_module("jupyter_client.connect").write_connection_file
+        _defer("platformdirs")  # jupyter_core's, where JUPYTER_PLATFORM_DIRS is set
+        _import_without_dateutil("jupyter_client.jsonutil")
+        connect = importlib.import_module("jupyter_client.connect")
+        for name in ("find_connection_file", "write_connection_file"):
+            module.__dict__[name] = getattr(connect, name)
+
+
+def _import_without_dateutil(name: str) -> None:
+    """A module that wants two names of it, for the times in messages' headers. Who asks for dateutil itself, gets it."""
+    parser, tz = ModuleType("dateutil.parser"), ModuleType("dateutil.tz")
+    parser.__dict__["isoparse"], tz.__dict__["tzlocal"] = _isoparse, _tzlocal
+    ours = {module.__name__: module for module in (ModuleType("dateutil"), parser, tz)}
+    if ours.keys() & sys.modules.keys():
+        return
+    sys.modules.update(ours)
+    try:
+        importlib.import_module(name)
+    finally:
+        for module in ours:
+            del sys.modules[module]
+
+
+def _isoparse(text: str) -> datetime:
+    """As dateutil's. From Python 3.11 on there is hardly a time in a form of ISO 8601 that only that one can read."""
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return importlib.import_module("dateutil.parser").isoparse(text)  # type: ignore[no-any-return]
+
+
+def _tzlocal() -> tzinfo:
+    return importlib.import_module("dateutil.tz").tzlocal()  # type: ignore[no-any-return]
 
 
 class _Debugger:

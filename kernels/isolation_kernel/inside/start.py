@@ -52,7 +52,9 @@ def main(argv: Sequence[str]) -> None:
             return
         app, undo = _application(host, given, order["connection"], order["arguments"])
         _settle()
-    usage.show_limits(order["memory"], order["cpus"])
+    from isolation_kernel.inside import deferred  # late, as everything that imports much
+
+    deferred.when_imported("psutil", lambda module: usage.show_limits(module, order["memory"], order["cpus"]))
     host.tell("ready")
     undo.run()
 

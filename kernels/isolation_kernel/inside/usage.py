@@ -34,12 +34,8 @@ def _memory(pid: str) -> int:
         return 0
 
 
-def show_limits(memory: int | None, cpus: float | None) -> None:
-    """Let psutil, and with it ipykernel's usage report, tell of the sandbox."""
-    try:
-        import psutil
-    except ImportError:
-        return
+def show_limits(psutil: Any, memory: int | None, cpus: float | None) -> None:
+    """Let that module, and with it ipykernel's usage report, tell of the sandbox."""
     if memory is not None:
         host_memory = psutil.virtual_memory
 
