@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from datetime import datetime, tzinfo
+from datetime import datetime
 from types import ModuleType
 from typing import Any
 
@@ -91,28 +91,32 @@ def client_side() -> None:
 def _import_without_dateutil(name: str) -> None:
     """A module that wants two names of it, for the times in messages' headers. Who asks for dateutil itself, gets it."""
     parser, tz = ModuleType("dateutil.parser"), ModuleType("dateutil.tz")
-    parser.__dict__["isoparse"], tz.__dict__["tzlocal"] = _isoparse, _tzlocal
+    parser.__dict__.update(isoparse=_read_time("isoparse"), parse=_read_time("parse"))  # by its version, one of them
+    tz.__dict__["tzlocal"] = lambda: importlib.import_module("dateutil.tz").tzlocal()
     ours = {module.__name__: module for module in (ModuleType("dateutil"), parser, tz)}
     if ours.keys() & sys.modules.keys():
         return
     sys.modules.update(ours)
     try:
         importlib.import_module(name)
+    except ImportError:
+        pass  # another version, that wants more: whoever imports it next, imports that, too
     finally:
         for module in ours:
             del sys.modules[module]
 
 
-def _isoparse(text: str) -> datetime:
-    """As dateutil's. From Python 3.11 on there is hardly a time in a form of ISO 8601 that only that one can read."""
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return importlib.import_module("dateutil.parser").isoparse(text)  # type: ignore[no-any-return]
+def _read_time(function: str) -> Callable[[str], datetime]:
+    """As a function of dateutil.parser. From Python 3.11 on, Python can read all but a few forms of ISO 8601 itself."""
 
+    def read(text: str) -> datetime:
+        try:
+            return datetime.fromisoformat(text)
+        except ValueError:
+            found: datetime = getattr(importlib.import_module("dateutil.parser"), function)(text)
+            return found
 
-def _tzlocal() -> tzinfo:
-    return importlib.import_module("dateutil.tz").tzlocal()  # type: ignore[no-any-return]
+    return read
 
 
 class _Debugger:
