@@ -464,7 +464,7 @@ def test_job_control_and_resizing(terminal: Any) -> None:
     # Each key waits for what shows that it is awaited: a ^D before bash reads again would be lost.
     # One process that forks nothing: a shell that is stopped in vfork(2) waits for its child, and bash for it.
     program = (
-        "import signal; signal.signal(signal.SIGCONT, lambda *_: print('back', flush=True)); print('now', flush=True); "
+        "import os, signal; signal.signal(signal.SIGCONT, lambda *_: os.write(1, b'back\\n')); print('now', flush=True); "
         "[signal.pause() for _ in iter(int, 1)]"
     )
     t.type(f'python3 -c "{program}"\r')
