@@ -28,6 +28,7 @@ class Provisioner(LocalProvisioner):
     ).tag(config=True)
 
     process: Any
+    cwd: str | None = None
     _directory: str | None = None
     _last: dict[str, Any] | None = None
 
@@ -53,7 +54,7 @@ class Provisioner(LocalProvisioner):
         given = {**self.options, **(self._last or {})}
         words = Options.of(given).words() if given else []
         self._line = parse([*cmd[cmd.index("isolation_kernel") + 1 : place], *words, *cmd[place:]])
-        cwd = os.path.abspath(kwargs.get("cwd") or os.getcwd())
+        self.cwd = cwd = os.path.abspath(kwargs.get("cwd") or os.getcwd())
         environ = kwargs.get("env") or os.environ
         told = Connection.read(cmd[place + 1]).raw
         first = cmd.index("isolation_kernel") + 1
@@ -61,7 +62,7 @@ class Provisioner(LocalProvisioner):
         if adopted is None:
             return await super().launch_kernel([*cmd[:place], *words, *cmd[place:]], **kwargs)
         # No process to start: the kernel's own host has it, and does what a launcher would.
-        self.process, self.pid, self.pgid, self.cwd = adopted, adopted.pid, None, cwd
+        self.process, self.pid, self.pgid = adopted, adopted.pid, None
         return self.connection_info
 
     async def cleanup(self, restart: bool = False) -> None:
