@@ -19,35 +19,56 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import datetime
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from traitlets import Type
 
+# What the import system asks of each module, without wanting anything of it.
+_ASKED: Final = frozenset({"__cached__", "__file__", "__loader__", "__package__", "__path__", "__spec__"})
+
 
 class _Deferred(ModuleType):
-    """A module whose code has not run yet."""
+    """A module whose code has not run yet; a plain one when it has."""
 
     _isolation_lock: threading.RLock
     _isolation_state: str
     _isolation_after: Callable[[Any], None] | None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("__", "_isolation")):
-            raise AttributeError(name)  # the import system's own questions
+        if name in _ASKED or name.startswith("_isolation"):
+            raise AttributeError(name)
+        self._isolation_load()
+        if type(self) is _Deferred:
+            raise AttributeError(f"partially initialized module {self.__name__!r} has no attribute {name!r}")
+        return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        submodule = isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}"
+        if not (submodule or name.startswith(("__", "_isolation"))):
+            self._isolation_load()  # or its code would overwrite that later
+        ModuleType.__setattr__(self, name, value)  # it may be a plain one by now
+
+    def __dir__(self) -> list[str]:
+        self._isolation_load()
+        return sorted(self.__dict__)
+
+    def _isolation_load(self) -> None:
         with self._isolation_lock:
-            if self._isolation_state == "deferred":
-                self._isolation_state = "running"
-                spec = self.__spec__
-                assert spec is not None
-                assert spec.loader is not None
+            if self._isolation_state != "deferred":
+                return
+            self._isolation_state = "running"
+            spec = self.__spec__
+            assert spec is not None
+            assert spec.loader is not None
+            try:
                 spec.loader.exec_module(self)
-                if self._isolation_after is not None:
-                    self._isolation_after(self)
-                self._isolation_state = "done"
-        try:
-            return self.__dict__[name]
-        except KeyError:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+            except BaseException:
+                self._isolation_state = "deferred"
+                raise
+            if self._isolation_after is not None:
+                self._isolation_after(self)
+            self._isolation_state = "done"
+            self.__class__ = ModuleType  # type: ignore[assignment]
 
 
 def _defer(name: str, **known: Any) -> _Deferred | None:
