@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,8 @@ assert not {"psutil._common", "platformdirs.unix", "jupyter_client.manager"} & s
 
 
 def said(code: str) -> str:
-    done = subprocess.run([sys.executable, "-I", "-c", BEFORE + code], capture_output=True, text=True, timeout=60)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}  # it chooses
+    done = subprocess.run([sys.executable, "-I", "-c", BEFORE + code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
