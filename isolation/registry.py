@@ -14,7 +14,7 @@ from isolation.spec import SandboxSpec
 
 # Where our own are. To look through everything that is installed takes longer than to make a sandbox.
 _OWN = {name: f"isolation.backends.{name}.plugin" for name in ("namespace", "microvm")}
-_PREFERRED = ("namespace", "microvm")  # what "auto" tries first; others follow in name order
+PREFERRED = ("namespace", "microvm")  # what "auto" tries first; others follow in name order
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def backends() -> dict[str, Backend]:
     manager = _manager()
     manager.load_setuptools_entrypoints("isolation")
     found = {backend.name: backend for backend in manager.hook.isolation_backend()}
-    order = [name for name in _PREFERRED if name in found] + sorted(set(found) - set(_PREFERRED))
+    order = [name for name in PREFERRED if name in found] + sorted(set(found) - set(PREFERRED))
     return {name: found[name] for name in order}
 
 
@@ -60,8 +60,8 @@ def _works(name: str) -> tuple[bool, str]:
 
 def _preferred() -> Iterator[Backend]:
     """In the order of `backends`, looking for others only when no own one will do."""
-    yield from (_own(name) for name in _PREFERRED)
-    yield from (backend for name, backend in backends().items() if name not in _PREFERRED)
+    yield from (_own(name) for name in PREFERRED)
+    yield from (backend for name, backend in backends().items() if name not in PREFERRED)
 
 
 def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from isolation import registry
+from isolation import SandboxSpec, registry
 from isolation.backends.microvm import setup
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT
 from isolation.backends.namespace import launcher
-from isolation.hookspecs import Backend
 
 pytest_plugins = ["pytester"]
 CI = "CI" in os.environ
@@ -117,6 +116,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name: str = request.param
     if name == "microvm":
         request.getfixturevalue("microvm_ready")
-    found: dict[str, Backend] = dict(sorted(registry.backends().items(), key=lambda pair: pair[0] != name))
-    monkeypatch.setattr(registry, "backends", lambda: found)
+    others = [other for other in registry.PREFERRED if other != name]
+    monkeypatch.setattr(registry, "PREFERRED", (name, *others))
+    assert registry.choose(SandboxSpec()).name == name
     return name

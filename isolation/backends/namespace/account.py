@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,15 @@ def of(proc: int, store: int, fresh: Sequence[FreshOperation], level: int) -> di
 
 def _processes(proc: int) -> list[str]:
     found: list[str] = []
+    patience = 20  # ms, for all of them
     for name in os.listdir(proc):
         if name.isdigit() and name != "1" and len(found) < _PROCESSES_AT_MOST:
-            words = _read(proc, f"{name}/cmdline").replace("\0", " ").strip()
             state = _read(proc, f"{name}/stat").rpartition(")")[2].split()[:1]
             if state and state[0] not in "ZX":
+                # In the middle of execve(2) there is a name before there are arguments.
+                while not (words := _read(proc, f"{name}/cmdline").replace("\0", " ").strip()) and patience > 0:
+                    patience -= 1
+                    time.sleep(0.001)
                 found.append((words or _read(proc, f"{name}/comm").strip())[:_TEXT_AT_MOST])
     return found
 
