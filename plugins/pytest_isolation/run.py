@@ -128,6 +128,10 @@ class Run:
         self._lent.clear()
         self.fork.close()
 
+    def settle(self) -> None:
+        """Hear how its process ended, and what it left behind, before what it was forked of ends: nobody says so then."""
+        self.fork.wait(_END_WAIT)
+
     def verdict(self) -> Verdict:
         """How its process ended; waits a moment."""
         return self._verdict or self.fork.wait(_END_WAIT) or Verdict(Ended.LOST)
