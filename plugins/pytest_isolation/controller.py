@@ -228,7 +228,7 @@ class Controller:
             reruns += 1
             count_rerun(self._config)
             self._schedule.again(units.Unit([item], settings, reruns=reruns))
-        if item is run.unit.last and any(self._ends(level, item, nextitem) for level in self._open_levels()):
+        if item is run.unit.last and any(self._ends(level, item, nextitem) for _, level in self._open_levels()):
             run.settle()
         # What follows the run's last test of a wide fixture is part of that test's own teardown.
         self._emission.end(item, run, [*self._end_levels(item, nextitem), *self._here.end(item, nextitem)])
@@ -293,10 +293,9 @@ class Controller:
     def _end_levels(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
         """Tear down what the next test does not need, as pytest would now. Returns what went wrong, or was said."""
         self._teardowns = []
-        for chain in self._chains.values():
-            for level in chain.open_levels():
-                if self._ends(level, item, nextitem):
-                    self._schedule.tear_down(chain, level, item)
+        for chain, level in self._open_levels():
+            if self._ends(level, item, nextitem):
+                self._schedule.tear_down(chain, level, item)
         made, self._teardowns = self._teardowns, []
         return made
 
@@ -304,16 +303,15 @@ class Controller:
     def _ends(level: Level, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         return level.node in item.listchain() and (nextitem is None or level.node not in nextitem.listchain())
 
-    def _open_levels(self) -> Iterator[Level]:
-        return (level for chain in self._chains.values() for level in chain.open_levels())
+    def _open_levels(self) -> Iterator[tuple[Chain, Level]]:
+        return ((chain, level) for chain in self._chains.values() for level in chain.open_levels())
 
     def _end_open_levels(self, session: pytest.Session) -> None:
         """The run is over before its last test (-x, a test of another process at the end, …)."""
         self._teardowns = []
-        for chain in self._chains.values():
-            for level in chain.open_levels():
-                if level.last is not None and chain.find(level.node) is level:  # type: ignore[arg-type]
-                    self._schedule.tear_down(chain, level, level.last)
+        for chain, level in self._open_levels():
+            if level.last is not None and chain.find(level.node) is level:  # type: ignore[arg-type]
+                self._schedule.tear_down(chain, level, level.last)
         for report in self._teardowns:
             if report.failed:
                 self._late.append(f"error at teardown, after {report.nodeid}: {report.longreprtext}")
