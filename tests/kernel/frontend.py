@@ -65,6 +65,26 @@ class Kernel:
             self.close()
             raise
 
+    def restart(self, *, now: bool = False) -> None:
+        """And wait until it is connected again."""
+        self.manager.restart_kernel(now=now)
+        self.wait_until_connected()
+
+    def wait_until_connected(self) -> None:
+        """Until iopub is, too, after a restart.
+
+        ZeroMQ connects every socket again by itself, in its own time: who asks on the shell at once may never hear on iopub
+        what comes of it, nor that it has ended (of plain kernels as well). What is left on iopub of the kernel before says
+        nothing about this one, so `wait_for_ready` of the client, which takes anything for an answer, would not do.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.collect(self.client.kernel_info(), timeout=1)
+                return
+            except (AssertionError, queue.Empty):
+                assert time.monotonic() < deadline, "the kernel does not come back"
+
     @property
     def pid(self) -> int:
         """Of the launcher."""

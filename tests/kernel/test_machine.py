@@ -189,8 +189,7 @@ def test_restart_crash_and_end(kernel: Kernel) -> None:
     before = machines(kernel.pid)
     assert before
     kernel.run("x = 1")
-    kernel.manager.restart_kernel(now=True)
-    kernel.client.wait_for_ready(timeout=frontend.PATIENCE)
+    kernel.restart(now=True)
     assert "NameError" in kernel.run("x").error
     kernel.send("import os; os._exit(3)")
     deadline = time.monotonic() + frontend.PATIENCE

@@ -90,7 +90,7 @@ def test_a_warm_kernel(pool: Callable[..., Pool], kernels: Kernels, route: str) 
     assert info["key"].decode() in kernel.run("%connect_info").text
     kernel.manager.interrupt_kernel()
     assert kernel.value("6*7") == "42"
-    kernel.manager.restart_kernel()
+    kernel.restart()
     assert kernel.value("6*7") == "42"
     kernel.manager.shutdown_kernel()
 

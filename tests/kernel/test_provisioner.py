@@ -30,7 +30,7 @@ def test_no_port_is_open_and_the_directory_is_private(kernels: Kernels) -> None:
 def test_endpoints_stay_over_a_restart(kernels: Kernels) -> None:
     kernel = kernels("provisioner")
     before = kernel.manager.get_connection_info()
-    kernel.manager.restart_kernel()
+    kernel.restart()
     assert kernel.manager.get_connection_info() == before
     assert kernel.value("6*7") == "42"
 
@@ -41,7 +41,7 @@ def test_what_a_kernel_plants_at_its_endpoints_is_not_there(kernels: Kernels) ->
     assert kernel.run(f"import os; os.listdir({directory!r})").content["ename"] == "FileNotFoundError"
     kernel.run(f"os.makedirs({directory!r}); os.symlink('/run/docker.sock', {directory + '/k-1'!r})")
     assert not os.path.islink(f"{directory}/k-1")
-    kernel.manager.restart_kernel()
+    kernel.restart()
     assert kernel.value("6*7") == "42"
 
 
@@ -78,7 +78,7 @@ def test_options_over_those_of_the_kernelspec(jupyter: Path, tmp_path: Path, by:
     try:
         assert "memory 700M" in kernel.run("%isolation").text
         assert kernel.value("__import__('os').environ['FROM']") == "here"
-        manager.restart_kernel()
+        kernel.restart()
         assert "memory 700M" in kernel.run("%isolation").text
     finally:
         kernel.close()
