@@ -28,8 +28,9 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 def leftovers(mark: bytes) -> set[str]:
-    """Processes whose command line holds `mark`, and cgroups whose keeper is gone."""
+    """Processes whose command line holds `mark`, and cgroups whose keeper is gone; not what another run of the tests has."""
     found = set()
+    mine = Path("/proc/self/cmdline").read_bytes()
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -37,7 +38,7 @@ def leftovers(mark: bytes) -> set[str]:
                 line = Path(f"/proc/{name}/cmdline").read_bytes()
             except OSError:
                 continue
-            if command.startswith("isolation") and mark in line:
+            if command.startswith("isolation") and mark in line and not _belongs_to_another_run(int(name), mine):
                 found.add(f"process {name} {command}")
     for directory, names, _files in os.walk("/sys/fs/cgroup"):
         for name in names:
@@ -65,6 +66,18 @@ def _qemu_processes() -> set[int]:
         except OSError:
             continue
     return found
+
+
+def _belongs_to_another_run(pid: int, command: bytes) -> bool:
+    """Whether it is below a process that was started by the same command, but is not this one, nor of a sandbox."""
+    for above in _above(pid) - {os.getpid()}:
+        try:
+            name, line = (Path(f"/proc/{above}/{file}").read_bytes() for file in ("comm", "cmdline"))
+        except OSError:
+            continue
+        if line == command and not name.startswith(b"isolation"):
+            return True
+    return False
 
 
 def _above(pid: int) -> set[int]:
