@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+from kernel.frontend import Kernel
 
 BEFORE = """
 import sys
 from isolation_kernel.inside import deferred
-deferred.client_side()
 deferred.when_imported("psutil", lambda module: module.__dict__.update(changed="yes"))
-import psutil, platformdirs, jupyter_client
-assert not {"psutil._common", "platformdirs.unix", "jupyter_client.manager"} & sys.modules.keys()
+with deferred.client_side():
+    import jupyter_client as client, jupyter_client.session, platformdirs as dirs
+    debugger = deferred._defer("ipykernel.debugger", known=6 * 7)
+assert not {"jupyter_client", "jupyter_client.manager", "platformdirs", "platformdirs.unix", "psutil", "debugpy"} & sys.modules.keys()
 """
 
 
@@ -28,18 +31,26 @@ def said(code: str) -> str:
 @pytest.mark.parametrize(
     ("code", "out"),
     [
-        ("print(psutil.__version__[0].isdigit(), psutil.changed)", "True yes"),
-        ("from psutil import changed, cpu_count; print(changed, cpu_count() > 0)", "yes True"),
-        ("from psutil import *; print(callable(virtual_memory))", "True"),
-        ("psutil.PROCFS_PATH = '/x'; psutil.cpu_count; print(psutil.PROCFS_PATH)", "/x"),
-        ("print('cpu_count' in dir(psutil), psutil.__doc__.split()[0])", "True psutil"),
-        ("import types; psutil.cpu_count; print(type(psutil) is types.ModuleType)", "True"),
-        ("print(hasattr(psutil, 'nothing'), hasattr(psutil, '__nothing__'), hasattr(platformdirs, '__file__'))", "False False True"),
-        ("import platformdirs.unix; print(platformdirs.unix.Unix('x').appname, platformdirs.__name__)", "x platformdirs"),
-        ("print(jupyter_client.__version__[0].isdigit(), 'KernelManager' in dir(jupyter_client))", "True True"),
-        ("import importlib; print(importlib.reload(psutil) is psutil, psutil.cpu_count() > 0)", "True True"),
-        ("from unittest import mock\nwith mock.patch('psutil.cpu_count', lambda: -1): print(psutil.cpu_count())", "-1"),
-        ("import inspect; print(inspect.getmodule(psutil.Process) is psutil, inspect.getsource(psutil)[0] != '')", "True True"),
+        ("print(client.__version__[0].isdigit(), 'KernelManager' in dir(client))", "True True"),
+        ("print(hasattr(client, 'nothing'), hasattr(client, '__nothing__'), hasattr(dirs, '__file__'))", "False False True"),
+        ("client.KernelManager = 1; client.run_kernel; print(client.KernelManager)", "1"),
+        ("import types; client.KernelManager; print(type(client) is types.ModuleType)", "True"),
+        ("import jupyter_client; print(jupyter_client is client, jupyter_client.session.__name__)", "True jupyter_client.session"),
+        ("import jupyter_client.session; print(callable(jupyter_client.session.Session))", "True"),
+        ("from jupyter_client.manager import KernelManager; print(KernelManager is client.KernelManager)", "True"),
+        ("from jupyter_client.ioloop import IOLoopKernelManager as M; print(issubclass(M, client.KernelManager))", "True"),
+        ("import platformdirs.unix; print(platformdirs.unix.Unix('x').appname, platformdirs is dirs)", "x True"),
+        ("from jupyter_client import *; print(callable(run_kernel))", "True"),
+        ("import importlib, jupyter_client; print(importlib.reload(client) is client, callable(client.run_kernel))", "True True"),
+        ("from unittest import mock\nwith mock.patch('platformdirs.user_data_dir', lambda: -1): print(dirs.user_data_dir())", "-1"),
+        ("import inspect; print(inspect.getsource(client)[0] != '', inspect.getmodule(dirs.user_data_dir) is dirs)", "True True"),
+        ("sys.modules['jupyter_client'] = sys; print(client.version == sys.version)", "True"),
+        ("import importlib.util as u; print(type(u.find_spec('jupyter_client').loader.get_data(client.__file__)).__name__)", "bytes"),
+        ("print(debugger.known); import ipykernel.debugger; print(ipykernel.debugger.Debugger is debugger.Debugger)", "42\nTrue"),
+        ("import importlib; print(importlib.reload(debugger) is debugger, callable(debugger.Debugger))", "True True"),
+        ("import psutil; print(psutil.changed, psutil.cpu_count() > 0)", "yes True"),
+        ("from psutil._common import usage_percent; import psutil; print(psutil.changed)", "yes"),
+        ("import psutil; del sys.modules['psutil']; import psutil as other; print(other is psutil)", "False"),
     ],
 )
 def test_like_any_other(code: str, out: str) -> None:
@@ -53,23 +64,45 @@ with tempfile.TemporaryDirectory() as directory:
     path = pathlib.Path(directory) / "fragile.py"
     path.write_text("early = 1\\nraise ImportError('not now')")
     sys.path.insert(0, directory)
-    deferred.when_imported("fragile", lambda module: None)
-    import fragile
+    fragile = deferred._defer("fragile")
     for _ in range(2):
         try:
             fragile.late
         except ImportError as error:
             print(error)
+    try:
+        import fragile
+    except ImportError as error:
+        print(error)
     path.write_text("early = late = 2")
     print(fragile.late, fragile.early)
 """
-    assert said(code).splitlines() == ["not now", "not now", "2 2"]
+    assert said(code).splitlines() == ["not now", "not now", "not now", "2 2"]
 
 
-def test_threads_wait_for_whoever_is_first() -> None:
-    code = """
+@pytest.mark.parametrize("look", ["client.KernelManager", "__import__('jupyter_client.manager').KernelManager", "changed()"])
+def test_threads_wait_for_whoever_is_first(look: str) -> None:
+    code = f"""
 import concurrent.futures
+def changed():
+    import psutil
+    return psutil.changed
+def other():
+    from jupyter_client.manager import KernelManager
+    return KernelManager
+sys.setswitchinterval(1e-5)
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    print({future.result() for future in [pool.submit(lambda: psutil.changed) for _ in range(8)]})
+    others = [pool.submit(other) for _ in range(4)]
+    print(len({{future.result() for future in [pool.submit(lambda: {look}) for _ in range(8)]}}))
+    assert {{future.result() for future in others}} == {{client.KernelManager}}
 """
-    assert said(code) == "{'yes'}"
+    assert said(code) == "1"
+
+
+def test_a_cell_that_begins_with_a_module_inside(kernels: Callable[..., Kernel]) -> None:
+    kernel = kernels("argv")
+    assert kernel.value("'jupyter_client' in __import__('sys').modules") == "False"
+    reply = kernel.run("from jupyter_client.manager import KernelManager; import jupyter_client, ipykernel.debugger")
+    assert reply.status == "ok", reply.error
+    assert kernel.value("jupyter_client.KernelManager is KernelManager") == "True"
+    assert kernel.value("ipykernel.debugger.Debugger.__module__") == "ipykernel.debugger"

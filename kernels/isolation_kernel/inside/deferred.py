@@ -4,20 +4,21 @@ dateutil.
 ipykernel imports them while it starts: its debugger to see whether there is one, the package `jupyter_client` on its way to
 some of its modules, dateutil for one function. That is nearly half of a kernel's start, and a quarter of its memory. None is
 changed: what stands in for a module knows what ipykernel asks for, and becomes the real one at the first look at anything
-else.
+else. For a package it stands where imports look only while ipykernel is imported. Who imports the package afterwards, or a
+module inside it, does what Python always does, in its order and with its locks; only that its code runs in the stand-in.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
-import importlib.machinery
 import importlib.util
 import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 from typing import Any, Final
 
@@ -27,79 +28,120 @@ from traitlets import Type
 _ASKED: Final = frozenset({"__cached__", "__file__", "__loader__", "__package__", "__path__", "__spec__"})
 
 
-class _Deferred(ModuleType):
-    """A module whose code has not run yet; a plain one when it has."""
-
-    _isolation_lock: threading.RLock
-    _isolation_state: str
-    _isolation_after: Callable[[Any], None] | None
+class _StandIn(ModuleType):
+    """For a module whose code has not run yet; the module itself when it has."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in _ASKED or name.startswith("_isolation"):
+        if name in _ASKED:
             raise AttributeError(name)
-        self._isolation_load()
-        if type(self) is _Deferred:
+        module = self._isolation_import()
+        if type(module) is _StandIn:
             raise AttributeError(f"partially initialized module {self.__name__!r} has no attribute {name!r}")
-        return getattr(self, name)
+        return getattr(module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         submodule = isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}"
-        if not (submodule or name.startswith(("__", "_isolation"))):
-            self._isolation_load()  # or its code would overwrite that later
+        if not (submodule or name.startswith("__")):
+            self._isolation_import()  # or its code would overwrite that later
         ModuleType.__setattr__(self, name, value)  # it may be a plain one by now
 
     def __dir__(self) -> list[str]:
-        self._isolation_load()
-        return sorted(self.__dict__)
+        return dir(self._isolation_import())
 
-    def _isolation_load(self) -> None:
-        with self._isolation_lock:
-            if self._isolation_state != "deferred":
-                return
-            self._isolation_state = "running"
-            spec = self.__spec__
-            assert spec is not None
-            assert spec.loader is not None
-            try:
-                spec.loader.exec_module(self)
-            except BaseException:
-                self._isolation_state = "deferred"
-                raise
-            if self._isolation_after is not None:
-                self._isolation_after(self)
-            self._isolation_state = "done"
-            self.__class__ = ModuleType  # type: ignore[assignment]
+    def _isolation_import(self) -> ModuleType:
+        _remove(self.__name__)
+        return importlib.import_module(self.__name__)
 
 
-def _defer(name: str, **known: Any) -> _Deferred | None:
+class _Loader(SourceFileLoader):
+    """Runs a module's code where there is a stand-in for it, in that; and then what is to be done afterwards."""
+
+    def __init__(self, name: str, path: str, module: _StandIn | None, after: Callable[[Any], None] | None) -> None:
+        super().__init__(name, path)
+        self._module, self._after = module, after
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if self._after is not None:
+            self._after(module)
+        if module is self._module:
+            module.__class__ = ModuleType  # type: ignore[assignment]
+        _Finder.awaited.pop(self.name, None)
+
+
+class _Finder:
+    """Where Python's import looks first, for the modules that something is known of."""
+
+    awaited: Final[dict[str, tuple[_StandIn | None, Callable[[Any], None] | None]]] = {}
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in cls.awaited:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or type(spec.loader) is not SourceFileLoader:
+            return spec
+        loader = _Loader(name, spec.loader.path, *cls.awaited[name])
+        return importlib.util.spec_from_file_location(
+            name, spec.origin, loader=loader, submodule_search_locations=spec.submodule_search_locations
+        )
+
+
+_standing: Final[dict[str, _StandIn]] = {}  # those that are where imports look
+
+
+def _await(name: str, module: _StandIn | None, after: Callable[[Any], None] | None = None) -> None:
+    if _Finder not in sys.meta_path:
+        sys.meta_path.insert(0, _Finder)
+    _Finder.awaited[name] = module, after
+
+
+def _source(name: str) -> ModuleSpec | None:
+    """Where the code of a module is that is not there yet; None if it is, or is in no ordinary file."""
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    return spec if spec is not None and type(spec.loader) is SourceFileLoader else None
+
+
+def _defer(name: str, **known: Any) -> _StandIn | None:
     """Put a stand-in where imports look; None when the module is there already, or cannot be found."""
-    if name in sys.modules:
+    spec = _source(name)
+    if spec is None:
         return None
-    spec = importlib.util.find_spec(name)
-    if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-        return None
-    module = _Deferred(name)
+    module = _StandIn(name)
     module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
     module.__package__ = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
     if spec.submodule_search_locations is not None:
         module.__path__ = list(spec.submodule_search_locations)
-    module._isolation_lock, module._isolation_state, module._isolation_after = threading.RLock(), "deferred", None
     module.__dict__.update(known)
-    sys.modules[name] = module
+    _await(name, module)
+    sys.modules[name] = _standing[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
     return module
+
+
+def _remove(name: str) -> None:
+    """From where imports look; once, so that it is never the module itself, which is there later."""
+    module = _standing.pop(name, None)
+    if module is not None and sys.modules.get(name) is module:
+        del sys.modules[name]
 
 
 def when_imported(name: str, change: Callable[[Any], None]) -> None:
     """Have `change(module)` done to a module, if there is one, before anybody sees it."""
-    module = _defer(name)
-    if module is not None:
-        module._isolation_after = change
+    if _source(name) is not None:
+        _await(name, None, change)
     elif importlib.util.find_spec(name) is not None:
         change(importlib.import_module(name))
 
 
-def client_side() -> None:
-    """Of `jupyter_client` itself, ipykernel wants two names while it starts. Call this before that."""
+@contextlib.contextmanager
+def client_side() -> Iterator[None]:
+    """Of `jupyter_client` itself, ipykernel wants two names while it starts: it is to be imported within this."""
     module = _defer("jupyter_client")
     if module is not None:
         _defer("platformdirs")  # jupyter_core's, where JUPYTER_PLATFORM_DIRS is set
@@ -107,6 +149,9 @@ def client_side() -> None:
         connect = importlib.import_module("jupyter_client.connect")
         for name in ("find_connection_file", "write_connection_file"):
             module.__dict__[name] = getattr(connect, name)
+    yield
+    for name in ("jupyter_client", "platformdirs"):
+        _remove(name)
 
 
 def _import_without_dateutil(name: str) -> None:

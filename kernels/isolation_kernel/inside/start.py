@@ -63,14 +63,15 @@ def _application(host: Host, given: Sequence[int], told: dict[str, Any], argumen
     """An IPKernelApp up to where only its loop is missing, and who runs it."""
     from isolation_kernel.inside import deferred
 
-    deferred.client_side()
-    from isolation_kernel.inside.app import KernelApp
+    with deferred.client_side():
+        from isolation_kernel.inside.app import KernelApp
 
+        kernel_class = deferred.kernel_class()
     history = [] if any(word.startswith("--HistoryManager.hist_file") for word in arguments) else [_HISTORY]
     given_arguments = ["-f", _write_connection_file(told), *history, *arguments]
     sys.argv = ["ipykernel_launcher", *given_arguments]
     KernelApp.given = {number + 1: fd for number, fd in enumerate(given)}
-    app: Any = KernelApp.instance(kernel_class=deferred.kernel_class())
+    app: Any = KernelApp.instance(kernel_class=kernel_class)
     app.initialize(given_arguments)
     from isolation_kernel.inside.undo.checkpoint import Undo
 
