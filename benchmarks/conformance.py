@@ -65,7 +65,7 @@ def main() -> int:
             if run.status not in (0, 1, 5):
                 print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
                 return 1
-    return compare(plain, isolated, verbose=options.verbose)
+    return compare(plain, isolated, EXPLAINED, verbose=options.verbose)
 
 
 def prepare() -> tuple[Path, Path]:
@@ -76,8 +76,10 @@ def prepare() -> tuple[Path, Path]:
     return source, make_venv(cache / "venvs" / "pytest-conformance", [f"pytest=={VERSION}", *NEEDS], checkout=CHECKOUT)
 
 
-def compare(plain: dict[str, Outcome], isolated: dict[str, Outcome], *, verbose: bool) -> int:
-    """Print it all; the exit status."""
+def compare(
+    plain: dict[str, Outcome], isolated: dict[str, Outcome], explained: dict[str, str], *, verbose: bool
+) -> int:
+    """Print it all, with the reasons, by pattern, for some; the exit status."""
     tests: Counter[str] = Counter()
     different: Counter[str] = Counter()
     lines: dict[str, list[str]] = {}
@@ -88,7 +90,7 @@ def compare(plain: dict[str, Outcome], isolated: dict[str, Outcome], *, verbose:
         if was.same(now):
             continue
         different[file] += 1
-        reason = explanation(nodeid)
+        reason = explanation(nodeid, explained)
         lines.setdefault(reason, []).append(f"  {nodeid}: {was} → {now}")
         if verbose and not reason:
             lines[reason] += [f"    | {line}" for line in now.reason.splitlines()[-60:]]
@@ -97,7 +99,7 @@ def compare(plain: dict[str, Outcome], isolated: dict[str, Outcome], *, verbose:
     print(table(("file", "tests", "same", "different"), rows))
     for reason in sorted(lines, key=lambda reason: (not reason, reason)):
         print(f"\n{reason or 'NOT EXPLAINED'}:", *lines[reason], sep="\n")
-    unneeded = [pattern for pattern in EXPLAINED if not any(
+    unneeded = [pattern for pattern in explained if not any(
         fnmatch.fnmatchcase(nodeid, pattern) and not was.same(isolated.get(nodeid, NOT_REPORTED))
         for nodeid, was in plain.items()
     )]  # fmt: skip
@@ -108,9 +110,9 @@ def compare(plain: dict[str, Outcome], isolated: dict[str, Outcome], *, verbose:
     return 1 if "" in lines else 0
 
 
-def explanation(nodeid: str) -> str:
+def explanation(nodeid: str, explained: dict[str, str]) -> str:
     """Why a test may end in another way; "" for no reason."""
-    return next((reason for pattern, reason in EXPLAINED.items() if fnmatch.fnmatchcase(nodeid, pattern)), "")
+    return next((reason for pattern, reason in explained.items() if fnmatch.fnmatchcase(nodeid, pattern)), "")
 
 
 if __name__ == "__main__":

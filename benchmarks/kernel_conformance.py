@@ -1,0 +1,84 @@
+"""ipykernel's own tests, of all that a frontend can ask of a kernel: of a plain one, and of one in a sandbox.
+
+    python benchmarks/kernel_conformance.py [--backend microvm] [-k EXPRESSION]
+
+Its tests start kernels by the name `python3`. They are run as they are, and twice more with that name given to a kernelspec
+of ours: with ports, and with a provisioner. A test that then ends in another way is a difference: a fault of ours, or one
+that EXPLAINED tells the reason of. The exit status is 0 if no other difference is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from _common import CHECKOUT, clean_environment, default_cache, make_venv, run_to_log, timed_run
+from conformance import compare
+from suites import Options, Outcome, Suite, fetch, read_outcomes
+
+VERSION = "7.4.0"
+NEEDS = ["pytest==9.2.0", "pytest-asyncio", "pytest-timeout", "flaky", "ipyparallel", "psutil", "matplotlib", "trio"]
+FILES = (
+    "test_async.py test_comm.py test_connect.py test_curve.py test_debugger.py test_displayhook.py test_kernel.py "
+    "test_matplotlib_eventloops.py test_message_spec.py test_start_kernel.py test_subshell_wedge.py test_subshells.py"
+).split()
+_ELSEWHERE = "it names a directory of the machine's that the kernel is to read or write: not there without --mount"
+EXPLAINED = {
+    "tests/test_kernel.py::test_save_history": _ELSEWHERE,
+    "tests/test_kernel.py::test_sys_path_profile_dir": _ELSEWHERE,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="namespace")
+    parser.add_argument("-k", dest="expression", default="", help="only tests that match")
+    parser.add_argument("--verbose", action="store_true", help="show how each unexplained difference has failed")
+    options = parser.parse_args()
+    source, python = prepare()
+    logs = default_cache("kernel-conformance")
+    logs.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Outcome]] = {}
+    for kind, words in (("plain", None), ("ports", list[str]()), ("provisioner", ["--provisioner"])):
+        environment = clean_environment(python, PYTHONPATH=str(Path(__file__).resolve().parent), JUPYTER_PLATFORM_DIRS="1")
+        if words is not None:
+            install: list[str | Path] = [python.parent / "isolation", "kernel", "install", "--name", "python3"]
+            install += ["--prefix", logs / kind, "--backend", options.backend, *words]
+            run_to_log(install, logs / "install.log", "installing a kernelspec")
+            environment["JUPYTER_PATH"] = f"{logs / kind}/share/jupyter"
+        recorded, log = logs / f"{kind}.jsonl", logs / f"{kind}.log"
+        recorded.unlink(missing_ok=True)
+        command: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:isolation"]
+        command += ["-p", "_outcomes", "-o", "filterwarnings=", "-o", "asyncio_default_fixture_loop_scope=function"]
+        command += ["-k", options.expression] if options.expression else []
+        environment["OUTCOMES_FILE"] = str(recorded)
+        run = timed_run(
+            [*command, *(f"tests/{file}" for file in FILES)], cwd=source, log=log, timeout=3600, environment=environment
+        )
+        print(f"{kind}: {run.seconds:.0f} s, exit status {run.status}", file=sys.stderr, flush=True)
+        if run.status not in (0, 1):
+            print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
+            return 1
+        found[kind] = read_outcomes(recorded)[0]
+    status = 0
+    for kind in ("ports", "provisioner"):
+        print(f"\n## {kind}, {options.backend}\n")
+        status |= compare(found["plain"], found[kind], EXPLAINED, verbose=options.verbose)
+    return status
+
+
+def prepare() -> tuple[Path, Path]:
+    """The unpacked sdist, without the package itself, and an interpreter that has that ipykernel and this checkout."""
+    cache = default_cache("suites")
+    options = Options(sys.executable, VERSION, cache, flags=(), plain_only=False, repeat=1, timeout=None)
+    source = fetch(Suite("ipykernel", VERSION, "tests"), options)
+    package = source / "ipykernel"
+    if package.exists():
+        package.rename(source / "ipykernel.unused")  # it would be imported instead of the one that is installed
+    needs = [f"ipykernel=={VERSION}", *NEEDS]
+    return source, make_venv(cache / "venvs" / "ipykernel-conformance", needs, checkout=CHECKOUT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
