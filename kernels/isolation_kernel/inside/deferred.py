@@ -79,12 +79,13 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in cls.awaited:
+        known = cls.awaited.get(name)
+        if known is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or type(spec.loader) is not SourceFileLoader:
             return spec
-        loader = _Loader(name, spec.loader.path, *cls.awaited[name])
+        loader = _Loader(name, spec.loader.path, *known)
         return importlib.util.spec_from_file_location(
             name, spec.origin, loader=loader, submodule_search_locations=spec.submodule_search_locations
         )
