@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any, Final
 
@@ -82,13 +82,10 @@ class _Finder:
         known = cls.awaited.get(name)
         if known is None:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or type(spec.loader) is not SourceFileLoader:
-            return spec
-        loader = _Loader(name, spec.loader.path, *known)
-        return importlib.util.spec_from_file_location(
-            name, spec.origin, loader=loader, submodule_search_locations=spec.submodule_search_locations
-        )
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = _Loader(name, spec.loader.path, *known)
+        return spec
 
 
 _standing: Final[dict[str, _StandIn]] = {}  # those that are where imports look
@@ -112,12 +109,10 @@ def _defer(name: str, **known: Any) -> _StandIn | None:
     if spec is None:
         return None
     module = _StandIn(name)
-    module.__spec__, module.__file__, module.__loader__ = spec, spec.origin, spec.loader
-    module.__package__ = name if spec.submodule_search_locations is not None else name.rpartition(".")[0]
-    if spec.submodule_search_locations is not None:
-        module.__path__ = list(spec.submodule_search_locations)
-    module.__dict__.update(known)
+    spec.loader = _Loader(name, str(spec.origin), module, None)
     _await(name, module)
+    importlib.util.module_from_spec(spec)  # gives it what every module has
+    module.__dict__.update(known)
     sys.modules[name] = _standing[name] = module
     parent, _, child = name.rpartition(".")
     if parent:
