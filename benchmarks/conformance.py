@@ -16,6 +16,7 @@ import argparse
 import fnmatch
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _common import CHECKOUT, clean_environment, default_cache, make_venv, table, timed_run
@@ -38,34 +39,51 @@ SHOWN = ("test_setuponly.py", "test_setupplan.py", "logging/test_reporting.py") 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("files", nargs="*", default=FILES, metavar="FILE", help="below pytest's testing/")
-    parser.add_argument("-k", dest="expression", default="", help="only tests that match")
-    parser.add_argument("--verbose", action="store_true", help="show how each unexplained difference has failed")
     options = parser.parse_args()
     source, python = prepare()
-    logs = default_cache("conformance")
-    logs.mkdir(parents=True, exist_ok=True)
     plain: dict[str, Outcome] = {}
     isolated: dict[str, Outcome] = {}
     for file in options.files:
         for found, arguments in ((plain, ["-p", "no:isolation"]), (isolated, ["-p", "_inner"])):
-            name = f"{file.replace('/', '-')}-{'plain' if found is plain else 'isolated'}"
-            recorded, log = logs / f"{name}.jsonl", logs / f"{name}.log"
-            recorded.unlink(missing_ok=True)
-            words: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "_outcomes", *arguments]
-            words += ["-k", options.expression] if options.expression else []
-            words += ["--runpytest=subprocess"] if file in SHOWN else []
-            environment = clean_environment(
-                python, PYTHONPATH=str(Path(__file__).resolve().parent), OUTCOMES_FILE=str(recorded), COLUMNS="80"
-            )  # fmt: skip
-            run = timed_run([*words, f"testing/{file}"], cwd=source, log=log, timeout=1800, environment=environment)
-            found.update(read_outcomes(recorded)[0])
-            print(f"{name}: {run.seconds:.0f} s, exit status {run.status}", file=sys.stderr, flush=True)
-            if run.status not in (0, 1, 5):
-                print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
-                return 1
+            name = default_cache("conformance") / f"{file.replace('/', '-')}-{'plain' if found is plain else 'isolated'}"
+            words = [*arguments, *(["--runpytest=subprocess"] if file in SHOWN else []), f"testing/{file}"]
+            found |= outcomes(name, python, source, words, options.expression, {"COLUMNS": "80"}, (0, 1, 5))
     return compare(plain, isolated, EXPLAINED, verbose=options.verbose)
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """What every such run understands."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", dest="expression", default="", help="only tests that match")
+    parser.add_argument("--verbose", action="store_true", help="show how each unexplained difference has failed")
+    return parser
+
+
+def outcomes(
+    name: Path,
+    python: Path,
+    source: Path,
+    words: Sequence[str],
+    expression: str,
+    environ: Mapping[str, str],
+    fine: Sequence[int] = (0, 1),
+) -> dict[str, Outcome]:
+    """How the tests in `source` end, and written down beside `name`. Raises SystemExit if pytest's status is not `fine`."""
+    name.parent.mkdir(parents=True, exist_ok=True)
+    recorded, log = name.with_name(f"{name.name}.jsonl"), name.with_name(f"{name.name}.log")
+    recorded.unlink(missing_ok=True)
+    command: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "_outcomes", "-k", expression]
+    command += words
+    here = str(Path(__file__).resolve().parent)
+    environment = clean_environment(python, PYTHONPATH=here, OUTCOMES_FILE=str(recorded), **environ)
+    run = timed_run(command, cwd=source, log=log, timeout=3600, environment=environment)
+    print(f"{name.name}: {run.seconds:.0f} s, exit status {run.status}", file=sys.stderr, flush=True)
+    if run.status not in fine:
+        print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
+        raise SystemExit(1)
+    return read_outcomes(recorded)[0]
 
 
 def prepare() -> tuple[Path, Path]:

@@ -9,13 +9,12 @@ that EXPLAINED tells the reason of. The exit status is 0 if no other difference 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from _common import CHECKOUT, clean_environment, default_cache, make_venv, run_to_log, timed_run
-from conformance import compare
-from suites import Options, Outcome, Suite, fetch, read_outcomes
+from conformance import command_line, compare, outcomes
+from suites import Options, Outcome, Suite, fetch
 
 VERSION = "7.4.0"
 NEEDS = ["pytest==9.2.0", "pytest-asyncio", "pytest-timeout", "flaky", "ipyparallel", "psutil", "matplotlib", "trio"]
@@ -23,6 +22,8 @@ FILES = (
     "test_async.py test_comm.py test_connect.py test_curve.py test_debugger.py test_displayhook.py test_kernel.py "
     "test_matplotlib_eventloops.py test_message_spec.py test_start_kernel.py test_subshell_wedge.py test_subshells.py"
 ).split()
+PYTEST = ["-p", "no:isolation", "-o", "filterwarnings=", "-o", "asyncio_default_fixture_loop_scope=function"]
+PYTEST += [f"tests/{file}" for file in FILES]
 # The first machine of a kind takes longer to start than these tests wait.
 FIRST_START = """
 from jupyter_client.manager import start_new_kernel
@@ -38,37 +39,23 @@ EXPLAINED = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--backend", default="namespace")
-    parser.add_argument("-k", dest="expression", default="", help="only tests that match")
-    parser.add_argument("--verbose", action="store_true", help="show how each unexplained difference has failed")
     options = parser.parse_args()
     source, python = prepare()
     logs = default_cache("kernel-conformance")
     logs.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Outcome]] = {}
     for kind, words in (("plain", None), ("ports", list[str]()), ("provisioner", ["--provisioner"])):
-        environment = clean_environment(python, PYTHONPATH=str(Path(__file__).resolve().parent), JUPYTER_PLATFORM_DIRS="1")
+        environ = {"JUPYTER_PLATFORM_DIRS": "1"}
         if words is not None:
             install: list[str | Path] = [python.parent / "isolation", "kernel", "install", "--name", "python3"]
             install += ["--prefix", logs / kind, "--backend", options.backend, *words]
             run_to_log(install, logs / "install.log", "installing a kernelspec")
-            environment["JUPYTER_PATH"] = f"{logs / kind}/share/jupyter"
+            environ["JUPYTER_PATH"] = f"{logs / kind}/share/jupyter"
+        environment = clean_environment(python, **environ)
         timed_run([python, "-c", FIRST_START], cwd=source, log=logs / "start.log", timeout=600, environment=environment)
-        recorded, log = logs / f"{kind}.jsonl", logs / f"{kind}.log"
-        recorded.unlink(missing_ok=True)
-        command: list[str | Path] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:isolation"]
-        command += ["-p", "_outcomes", "-o", "filterwarnings=", "-o", "asyncio_default_fixture_loop_scope=function"]
-        command += ["-k", options.expression] if options.expression else []
-        environment["OUTCOMES_FILE"] = str(recorded)
-        run = timed_run(
-            [*command, *(f"tests/{file}" for file in FILES)], cwd=source, log=log, timeout=3600, environment=environment
-        )
-        print(f"{kind}: {run.seconds:.0f} s, exit status {run.status}", file=sys.stderr, flush=True)
-        if run.status not in (0, 1):
-            print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
-            return 1
-        found[kind] = read_outcomes(recorded)[0]
+        found[kind] = outcomes(logs / kind, python, source, PYTEST, options.expression, environ)
     status = 0
     for kind in ("ports", "provisioner"):
         print(f"\n## {kind}, {options.backend}\n")
