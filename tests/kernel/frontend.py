@@ -8,9 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jupyter_client.client import KernelClient
 from jupyter_client.manager import KernelManager
 
 PATIENCE = 60.0  # s; CI machines are slow, and virtual ones may be emulated
+
+
+def wait_for_heartbeat(client: KernelClient) -> None:
+    """Until it beats; it is taken to until a second has gone by without."""
+    deadline = time.monotonic() + PATIENCE
+    while not client.hb_channel.is_beating():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class Reply:

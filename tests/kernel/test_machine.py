@@ -167,10 +167,7 @@ def test_many_frontends_come_back(kernel: Kernel) -> None:
             message = other.get_iopub_msg(timeout=frontend.PATIENCE)
             if message["parent_header"].get("msg_id") == identity:
                 seen += message["content"].get("text", "")
-        deadline = time.monotonic() + frontend.PATIENCE
-        while not other.is_alive():  # by its heartbeat, which asks every second
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        frontend.wait_for_heartbeat(other)
     finally:
         other.stop_channels()
 
