@@ -33,6 +33,7 @@ DISK_LIMIT = "disk-limit"
 FILE_CHECKPOINTS = "file-checkpoints"  # the files of a live sandbox can be kept, and restored
 FORK = "fork"  # a warm sandbox can be forked
 FORK_ACCOUNT = "fork-account"  # tells what a fork left behind
+FORK_DEADLOCK = "fork-deadlock"  # ends a fork in which every thread waits for another, if asked
 FORK_HERE = "fork-here"  # the calling process itself can be the template
 MEMORY_LIMIT = "memory-limit"
 NESTING = "nesting"  # can make sandboxes inside

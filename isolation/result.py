@@ -15,6 +15,7 @@ class Ended(enum.StrEnum):
     SIGNALLED = "signalled"
     TIMED_OUT = "timed out"
     OUT_OF_MEMORY = "out of memory"
+    DEADLOCKED = "deadlocked"  # every thread waited for another
     KILLED = "killed"  # by the host: closed, cancelled
     LOST = "lost"  # the sandbox went away without saying why
 

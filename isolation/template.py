@@ -128,6 +128,12 @@ class Template(abc.ABC):
         """
         raise FeatureMissing("this template cannot go on: it is a copy of what goes on elsewhere")
 
+    def watch_for_deadlock(self, *, loops: bool = False) -> None:
+        """End forks made from here on, branches and theirs, within 15 s of when every thread in them waits for a lock that
+        nobody is left to release: `Ended.DEADLOCKED`. With `loops`, also where such waits have a time-out and are begun
+        again and again. Feature "fork-deadlock"; raises FeatureMissing."""
+        raise FeatureMissing("this backend does not tell what its forks wait for")
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Keep it in a new directory, for `Sandbox.load`. Feature "snapshot"."""
         raise FeatureMissing("this backend cannot keep a template on disk")

@@ -10,6 +10,8 @@ from isolation.errors import WireError
 from isolation.guest import streams
 from isolation.wire import Message, Wire
 
+_getpid = os.getpid  # a test may replace it
+
 
 class Guest:
     """What a template's function, or a fork of it, talks to its host with.
@@ -25,13 +27,22 @@ class Guest:
         self.config = config
         self._fork = fork
         self._jobs: list[Any] = []
+        self._pid = _getpid()
+
+    @property
+    def is_own_process(self) -> bool:
+        """False in a process that the guest has forked: it has all of the guest's memory, but may not speak in its name."""
+        return _getpid() == self._pid
 
     def send(self, message: Message, data: bytes = b"") -> None:
-        """Send one message to the host. Raises WireError when it is too large, or the host is gone."""
+        """Send one message to the host. Raises WireError when it is too large, or the host is gone; RuntimeError in a
+        process that the guest has forked."""
+        self._check_process()
         self.wire.send(message, data)
 
     def receive(self) -> Message | None:
-        """The host's next message; None when it has nothing more to say."""
+        """The host's next message; None when it has nothing more to say. Raises RuntimeError in a forked process."""
+        self._check_process()
         return self.wire.receive()
 
     def hand(self, job: Any) -> None:
@@ -58,8 +69,9 @@ class Guest:
         """
         if self._fork is None:
             raise RuntimeError("this backend cannot fork from inside a sandbox")
+        self._check_process()
         for guest in self._fork(self):
-            self.wire, self._fork = guest.wire, guest._fork
+            self.wire, self._fork, self._pid = guest.wire, guest._fork, guest._pid
             yield self.job()
             self.finish()  # whatever the loop's body left: the next job is another fork's
 
@@ -67,3 +79,8 @@ class Guest:
         """End this fork: what Python buffered is written, exit handlers of the template do not run."""
         streams.flush()
         os._exit(status)
+
+    def _check_process(self) -> None:
+        """One word of a child that goes on as if it were the guest would be taken for the guest's own."""
+        if not self.is_own_process:
+            raise RuntimeError("only the process that a sandbox was made with speaks to its host; this one was forked by it")

@@ -1,65 +1,157 @@
 """What a fork of a process cannot carry: threads, child processes, sockets and the like, shared memory.
 
 On namespaces a fork is fork(2): one thread of one process, with files of its own tree. A fixture that leaves anything else
-behind is not the same in a fork.
+behind is not the same in a fork, nor is what a module has started when it was imported.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import warnings
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import pytest
 
 _KINDS = {"socket": "socket", "pipe": "pipe", "anon_inode": "event descriptor"}
+_NAMES_AT_MOST = 5
+initially = pytest.StashKey[list["Held"]]()  # what was held before the project's own conftest files were loaded, and after
+# A thread of jemalloc (in pyarrow) that starts again by itself.
+_HARMLESS = ("jemalloc_bg_thd",)
 
 
 @dataclass(frozen=True)
 class Held:
-    """What this process has of them, by what tells one from another."""
+    """What this process has of them, by what tells one from another. `threads`: names by thread id."""
 
-    threads: frozenset[str]
+    threads: Mapping[int, str]
     processes: frozenset[str]
     descriptors: frozenset[tuple[str, str]]
     mappings: frozenset[str]
+    native: frozenset[int] = field(default_factory=frozenset)
 
     @classmethod
-    def now(cls) -> Held:
-        """Python's own threads only: a library's (OpenBLAS, say) look after themselves when a process is forked."""
-        threads = frozenset(f"{thread.name} ({thread.ident})" for thread in threading.enumerate())
-        return cls(threads, frozenset(_processes()), frozenset(_descriptors()), frozenset(_mappings()))
+    def now(cls, before: Held | None = None, *, own: bool = False) -> Held:
+        """`own`: of processes, only those below this one; not all of its PID namespace, which is the host's.
 
-    def beyond(self, before: Held) -> str:
-        """What is new since then, in words; "" for nothing."""
-        found = Counter({
-            "thread": len(self.threads - before.threads),
-            "process": len(self.processes - before.processes),
-            "shared memory mapping": len(self.mappings - before.mappings),
-        })  # fmt: skip
-        for kind, _what in self.descriptors - before.descriptors:
+        Threads are all that the kernel knows of, Python's or a library's. Those that are new since `before` and not
+        Python's are looked at after a fork that is for nothing else: some libraries (OpenBLAS) end theirs before a fork, and
+        start them again when they are needed (pthread_atfork(3)); others (OpenMP, rayon) would wait for ever in a fork."""
+        threads, native = _threads()
+        if native - (set() if before is None else before.native):
+            _fork_and_end()
+            threads, native = _threads()
+        return cls(threads, _processes(own=own), frozenset(_descriptors()), frozenset(_mappings()), native)
+
+    def since(self, before: Held) -> Held:
+        """What is new since then."""
+        return Held(
+            {tid: name for tid, name in self.threads.items() if tid not in before.threads},
+            self.processes - before.processes, self.descriptors - before.descriptors, self.mappings - before.mappings,
+            self.native - before.native,
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        """In words; "" for nothing."""
+        names = {
+            "thread": [name for tid, name in self.threads.items() if tid not in self.native],
+            "thread of a library": [name for tid, name in self.threads.items() if tid in self.native],
+        }
+        found = Counter({what: len(each) for what, each in names.items()})
+        found["process"] = len(self.processes)
+        found["shared memory mapping"] = len(self.mappings)
+        for kind, _what in self.descriptors:
             found[kind] += 1
-        words = []
-        for what, number in found.items():
-            plural = what + ("es" if what.endswith("s") else "s")
-            words += [f"a {what}" if number == 1 else f"{number} {plural}"] if number else []
-        return ", ".join(words)
+        return ", ".join(
+            _counted(what, number) + _named(names.get(what, ())) for what, number in found.items() if number
+        )  # fmt: skip
 
 
-def _processes() -> list[str]:
-    """All that run in this PID namespace: a server that became a daemon is nobody's child but PID 1's."""
-    found = []
+def _counted(what: str, number: int) -> str:
+    if number == 1:
+        return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
+    first, space, rest = what.partition(" of ")
+    return f"{number} {first}{'es' if first.endswith('s') else 's'}{space}{rest}"
+
+
+def _named(names: Iterable[str]) -> str:
+    found = sorted({name for name in names if name})
+    more = ["…"] if len(found) > _NAMES_AT_MOST else []
+    return f" ({', '.join([*found[:_NAMES_AT_MOST], *more])})" if found else ""
+
+
+def _threads() -> tuple[dict[int, str], frozenset[int]]:
+    """Names by thread id of all but this process's first one; and which of them are not Python's."""
+    unnamed = _command_of("self")  # a thread that has no name of its own has the process's
+    python = {thread.native_id: thread.name for thread in threading.enumerate()}
+    found, native = {}, set()
+    for name in os.listdir("/proc/self/task"):
+        tid = int(name)
+        if tid == os.getpid():
+            continue
+        if tid in python:
+            found[tid] = python[tid]
+            continue
+        try:
+            command = _command_of(f"self/task/{name}")
+        except OSError:
+            continue  # it has just ended
+        if not command.startswith(_HARMLESS):
+            found[tid] = "" if command == unnamed else command
+            native.add(tid)
+    return found, frozenset(native)
+
+
+def _command_of(which: str) -> str:
+    with open(f"/proc/{which}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
+
+
+def _fork_and_end() -> None:
+    """For what handlers do before a fork."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later: this process has threads
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def _processes(*, own: bool) -> frozenset[str]:
+    """All that run in this PID namespace: a server that became a daemon is nobody's child but PID 1's. On the host, where
+    others run as well, those below this one (`own`)."""
+    parents = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-                    if file.read().rpartition(")")[2].split()[0] not in ("Z", "X"):
-                        found.append(name)
-            except (OSError, IndexError):
+                    state, parent = file.read().rpartition(")")[2].split()[:2]
+            except (OSError, ValueError):
                 continue  # it has just ended
-    return found
+            if state not in ("Z", "X"):
+                parents[name] = parent
+    if not own:
+        return frozenset(parents)
+    found = {str(os.getpid())}
+    grown = True
+    while grown:
+        more = {name for name, parent in parents.items() if parent in found} - found
+        grown = bool(more)
+        found |= more
+    return frozenset(found - {str(os.getpid()), _tracker()})
+
+
+def _tracker() -> str:
+    """multiprocessing's resource tracker, which nobody waits for."""
+    module = sys.modules.get("multiprocessing.resource_tracker")
+    return str(getattr(getattr(module, "_resource_tracker", None), "_pid", None))
 
 
 def _descriptors() -> list[tuple[str, str]]:
+    """One that is a duplicate of another does not count: pytest's capture puts those aside that it replaces."""
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -67,8 +159,8 @@ def _descriptors() -> list[tuple[str, str]]:
         except OSError:
             continue
         kind = _KINDS.get(target.partition(":")[0])
-        if kind is not None:
-            found.append((kind, f"{name} {target}"))
+        if kind is not None:  # event descriptors have no number of their own
+            found.append((kind, f"{name} {target}" if target.startswith("anon_inode") else target))
     return found
 
 

@@ -7,6 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 
 from isolation import registry
 from isolation.errors import IsolationError, LaunchError
-from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_HERE, Backend
+from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, Backend
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message
 from pytest_isolation import crash, debugger, reports, streams, units
 from pytest_isolation.carriers import Carriers
+from pytest_isolation.carry import Held, initially
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.deferred import Deferred
 from pytest_isolation.emission import Emission
@@ -28,6 +30,7 @@ from pytest_isolation.rerun import count_rerun, reruns_made
 from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
 from pytest_isolation.settings import Reader, Settings
+from pytest_isolation.strays import Strays
 from pytest_isolation.text import clean, clean_name
 from pytest_isolation.tmp import TmpPaths
 from pytest_isolation.worker import PAYLOAD, Worker, order_for
@@ -63,7 +66,7 @@ class Controller:
         self._schedule = Schedule(
             self, config, self._chain_of, jobs=1 if self._told_what_to_run else run.jobs, grain=run.grain,
             emit=self._emit, fork_options=self._fork_options, on_branch=self._on_branch,
-            on_death=self._on_death,
+            on_death=self._on_death, on_remake=self._on_remake,
         )  # fmt: skip
         self._schedule.job_of = self._job_of
         self._emission = Emission(config, run, self.print_raw)
@@ -71,7 +74,11 @@ class Controller:
         config.pluginmanager.register(self.carriers, "isolation-carriers")
         self.deferred = Deferred(self._is_isolated)
         config.pluginmanager.register(self.deferred, "isolation-deferred")
+        config.pluginmanager.register(Strays(config), "isolation-strays")  # of tests that run here
         self._here = Here(config)
+        # What plug-ins have started while they were configured, is theirs, and in no test's way.
+        self._of_plugins = Held.now(own=True).since(config.stash[initially][-1]) if initially in config.stash else None
+        self.lost = ""
         self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}
         self._nth: dict[pytest.Item, int] = {}  # among the items of the same node id
@@ -94,6 +101,20 @@ class Controller:
         per = "test" if run.grain == "function" else run.grain
         jobs = f", {run.jobs} at a time" if run.jobs > 1 else ""
         return f"isolation: {self._backend.describe()}, a fresh sandbox for every {per}{jobs}; network: {network}; {limits}"
+
+    def pytest_report_collectionfinish(self) -> str | None:
+        """What the project has started while its tests were collected, and its tests will not have."""
+        if self._of_plugins is None or FORK_HERE not in self._backend.features():
+            return None
+        begin = self._config.stash[initially][0]
+        held = Held.now(begin, own=True).since(begin).since(self._of_plugins)
+        self.lost = replace(held, mappings=frozenset()).describe()  # those, each fork has a copy of
+        if not self.lost:
+            return None
+        return (
+            f"isolation: started while tests were collected: {self.lost}. Tests run in forks of this process, which do not "
+            f"have that; one that waits for it will fail. Start it in a fixture, or use --isolation=microvm."
+        )
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -138,6 +159,8 @@ class Controller:
                 root = backend.template(settings.spec, PAYLOAD, order_for(session.config))
         except IsolationError as error:
             raise pytest.UsageError(f"--isolation: {error}") from None
+        if FORK_DEADLOCK in backend.features():
+            root.watch_for_deadlock(loops=bool(self.lost or self._reader.run.share))
         carries_all = FORK_HERE not in backend.features()  # a machine, with all that runs in it
         job = functools.partial(self._setup_job, settings, carries_all)
         self._chains[settings] = Chain(root, settings, job)
@@ -327,7 +350,11 @@ class Controller:
         verdict = branch.wait(1.0) or Verdict(Ended.LOST)
         stacks = crash.tidy_stacks(branch.stacks(), whole=self._config.getoption("fulltrace", False))
         limits = level.settings.spec.limits
-        self._teardowns.append(crash.teardown_report(level.tearing, crash.explain(verdict, limits), stacks))
+        self._teardowns.append(crash.teardown_report(level.tearing, crash.explain(verdict, limits, self.lost), stacks))
+
+    def _on_remake(self, level: Level) -> None:
+        """A template has ended, to be made anew without a fixture that a fork cannot carry."""
+        self._emission.forget_setup(level.node)
 
     def _hear(self, level: Level, message: Mapping[str, Any]) -> None:
         """What a template says. It is as little believed as a test."""
@@ -338,7 +365,7 @@ class Controller:
                 sections = [(clean_name(str(name), 200), clean(str(text))) for name, text in told]
                 warned, self._warned = self._warned, []
                 item = self._item_of(level, nodeid, nth)
-                self._emission.remember_setup(item, float(message["duration"]), sections)
+                self._emission.remember_setup(item, level.node, float(message["duration"]), sections)
                 for each in warned:
                     arguments = reports.decode_warning(item, each)
                     self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)

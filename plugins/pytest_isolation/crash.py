@@ -49,8 +49,15 @@ class CrashRepr:
         return f"{self.reprcrash.message}\n\n{self._text}".rstrip()
 
 
-def explain(verdict: Verdict, limits: Limits) -> str:
-    """One sentence: why there is no result."""
+def explain(verdict: Verdict, limits: Limits, lost: str = "") -> str:
+    """Why there is no result. `lost`: what a fork of pytest's process does not have of it."""
+    if verdict.ended is Ended.DEADLOCKED:
+        what = f": {lost}" if lost else ""
+        return (
+            f"the test waits for ever: each of its threads waits for another, and none is left to go on. It runs in a fork "
+            f"of pytest's process, which has no threads or processes of it{what}. "
+            f"Start them in a fixture, or use --isolation=microvm"
+        )
     if verdict.ended is Ended.EXITED:
         return (
             f"the test's process ended with status {verdict.status} before the test was over "

@@ -35,14 +35,19 @@ class Emission:
         self._held: list[pytest.TestReport] = []
         self._told: list[pytest.TestReport] = []
         self._before: list[tuple[str, str]] = []  # what was captured while wide fixtures were set up for the test
-        self._setups: dict[pytest.Item, list[tuple[float, list[tuple[str, str]]]]] = {}
+        self._setups: dict[pytest.Item, list[tuple[object, float, list[tuple[str, str]]]]] = {}
         self._records: list[TestRecord] = []
         self._begun = time.time()
 
-    def remember_setup(self, item: pytest.Item, duration: float, sections: list[tuple[str, str]]) -> None:
-        """Wide fixtures were set up on behalf of a test, which so took that much longer."""
+    def remember_setup(self, item: pytest.Item, node: object, duration: float, sections: list[tuple[str, str]]) -> None:
+        """Wide fixtures of a node were set up on behalf of a test, which so took that much longer."""
         if 0 <= duration < 1e9:
-            self._setups.setdefault(item, []).append((duration, sections))
+            self._setups.setdefault(item, []).append((node, duration, sections))
+
+    def forget_setup(self, node: object) -> None:
+        """They are set up once more: it took its time, but what was captured will be captured again."""
+        for item, setups in self._setups.items():
+            self._setups[item] = [(of, time, [] if of is node else told) for of, time, told in setups]
 
     def begin(self, item: pytest.Item) -> None:
         self._held, self._told, self._before, self._shown = [], [], [], []
@@ -111,7 +116,7 @@ class Emission:
             run.told[item].events.clear()
 
     def _add_setup(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        for duration, sections in self._setups.pop(item, ()):
+        for _node, duration, sections in self._setups.pop(item, ()):
             report.duration += duration
             report.start -= duration
             self._before = _joined(self._before, sections)

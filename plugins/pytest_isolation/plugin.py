@@ -63,17 +63,32 @@ def pytest_load_initial_conftests(
         args[:] = ["--isolation=auto" if word == "--isolation" else word for word in args]
         namespace = copy.copy(early_config.option)
         early_config.known_args_namespace = parser.parse_known_args(args, namespace=namespace)
-    return (yield)
+    if not _is_wanted(_backend(early_config, early_config.known_args_namespace.isolation)):
+        return (yield)
+    from pytest_isolation.carry import Held, initially
+
+    before = Held.now(own=True)
+    try:
+        return (yield)
+    finally:
+        early_config.stash[initially] = [before, Held.now(before, own=True)]
+
+
+def _backend(config: pytest.Config, option: str | None) -> str:
+    """What the command line says, or the configuration file."""
+    return str(config.getini("isolation") if option is None else option)
+
+
+def _is_wanted(backend: str) -> bool:
+    return backend not in ("", "no", "off", "false", "0")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
-    wanted = config.getoption("isolation")
-    if wanted is None:
-        wanted = config.getini("isolation")
+    wanted = _backend(config, config.getoption("isolation"))
     worker = config.pluginmanager.hasplugin("isolation-controller")  # this is the pytest in the sandbox
-    if wanted and wanted not in ("no", "off", "false", "0") and not worker and not config.getoption("collectonly", False):
+    if _is_wanted(wanted) and not worker and not config.getoption("collectonly", False):
         from pytest_isolation.controller import Controller
 
         config.pluginmanager.register(Controller(config, wanted), "isolation-controller")

@@ -48,6 +48,7 @@ class Schedule:
         fork_options: Callable[[Unit], dict[str, Any]],
         on_branch: Callable[[Branch, Level], Template | None],
         on_death: Callable[[Level, Branch], object],
+        on_remake: Callable[[Level], object],
     ) -> None:
         self._host = host
         self._config = config
@@ -58,6 +59,7 @@ class Schedule:
         self._options = fork_options
         self._on_branch = on_branch
         self._on_death = on_death
+        self._on_remake = on_remake
         self._units: list[Unit] = []
         self._next = 0
         self._running: list[tuple[Run, Level]] = []
@@ -218,14 +220,21 @@ class Schedule:
                     last = unit.items[0] if child.last is None else child.last
                     chain.tear_down(child, last, self._on_branch, self._on_death)
             wanted = self._wanted(unit, node, found)
+            unshared = set(self.unshared)
             lives = chain.set_up(level, node, wanted, self._on_branch)
             made = chain.find(node)
-            deadly = {wide.name for fixtures in wanted.values() for wide in fixtures.values() if wide.name}
+            deadly = _names(wanted)
             deadly -= self.unshared if made is None else self.unshared.union(made.done)
             if not lives and made is not None and deadly:
                 # The tests that use these show what is wrong with them; the others do without.
                 self.unshared |= deadly
                 chain.drop(made)
+                made = None
+            elif lives and made is not None and _names(wanted) & (self.unshared - unshared):
+                # What such a fixture has left in modules (a pool without its threads, say) would be in every fork. Each time
+                # a fixture less is wanted, so this comes to an end whatever the template says.
+                chain.tear_down(made, unit.items[0], self._on_branch, self._on_death)
+                self._on_remake(made)
                 made = None
             unit.needs = units.needs_of(unit, self._grain, self.unshared)
             if made is not None and not made.satisfies(unit.needs.get(node, {})):
@@ -288,6 +297,10 @@ class Schedule:
         self._waiting += 1
         if run.rest:
             self.again(Unit(run.rest, run.unit.settings))
+
+
+def _names(wanted: dict[pytest.Item, dict[str, Wide]]) -> set[str]:
+    return {wide.name for fixtures in wanted.values() for wide in fixtures.values() if wide.name}
 
 
 def _relay(fd: int, output: Callable[[bytes], None]) -> int:

@@ -189,7 +189,8 @@ class Stage:
                 self._take_back(name, request)
 
     def _take_back(self, asked: str, request: Any) -> None:
-        """Undo what a fork could not carry, and tell of it."""
+        """End what a fork could not carry, and tell of it. What it has left in modules stays: the host makes this template
+        anew without it."""
         if not self._left:
             return
         name, left = self._left[0]
@@ -210,7 +211,7 @@ class Stage:
             return (yield)
         finally:
             self._fresh.append(fixturedef)
-            left = Held.now().beyond(before)
+            left = Held.now(before).since(before).describe()
             if left:
                 self._left.append((fixturedef.argname, left))
 

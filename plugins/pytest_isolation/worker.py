@@ -16,6 +16,7 @@ from pytest_isolation.counters import Counters
 from pytest_isolation.debugger import Terminal
 from pytest_isolation.rerun import Rerun, remember_reruns
 from pytest_isolation.stage import Stage
+from pytest_isolation.strays import Strays
 from pytest_isolation.tmp import TmpPaths
 
 COLLECTOR = "isolation-controller"
@@ -38,6 +39,7 @@ class Worker:
         self._runs_again = False
         self._item: pytest.Item | None = None
         self._stage: Stage | None = None
+        self._strays: Strays = session.config.pluginmanager.getplugin("isolation-strays") or Strays(session.config)
         self._terminal: Terminal | None = None
         self._carriers = Carriers(session.config)
         self._paths = TmpPaths(session.config, self._items)
@@ -50,6 +52,8 @@ class Worker:
         quiet_terminal(manager)
         for plugin in [each for each in manager.get_plugins() if type(each).__name__ == "WorkerInteractor"]:
             manager.unregister(plugin)  # of pytest-xdist: its reports are made by the process that forks
+        if not manager.is_registered(self._strays):
+            manager.register(self._strays, "isolation-strays")
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
         self._carriers.begin()
         found: dict[str, list[pytest.Item]] = {}
@@ -58,6 +62,7 @@ class Worker:
         while True:
             for job in guest.forks():
                 self._guest = guest
+                self._strays.claim()
                 self._carriers.begin()
                 try:
                     items = [found[nodeid][nth] for nodeid, nth in job["items"]]
@@ -118,6 +123,7 @@ class Worker:
             end = {"interrupt": True}
         except BaseException:
             end = {"internal_error": traceback.format_exc()}
+        self._strays.check()
         for name in ("shouldstop", "shouldfail"):
             if getattr(self._session, name):
                 end[name] = str(getattr(self._session, name))
@@ -129,6 +135,7 @@ class Worker:
 
     def _send(self, message: dict[str, Any], data: bytes = b"") -> None:
         assert self._guest is not None
+        self._strays.check()
         self._guest.send(message, data)
 
     @property
@@ -183,11 +190,11 @@ class Worker:
 
     def record_suite_property(self, name: str, value: object) -> None:
         """For the fixture of that name, whose junit file is the host's to write."""
-        self._send({"suite_property": [name, str(value)]})
+        self.guest.send({"suite_property": [name, str(value)]})
 
     def record_xml_attribute(self, name: str, value: object) -> None:
         """Likewise."""
-        self._send({"xml_attribute": [str(name), str(value)]})
+        self.guest.send({"xml_attribute": [str(name), str(value)]})
 
 
 def _shows_at_once(config: pytest.Config) -> bool:

@@ -193,10 +193,12 @@ class BranchKeeper(Keeper):
         """Its code is the template's, which is not trusted: it may have its ids mapped, and nothing else."""
         request = b""
         with contextlib.suppress(ConnectionResetError):
-            request = child.leash.recv(64)
+            request = child.leash.recv(4096)
         try:
             if request != b"i":
                 child.leash.close()
+                if request[:1] == b"x":  # it could not become what it should: no test has run in it
+                    self._unforked(child.number, error_in(request))
                 return
             self._map_inner(child)
             child.leash.send(request)

@@ -56,11 +56,11 @@ class Descent:
     def forks(self, guest: Guest) -> Iterator[Guest]:
         """Yields in each fork, its guest; and in the template itself, when the host wants it to go on."""
         streams.flush()
-        inherited = fds.inventory(exclude=[guest.wire.fileno(), self._midwife.fileno(), self._stacks])
         for template in (False, True):
             if template not in self._seals:
                 self._seals[template] = Seal(self._plan, template=template)
-        gc.collect()
+        gc.collect()  # before stock is taken: a file in garbage is closed by this, and its number is another's then
+        inherited = fds.inventory(exclude=[guest.wire.fileno(), self._midwife.fileno(), self._stacks])
         syscalls.malloc_trim()
         gc.freeze()
         self._midwife.send(b"w%d" % sum(item.scratch for item in inherited))

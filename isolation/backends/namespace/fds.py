@@ -27,9 +27,13 @@ _REOPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
 
 
 class Inherited(NamedTuple):
-    """A descriptor above 2: how it looks on the host, before the tree changes."""
+    """A descriptor above 2: how it looks on the host, before the tree changes.
+
+    identity  device and inode: what tells that the number still is this file's, when its turn comes
+    """
 
     fd: int
+    identity: tuple[int, int]
     path: str = ""  # to open again
     flags: int = 0
     scratch: bool = False  # to copy
@@ -61,29 +65,35 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
     status = os.fstat(fd)
-    if _identity(status) in stdio:
-        return Inherited(fd, stdio=stdio[_identity(status)])
+    identity = _identity(status)
+    if identity in stdio:
+        return Inherited(fd, identity, stdio=stdio[identity])
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        return Inherited(fd)
+        return Inherited(fd, identity)
     path = os.readlink(f"/proc/self/fd/{fd}")
     if path.startswith(f"/memfd:{PREFIX}"):
-        return Inherited(fd)
+        return Inherited(fd, identity)
     if status.st_nlink == 0 or path.startswith("/memfd:"):
-        return Inherited(fd, scratch=stat.S_ISREG(status.st_mode))
-    return Inherited(fd, path=path.removesuffix(_DELETED), flags=fcntl.fcntl(fd, fcntl.F_GETFL) & _REOPEN_FLAGS)
+        return Inherited(fd, identity, scratch=stat.S_ISREG(status.st_mode))
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & _REOPEN_FLAGS
+    return Inherited(fd, identity, path=path.removesuffix(_DELETED), flags=flags)
 
 
 def adopt(inherited: Sequence[Inherited], stdio: Sequence[int], scratch: Sequence[int], keep: Sequence[int]) -> None:
     """Make the table safe, inside: 0 to 2 become `stdio`, `keep` stays as it is, `inherited` is replaced as the
-    module says (unlinked files by `scratch`, in order), and everything else is closed."""
+    module says (unlinked files by `scratch`, in order), and everything else is closed.
+
+    A number that has been closed since the inventory, and may be that of one of `stdio` or `scratch` now, is nobody's.
+    """
+    spare = iter(scratch)
+    pairs = [(item, next(spare, -1) if item.scratch else -1) for item in inherited]
+    pairs = [(item, copy) for item, copy in pairs if item.fd not in keep and _is_there(item)]
     dead = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    spare = list(scratch)
     for number, fd in enumerate(stdio):
         os.dup2(fd, number)
-    for item in inherited:
-        if item.fd not in keep:
-            _replace(item, dead, spare)
-    close_all_but({0, 1, 2, *keep, *(item.fd for item in inherited)})
+    for item, copy in pairs:
+        _replace(item, dead, copy)
+    close_all_but({0, 1, 2, *keep, *(item.fd for item, _copy in pairs)})
 
 
 def close_all_but(keep: Iterable[int]) -> None:
@@ -94,12 +104,18 @@ def close_all_but(keep: Iterable[int]) -> None:
             syscalls.close_range(below + 1, above - 1)
 
 
-def _replace(item: Inherited, dead: int, spare: list[int]) -> None:
+def _is_there(item: Inherited) -> bool:
+    try:
+        return _identity(os.fstat(item.fd)) == item.identity
+    except OSError:
+        return False
+
+
+def _replace(item: Inherited, dead: int, copy: int) -> None:
     if item.stdio:
         os.dup2(item.stdio, item.fd, inheritable=False)
         return
-    if item.scratch and spare:
-        copy = spare.pop(0)
+    if copy >= 0:
         _copy(item.fd, copy)
         os.dup2(copy, item.fd, inheritable=False)
         return

@@ -280,6 +280,8 @@ def verdict_of_exit(message: Message) -> Verdict:
     status = message["status"]
     if message.get("oom") or (os.WIFSIGNALED(status) and message.get("accounts", {}).get("oom_kills")):
         return Verdict(Ended.OUT_OF_MEMORY)
+    if message.get("deadlocked"):
+        return Verdict(Ended.DEADLOCKED)
     if os.WIFSIGNALED(status):
         return Verdict(Ended.SIGNALLED, os.WTERMSIG(status))
     return Verdict(Ended.EXITED, os.WEXITSTATUS(status))

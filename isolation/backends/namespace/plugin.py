@@ -14,6 +14,7 @@ from isolation.hookspecs import (
     FILE_CHECKPOINTS,
     FORK,
     FORK_ACCOUNT,
+    FORK_DEADLOCK,
     FORK_HERE,
     MEMORY_LIMIT,
     NESTING,
@@ -44,8 +45,8 @@ class NamespaceBackend(Backend):
     def features(self) -> frozenset[str]:
         from isolation.backends.namespace import layering
 
-        found = {CHANGES, DISK_LIMIT, FORK, FORK_ACCOUNT, FORK_HERE, MEMORY_LIMIT, NESTING, NETWORK_HOST}
-        found |= {NETWORK_NONE, PASS_FDS, PIDS_LIMIT, TTY}
+        found = {CHANGES, DISK_LIMIT, FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, MEMORY_LIMIT, NESTING}
+        found |= {NETWORK_HOST, NETWORK_NONE, PASS_FDS, PIDS_LIMIT, TTY}
         if Hierarchy.find().can("cpu"):
             found.add(CPU_LIMIT)
         if layering.usable():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
+from isolation.backends.namespace.deadlock import DeadlockWatch
 from isolation.backends.namespace.keeping import KeptFiles, TornApart
 from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
@@ -46,6 +47,7 @@ class Order:
     memory_files: tuple[int, int] | None = None
     template: bool = False
     account: bool = False
+    deadlock: str = ""  # what to look for
 
 
 class Child:
@@ -72,6 +74,8 @@ class Child:
         self.dumps = 0
         self.next_dump = 0.0
         self.out_of_memory = False
+        self.deadlock: DeadlockWatch | None = None
+        self.deadlocked = False
 
     def kill(self) -> None:
         """End everything inside: the death of a PID 1 is that of its whole namespace (pid_namespaces(7))."""
@@ -219,12 +223,27 @@ class Keeper:
                     self._dump(child)
                     time.sleep(0.02)  # a moment for the stacks to be written
                     child.kill()
+            if child.deadlock is not None and child.pid >= 0:
+                if self._is_deadlocked(child):
+                    child.deadlock, child.deadlocked = None, True
+                    self._dump(child)
+                    time.sleep(0.02)  # a moment for the stacks to be written
+                    child.kill()
+                else:
+                    patience.append(child.deadlock.patience())
             if child.files is not None and (deadline := child.files.deadline) is not None:
                 if deadline <= now:
                     self._hear_of_files(child, late=True)
                 else:
                     patience.append((deadline - now) * 1000 + 1)
         return min(patience, default=None)
+
+    def _is_deadlocked(self, child: Child) -> bool:
+        assert child.deadlock is not None
+        try:
+            return child.deadlock.look((host_pid(child.init), host_pid(child.pidfd)))
+        except (OSError, StopIteration):
+            return False  # it is about to end
 
     def _dump(self, child: Child) -> None:
         """Have a payload write the stacks of its threads, behind those of earlier times."""
@@ -267,6 +286,7 @@ class Keeper:
         ours, theirs = socket.socketpair()
         order = Order(message["id"], self._wire.take_fds(message["fds"]), ours, theirs)
         order.template, order.account = bool(message.get("template")), bool(message.get("account"))
+        order.deadlock = message.get("deadlock", "")
         try:
             if self._cgroups is not None:
                 order.cgroup = self._cgroups.create(order.number, self._plan.limits)
@@ -281,6 +301,7 @@ class Keeper:
                 order.cgroup.remove()
         else:
             made.memory_files, made.account, made.template = order.memory_files, order.account, order.template
+            made.deadlock = DeadlockWatch(loops=order.deadlock == "loops") if order.deadlock else None
             self._children[order.number] = made
         theirs.close()
         for fd in order.given:
@@ -372,6 +393,7 @@ class Keeper:
         event: Message = {"event": "exit" if child.init >= 0 else "ended", "id": child.number, "status": status}
         event["usage"] = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024]
         event["timed_out"], event["oom"] = child.timed_out, child.out_of_memory
+        event["deadlocked"] = child.deadlocked
         if child.cgroup is not None:
             event["accounts"] = child.cgroup.accounts()
         if child.account and child.store >= 0:
@@ -426,4 +448,5 @@ def host_pid(pidfd: int) -> int:
 def error_in(answer: bytes) -> OSError:
     """From "xERRNO TEXT", as a child that fails to build says it."""
     number, _, what = answer[1:].decode("utf-8", "replace").partition(" ")
-    return OSError(int(number or 0), what or "the process that builds the sandbox died")
+    known = number.isdecimal() and len(number) < 5  # a template may have written it
+    return OSError(int(number) if known else 0, what or "the process that builds the sandbox died")

@@ -46,6 +46,7 @@ class NamespaceTemplate(Template):
         self._spares: collections.deque[NamespaceFork] = collections.deque()
         self._branches: list[NamespaceBranch] = []
         self._account = False
+        self._deadlock = ""
         self._done: list[int] = []
         try:
             self._scratch = self._keeper.scratch()
@@ -72,7 +73,7 @@ class NamespaceTemplate(Template):
     def branch(self, job: Any = None) -> Branch:
         branch = NamespaceBranch(
             self._plan, self._keeper, next(self._numbers), self._scratch, self._done,
-            ahead=self._ahead, numbers=self._numbers,
+            ahead=self._ahead, numbers=self._numbers, deadlock=self._deadlock,
         )  # fmt: skip
         try:
             branch.begin(job)
@@ -82,6 +83,10 @@ class NamespaceTemplate(Template):
         self._branches = [other for other in self._branches if not other.closed]
         self._branches.append(branch)
         return branch
+
+    def watch_for_deadlock(self, *, loops: bool = False) -> None:
+        self._deadlock = "loops" if loops else "locks"
+        self.forget_forks()
 
     def close(self) -> None:
         self.forget_forks()
@@ -96,8 +101,9 @@ class NamespaceTemplate(Template):
 
     def _prepare(self) -> NamespaceFork:
         return NamespaceFork(
-            self._plan, self._keeper, next(self._numbers), self._scratch, self._done, account=self._account
-        )
+            self._plan, self._keeper, next(self._numbers), self._scratch, self._done, account=self._account,
+            deadlock=self._deadlock,
+        )  # fmt: skip
 
 
 class BranchTemplate(NamespaceTemplate):
@@ -107,6 +113,7 @@ class BranchTemplate(NamespaceTemplate):
         self._branch = branch
         process.know(scratch)
         self._begin(plan, process, branch.ahead, branch.numbers)
+        self._deadlock = branch.deadlock
 
     def advance(self, job: Any = None) -> Branch:
         self.forget_forks()
@@ -175,7 +182,7 @@ class NamespaceFork(Fork):
 
     def __init__(
         self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int], *,
-        account: bool = False,
+        account: bool = False, deadlock: str = "",
     ) -> None:  # fmt: skip
         self._keeper = keeper_process
         self._number = number
@@ -200,7 +207,7 @@ class NamespaceFork(Fork):
         more = self._more()
         given = [*more, theirs.fileno(), stdin, stdout, stderr, self._crash, *self._scratch]
         order: Message = {"op": "fork", "id": number, "payload": True, "template": bool(more), "fds": len(given)}
-        order["account"] = account
+        order["account"], order["deadlock"] = account, deadlock
         try:
             self._keeper.request(order, given)
         finally:
@@ -326,13 +333,14 @@ class NamespaceBranch(NamespaceFork, Branch):
 
     def __init__(
         self, plan: Plan, keeper_process: keeper.KeeperProcess, number: int, scratch: int, done: list[int], *,
-        ahead: int, numbers: Iterator[int],
+        ahead: int, numbers: Iterator[int], deadlock: str = "",
     ) -> None:  # fmt: skip
         self.ahead = ahead
+        self.deadlock = deadlock
         self.numbers = numbers
         self._plan = plan
         self._template: BranchTemplate | None = None
-        super().__init__(plan, keeper_process, number, scratch, done)
+        super().__init__(plan, keeper_process, number, scratch, done, deadlock=deadlock)
 
     def _more(self) -> list[int]:
         ours, theirs = Wire.pair()
