@@ -1,5 +1,6 @@
 # make demo    the main job on real input: real projects' own suites, every test in a sandbox of its own
 # make test    all that CI checks
+# make quick   linters, and the tests that are done within a minute
 # make bench   the figures that README.md quotes
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN = $(VENV)/bin/python
 QEMU = qemu-system-$(shell uname -m)
 PACKAGE = $(if $(filter x86_64,$(shell uname -m)),qemu-system-x86,qemu-system-arm)
 
-.PHONY: demo test lint bench clean machine
+.PHONY: demo test quick lint bench clean machine
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,19 +25,17 @@ machine: $(VENV)/installed
 	$(VENV)/bin/isolation microvm setup
 
 demo: machine
-	$(VENV)/bin/isolation doctor
-	cd examples/leaky && $(CURDIR)/$(VENV)/bin/pytest -q --isolation
-	cd examples/hostile && $(CURDIR)/$(VENV)/bin/pytest -q --isolation --tb=line || true
-	cd examples/leaky && $(CURDIR)/$(VENV)/bin/pytest -q --isolation=microvm
-	cd examples/untrusted && $(CURDIR)/$(VENV)/bin/isolation pytest -q
-	$(RUN) benchmarks/suites.py itsdangerous pluggy
+	$(RUN) examples/demo.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
 test: lint machine
-	$(RUN) -m pytest tests
+	$(RUN) tests/suite.py $(TESTS)
+
+quick: lint
+	$(RUN) tests/suite.py --quick
 
 bench: $(VENV)/installed
 	$(RUN) benchmarks/per_test.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -27,8 +28,18 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "once: does not depend on who runs it; suite.py tells what that is for")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("ISOLATION_TESTS") == "user":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("once")])
+        items[:] = [item for item in items if not item.get_closest_marker("once")]
+
+
 def leftovers(mark: bytes) -> set[str]:
-    """Processes whose command line holds `mark`, and cgroups whose keeper is gone; not what another run of the tests has."""
+    """Processes whose command line holds `mark`; not what another run of the tests has."""
     found = set()
     mine = Path("/proc/self/cmdline").read_bytes()
     for name in os.listdir("/proc"):
@@ -40,6 +51,12 @@ def leftovers(mark: bytes) -> set[str]:
                 continue
             if command.startswith("isolation") and mark in line and not _belongs_to_another_run(int(name), mine):
                 found.add(f"process {name} {command}")
+    return found
+
+
+def abandoned_cgroups() -> set[str]:
+    """Those whose keeper is gone."""
+    found = set()
     for directory, names, _files in os.walk("/sys/fs/cgroup"):
         for name in names:
             if name.startswith("isolation-") and not os.path.exists(f"/proc/{name.split('-')[1]}"):
@@ -95,11 +112,15 @@ def _above(pid: int) -> set[int]:
 def nothing_left() -> Iterator[None]:
     """Fails a test that leaves a process of this one, or a cgroup, behind."""
     mine = Path("/proc/self/cmdline").read_bytes()
-    before, running = leftovers(mine), machines(os.getpid())
+    before, running, abandoned = leftovers(mine), machines(os.getpid()), abandoned_cgroups()
     yield
     launcher.release()
     assert leftovers(mine) - before == set()
     assert machines(os.getpid()) - running == set()
+    deadline = time.monotonic() + 60
+    while (left := abandoned_cgroups() - abandoned) and time.monotonic() < deadline:
+        time.sleep(0.1)  # of a host that another file's test has killed: the next keeper there removes it
+    assert left == set()
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import pytest
 
 from isolation.mux import WINDOW, Mux, MuxError
 
+pytestmark = pytest.mark.once
+
 DATA, END, CREDIT, REFUSE = range(4)
 
 

@@ -10,6 +10,8 @@ from isolation.errors import SpecError
 from isolation.spec import Limits, Mount, Network, SandboxSpec
 from isolation.units import format_size, parse_seconds, parse_size
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("text", "size"),

@@ -13,6 +13,8 @@ import pytest
 from isolation.errors import WireError
 from isolation.wire import MAX_JSON, Wire
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Wire, Wire]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import pytest
 from kernel.frontend import Kernel
 
+pytestmark = pytest.mark.once
+
 BEFORE = """
 import sys
 from isolation_kernel.inside import deferred

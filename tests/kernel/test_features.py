@@ -203,6 +203,7 @@ def test_multiprocessing(kernel: Kernel, method: str) -> None:
     assert kernel.run(code).text == "[1, 2]\n"
 
 
+@pytest.mark.once
 def test_restart_25_times(kernel: Kernel) -> None:
     took = []
     for number in range(25):

@@ -21,6 +21,8 @@ import websocket
 from kernel.conftest import ROUTES
 from nbformat.v4 import new_code_cell, new_notebook
 
+pytestmark = pytest.mark.once
+
 BIN = Path(sys.executable).parent
 CELLS = (
     "import os\nprint('process', os.getpid())",

@@ -21,6 +21,8 @@ import pytest
 import websocket
 from kernel.test_frontends import Server, notebook, server
 
+pytestmark = pytest.mark.once
+
 __all__ = ["server"]
 
 CELLS = (

@@ -34,6 +34,8 @@ import isolation
 from isolation.errors import LaunchError
 from isolation.mux import MuxError
 
+pytestmark = pytest.mark.once
+
 __all__ = ["index"]  # a fixture
 
 Kernels = Callable[..., Kernel]

@@ -15,6 +15,8 @@ from isolation_kernel import proxy
 from isolation_kernel.proxy import Allowed, Refused, parse
 from kernel.frontend import Kernel
 
+pytestmark = pytest.mark.once
+
 Kernels = Callable[..., Kernel]
 
 

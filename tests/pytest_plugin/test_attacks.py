@@ -113,10 +113,10 @@ def test_a_flood_of_what_is_kept_is_bounded(pytester: pytest.Pytester) -> None:
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "--isolation", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", code, "--isolation", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True, timeout=600, check=False
     )
     assert "3 failed, 1 passed" in done.stdout
-    assert int(re.findall(r"peak (\d+)", done.stdout)[0]) < 1200
+    assert int(re.findall(r"peak (\d+)", done.stdout)[0]) < 2000  # without a bound, all that the machine has
 
 
 def test_a_template_speaks_for_its_own_tests_only(pytester: pytest.Pytester) -> None:

@@ -16,6 +16,8 @@ import coverage  # here, since an extension module cannot be loaded again in a l
 import pytest
 from pytest_isolation.carriers import Carriers, Refused
 
+pytestmark = pytest.mark.once
+
 ISOLATION = "--isolation"
 
 

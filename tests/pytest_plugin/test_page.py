@@ -23,6 +23,8 @@ from pytest_isolation.record import RunRecord, TestRecord
 
 from isolation.result import Change
 
+pytestmark = pytest.mark.once
+
 HOSTILE = (
     "</script><script>document.hacked = 1</script> <!-- <script> --> <img src=x onerror='document.hacked = 1'>"
     "<link rel=stylesheet href='http://attacker.invalid/'> &lt;b&gt; \u2028\u2029 \ud800 lone \x00\x07 $run ${policy}"

@@ -95,6 +95,8 @@ def make_environment(path: Path, marks: Path) -> Path:
 
 def test_hostile_suite_leaves_no_mark_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marks, project = tmp_path / "marks", tmp_path / "project"
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the control runs on the host, and what a person has there is his own
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__"))
     for path in project.rglob("*"):

@@ -18,6 +18,8 @@ from isolation.backends.microvm.cache import Cache, CacheError
 from isolation.backends.microvm.progress import SILENT, Progress
 from isolation.errors import LaunchError
 
+pytestmark = pytest.mark.once
+
 BUILDER = """
 import sys, time, os
 from pathlib import Path

@@ -18,6 +18,8 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.kernel import Kernel
 from isolation.errors import SpecError
 
+pytestmark = pytest.mark.once
+
 AGENT = [("isolation/__init__.py", b""), ("isolation/guest/agent.py", b"def main():\n    return 42\n")]
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(

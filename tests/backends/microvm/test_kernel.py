@@ -22,6 +22,8 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT
 from isolation.errors import BackendUnavailable, IsolationError, LaunchError
 
+pytestmark = pytest.mark.once
+
 x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="made-up kernels are for x86_64")
 
 

@@ -18,9 +18,10 @@ from isolation.backends.microvm import layers, squashfs, tools, trees
 from isolation.backends.microvm.cache import Cache
 from isolation.errors import BackendUnavailable, LaunchError, SpecError
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"
-)
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(not (shutil.which("mksquashfs") and shutil.which("unsquashfs")), reason="needs squashfs-tools"),
+]
 ROOT = os.geteuid() == 0
 
 

@@ -23,6 +23,8 @@ from isolation.backends.microvm.template import MicrovmFork
 from isolation.mux import Mux, MuxError
 from isolation.wire import Decoder, Message, encode
 
+pytestmark = pytest.mark.once
+
 DATA, END, CREDIT = range(3)
 
 

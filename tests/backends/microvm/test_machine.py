@@ -331,12 +331,22 @@ def below(pid: int) -> set[int]:
     return found - {pid}
 
 
+def own_mounts(project: Path) -> set[str]:
+    """What else is mounted on a person's machine is not looked at."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {line for line in lines if "isolation" in line or str(project) in line}
+
+
+def own_shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if "isolation" in name or "qemu" in name}
+
+
 @pytest.mark.parametrize("point", ["booting", "restore", "running", "saving", "forks"])
 def test_a_killed_host(project: Path, point: str) -> None:
     """No process, no mount and no file is left, wherever it was."""
     (project / "warm.py").write_text(WARM)
-    shm = set(os.listdir("/dev/shm"))
-    mounts = Path("/proc/self/mountinfo").read_text()
+    shm = own_shared_memory()
+    mounts = own_mounts(project)
     host = subprocess.Popen([sys.executable, "-c", HOST, point], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=project)
     assert host.stdout is not None
     assert host.stderr is not None
@@ -348,8 +358,8 @@ def test_a_killed_host(project: Path, point: str) -> None:
     host.kill()
     host.wait(60)
     until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family))
-    assert Path("/proc/self/mountinfo").read_text() == mounts
-    assert set(os.listdir("/dev/shm")) <= shm
+    until(lambda: own_mounts(project) <= mounts)  # another file's test may have some for a moment
+    until(lambda: own_shared_memory() <= shm)
     assert {path.name for path in project.iterdir()} <= {"data.txt", "warm.py", "__pycache__"}
     host.stdout.close()
     host.stderr.close()

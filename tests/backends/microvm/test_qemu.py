@@ -9,6 +9,8 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.qemu import Boot, Descriptors, Hardware, Qemu
 from isolation.errors import BackendUnavailable
 
+pytestmark = pytest.mark.once
+
 HARDWARE = Hardware("microvm", "tcg", 512 << 20, 1, layers=2, slots=1)
 
 

@@ -15,6 +15,8 @@ from isolation.backends.microvm.qmp import Qmp, QmpError
 from isolation.backends.microvm.vm import Vm
 from isolation.errors import LaunchError
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Qmp, socket.socket]]:

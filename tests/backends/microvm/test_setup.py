@@ -220,9 +220,12 @@ def test_what_the_user_gave_wrongly_is_told_in_one_line(cache: Cache, tmp_path: 
 
 @needs_tools
 def test_ctrl_c_leaves_a_cache_that_the_next_setup_goes_on_with(cache: Cache, system: Path, image: list[str], tmp_path: Path) -> None:
-    with open(system / "usr/bin/large", "wb") as file:  # so that there is time
-        for _ in range(300):
-            file.write(os.urandom(1 << 20))
+    real, begun = shutil.which("mksquashfs"), tmp_path / "begun"
+    assert real is not None
+    slow = tmp_path / "bin/mksquashfs"  # begins an image, and has no end
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n[ "$1" = - ] || exec {real} "$@"\necho part > "$2"; echo > {begun}; exec sleep 1000\n')
+    slow.chmod(0o755)
     code = (
         "import sys, functools; from isolation.backends.microvm import commands, layers\n"
         f"layers.base = functools.partial(layers.base, root={str(system)!r})\n"
@@ -230,13 +233,13 @@ def test_ctrl_c_leaves_a_cache_that_the_next_setup_goes_on_with(cache: Cache, sy
         "sys.exit(commands.main(sys.argv[1:]))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    env["PATH"] = f"{slow.parent}:{env['PATH']}"
     process = subprocess.Popen([sys.executable, "-c", code, "setup", *image], stderr=subprocess.PIPE, text=True, env=env)
-    assert process.stderr is not None
-    while "the system's files" not in (line := process.stderr.readline()):
-        assert line, "it ended"
-    time.sleep(0.1)
+    while not begun.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     assert process.returncode == 130
     assert [entry.kind for entry in cache.entries()] == ["kernel"]
     assert [name for name in os.listdir(cache.root / "base") if name.endswith(".tmp")] == []

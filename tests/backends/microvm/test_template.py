@@ -21,7 +21,7 @@ from isolation.backends.namespace import launcher
 from isolation.guest import Guest
 from isolation.template import Template
 
-pytestmark = pytest.mark.usefixtures("microvm_ready")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("microvm_ready")]
 
 WARM = """
 import os, random, socket, subprocess, sys, threading, time, uuid
