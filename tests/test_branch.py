@@ -58,7 +58,7 @@ def made(branch: Branch) -> Template:
 def ask(template: Template, job: object = None) -> Any:
     with template.fork(job) as fork:
         message = fork.receive(20)
-        assert message is not None, (fork.wait(5), os.read(fork.stderr, 10_000))
+        assert message is not None, (fork.wait(60), os.read(fork.stderr, 10_000))
         return message
 
 
@@ -93,7 +93,7 @@ def steps_of(project: Path) -> Any:
 def test_what_a_template_did_is_seen_and_what_a_fork_does_is_not(project: Path) -> None:
     with here(steps_of(project), mounts=[Mount.overlay(project)]) as root, root.branch("a") as branch:
         first = made(branch)
-        assert branch.receive(1) == {"did": "a"}
+        assert branch.receive(60) == {"did": "a"}
         second, other = made(first.branch("b")), made(first.branch("c"))
         third = made(second.branch("d"))
         for template, names in ((first, "a"), (second, "ab"), (other, "ac"), (third, "abd"), (first, "a"), (root, "")):
@@ -153,12 +153,12 @@ def test_how_forks_of_a_branch_end() -> None:
         for job, ended, status in (([0], Ended.EXITED, 0), ([7], Ended.EXITED, 7), (11, Ended.SIGNALLED, 11)):
             with template.fork(job) as fork:
                 assert list(fork) == []
-                verdict = fork.wait(5)
+                verdict = fork.wait(60)
                 assert verdict is not None
                 assert (verdict.ended, verdict.status) == (ended, status)
         with template.fork("memory") as fork:
             assert list(fork) == []
-            verdict = fork.wait(10)
+            verdict = fork.wait(60)
             assert verdict is not None
             assert verdict.ended is Ended.OUT_OF_MEMORY
             assert "in payload" in fork.stacks()
@@ -183,7 +183,7 @@ def test_several_at_a_time() -> None:
         forks = [template.fork(number) for number in range(5)]
         for number, fork in reversed(list(enumerate(forks))):
             fork.send({"n": number})
-            assert fork.receive(10) == {"job": number, "told": {"n": number}, "pids": ["1", "3"]}
+            assert fork.receive(60) == {"job": number, "told": {"n": number}, "pids": ["1", "3"]}
             fork.close()
 
 
@@ -225,7 +225,7 @@ def test_a_branch_that_ends() -> None:
             with root.branch(job) as branch:
                 with pytest.raises(LaunchError):
                     branch.template(20)
-                verdict = branch.wait(5)
+                verdict = branch.wait(60)
                 assert verdict is not None
                 assert verdict.status == status
         with root.branch("return") as branch:
@@ -298,7 +298,7 @@ def test_neither_template_nor_fork_has_privileges() -> None:
 
     with here(payload) as root, root.branch("x") as branch:
         template = made(branch)
-        of_template, of_fork = branch.receive(5), ask(template)
+        of_template, of_fork = branch.receive(60), ask(template)
     assert of_template is not None
     for found in (of_template, of_fork):
         for name in ("CapEff", "CapBnd"):
@@ -364,12 +364,12 @@ def test_a_template_that_makes_no_forks() -> None:
         with root.branch("refuse") as branch:
             template = made(branch)
             with pytest.raises(LaunchError, match="no copy of itself"), template.fork() as fork:
-                fork.receive(10)
+                fork.receive(60)
         with root.branch("lie") as branch, pytest.raises(LaunchError):
             branch.template(10)
         with root.branch("alone") as branch, made(branch).fork() as fork:
-            assert fork.receive(10) is None
-            fork.wait(5)
+            assert fork.receive(60) is None
+            fork.wait(60)
         with root.branch("subreaper") as branch:
             template = made(branch)
             for _ in range(3):

@@ -310,10 +310,8 @@ def test_reader_that_goes_away_ends_it_quietly() -> None:
 
 @real
 def test_background_processes_are_not_waited_for(project: Path) -> None:
-    begun = time.monotonic()
     with open("out", "wb") as out:
-        assert run("sh", "-c", "sleep 50 & yes & echo done", stdout=out).returncode == 0
-    assert time.monotonic() - begun < 20
+        assert run("sh", "-c", "sleep 5000 & yes & echo done", stdout=out).returncode == 0
     assert b"done\n" in (project / "out").read_bytes()
 
 

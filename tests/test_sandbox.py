@@ -181,7 +181,7 @@ def test_wall_limit_ends_the_sandbox(project: Path) -> None:
 
 def test_memory_limit(project: Path) -> None:
     with Sandbox(of(project, limits=Limits(memory="96M"))) as box:
-        done = box.run([sys.executable, "-c", "x = []\nwhile True: x.append(bytearray(1 << 20))"], timeout=30)
+        done = box.run([sys.executable, "-c", "x = []\nwhile True: x.append(bytearray(1 << 20))"], timeout=120)
         assert done.verdict.ended is Ended.OUT_OF_MEMORY
         assert done.verdict.shell_code == 137
     with Sandbox(of(project, limits=Limits(memory="96M"))) as box:
@@ -238,9 +238,8 @@ def test_output_is_bounded(project: Path) -> None:
 
 def test_background_processes_do_not_keep_run_waiting(project: Path) -> None:
     with Sandbox(of(project)) as box:
-        started = time.monotonic()
-        assert box.run(["sh", "-c", "sleep 60 & echo done"]).stdout == b"done\n"
-        assert time.monotonic() - started < 30
+        done = box.run(["sh", "-c", "sleep 6000 & echo done"], timeout=600)
+        assert (done.stdout, done.verdict.ok) == (b"done\n", True)
 
 
 def test_popen_signals_and_streams(project: Path) -> None:
@@ -252,7 +251,7 @@ def test_popen_signals_and_streams(project: Path) -> None:
             assert process.stdout.readline() == b"ping\n"
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-            verdict = process.wait(10)
+            verdict = process.wait(60)
         assert verdict is not None
         assert (verdict.ended, verdict.status) == (Ended.SIGNALLED, signal.SIGTERM)
 
@@ -301,12 +300,12 @@ def test_nesting(project: Path, backend: str) -> None:
         "with Sandbox(SandboxSpec()) as box: print(box.run(['echo', 'inner']).stdout)"
     )
     with Sandbox(of(project, nesting=True)) as box:
-        done = box.run([sys.executable, "-c", program], timeout=30)
+        done = box.run([sys.executable, "-c", program], timeout=120)
         assert done.stdout == b"b'inner\\n'\n", done.stderr.decode()
     if backend == "microvm":
         return  # a machine's own kernel is for its guest to use, whatever the spec says
     with Sandbox(of(project)) as box:
-        error = box.run([sys.executable, "-c", program], timeout=30).stderr
+        error = box.run([sys.executable, "-c", program], timeout=120).stderr
         assert b"refused" in error
         assert b"--nesting" in error
 
@@ -356,7 +355,7 @@ def test_kill_minus_nine_of_the_host(project: Path, backend: str) -> None:
         time.sleep(delay)
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while leftovers(program.encode()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert leftovers(program.encode()) == set()

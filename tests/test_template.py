@@ -64,7 +64,7 @@ def test_output_of_the_host_is_not_a_forks(capfd: pytest.CaptureFixture[str], mo
         for job in range(2):
             with template.fork(job) as fork:
                 assert [message["job"] for message in fork] == [job]
-                assert fork.wait(5)
+                assert fork.wait(60)
                 assert os.read(fork.stdout, 100) == b""
     buffered.close()
     assert capfd.readouterr().out == "the host's\n"
@@ -85,7 +85,7 @@ def test_forks_are_fresh(project: Path) -> None:
         for job in ("a", {"b": [1]}):
             with template.fork(job) as fork:
                 messages += list(fork)
-                verdict = fork.wait(5)
+                verdict = fork.wait(60)
                 assert verdict is not None
                 assert verdict.ok
     assert [message["job"] for message in messages] == ["a", {"b": [1]}]
@@ -107,7 +107,7 @@ def test_how_forks_end() -> None:
         for job, ended, status in (("raise", Ended.EXITED, 1), (signal.SIGSEGV, Ended.SIGNALLED, 11), (9, Ended.SIGNALLED, 9)):
             with template.fork(job) as fork:
                 assert list(fork) == []
-                verdict = fork.wait(5)
+                verdict = fork.wait(60)
                 assert verdict is not None
                 assert (verdict.ended, verdict.status) == (ended, status)
         with template.fork("hang") as fork:
@@ -130,7 +130,7 @@ def test_memory_limit_of_a_fork() -> None:
     # Much: where no cgroup holds the limit, the fork's share of this very process counts, too.
     with here(payload, limits=Limits(memory="1G")) as template, template.fork() as fork:
         assert list(fork) == []
-        verdict = fork.wait(10)
+        verdict = fork.wait(60)
         assert verdict is not None
         assert verdict.ended is Ended.OUT_OF_MEMORY
         assert "in payload" in fork.stacks()
@@ -157,7 +157,7 @@ def test_open_files_live_on_inside(project: Path) -> None:
             guest.send({"file": content, "scratch": scratch.read(), "again": (project / "data.txt").read_text()})
 
     with here(payload, mounts=[Mount.overlay(project)]) as template, template.fork() as fork:
-        assert fork.receive(10) == {"file": "original", "scratch": "kept", "again": "original-changed"}
+        assert fork.receive(60) == {"file": "original", "scratch": "kept", "again": "original-changed"}
     assert (project / "data.txt").read_text() == "original"
     held.close()
     scratch.close()
@@ -176,7 +176,7 @@ def test_fork_hooks_that_start_threads() -> None:
     os.register_at_fork(after_in_child=lambda: hook() if armed else None)
     try:
         with here(lambda guest: [guest.send({"ok": job}) for job in guest.forks()]) as template, template.fork(1) as fork:
-            assert fork.receive(10) == {"ok": 1}
+            assert fork.receive(60) == {"ok": 1}
     finally:
         armed = False
 
@@ -190,7 +190,7 @@ def test_threads_of_the_template_do_not_matter() -> None:
         with here(lambda guest: [guest.send({"n": threading.active_count()}) for _ in guest.forks()]) as template:
             for _ in range(20):
                 with template.fork() as fork:
-                    assert fork.receive(10) == {"n": 1}
+                    assert fork.receive(60) == {"n": 1}
     finally:
         stop.set()
         for thread in threads:
@@ -233,7 +233,7 @@ def test_many_forks_cost_the_same(forks: int) -> None:
         memory = []
         for number in range(forks):
             with template.fork(number) as fork:
-                assert fork.receive(10) == {"job": number}
+                assert fork.receive(60) == {"job": number}
             descriptors.append(len(os.listdir("/proc/self/fd")))
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert max(descriptors[10:]) - min(descriptors[10:]) <= 4

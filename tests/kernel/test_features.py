@@ -57,11 +57,9 @@ def test_interrupt(kernel: Kernel) -> None:
     sleeping = kernel.send("import time\nprint('on', flush=True)\nwhile True: time.sleep(0.01)")
     while kernel.client.get_iopub_msg(timeout=PATIENCE)["msg_type"] != "stream":
         pass
-    began = time.monotonic()
     kernel.manager.interrupt_kernel()
     reply = kernel.collect(sleeping)
     assert reply.content["ename"] == "KeyboardInterrupt"
-    assert time.monotonic() - began < 5
     assert kernel.value("6*7") == "42"
 
 
@@ -158,11 +156,12 @@ def test_subshells(kernel: Kernel) -> None:
 
 
 def test_control_channel_while_busy(kernel: Kernel) -> None:
-    sleeping = kernel.send("import time; time.sleep(2)")
-    began = time.monotonic()
+    sleeping = kernel.send("import time; print('on', flush=True); time.sleep(1000)")
+    while kernel.client.get_iopub_msg(timeout=PATIENCE)["msg_type"] != "stream":
+        pass
     assert kernel.control("kernel_info_request", {})["status"] == "ok"
-    assert time.monotonic() - began < 1.5
-    kernel.collect(sleeping)
+    kernel.manager.interrupt_kernel()
+    assert kernel.collect(sleeping).content["ename"] == "KeyboardInterrupt"
 
 
 def test_heartbeat(kernel: Kernel) -> None:
@@ -206,6 +205,7 @@ def test_multiprocessing(kernel: Kernel, method: str) -> None:
 @pytest.mark.once
 def test_restart_25_times(kernel: Kernel) -> None:
     took = []
+    kernel.manager.shutdown_wait_time = 600  # half of it for an end of its own
     for number in range(25):
         kernel.run(f"x = {number}")
         began = time.monotonic()
@@ -213,7 +213,7 @@ def test_restart_25_times(kernel: Kernel) -> None:
         took.append(time.monotonic() - began)
         kernel.wait_until_connected()
         assert kernel.run("print('x' in globals())").text == "False\n"
-    assert sorted(took)[20] < 2.5, took  # each would take as long, were it not for a clean end
+    assert max(took) < 300, took
 
 
 def test_restart_now_while_busy(kernel: Kernel) -> None:
@@ -226,9 +226,10 @@ def test_restart_now_while_busy(kernel: Kernel) -> None:
 def test_shutdown(kernel: Kernel) -> None:
     pid = kernel.pid
     kernel.value("6*7")
-    began = time.monotonic()
+    process = kernel.manager.provisioner.process
+    kernel.manager.shutdown_wait_time = 600  # half of it for an end of its own
     kernel.manager.shutdown_kernel()
-    assert time.monotonic() - began < 2.5
+    assert process.poll() == 0
     assert not os.path.exists(f"/proc/{pid}")
 
 
@@ -239,7 +240,7 @@ def test_shutdown(kernel: Kernel) -> None:
 def test_end_of_the_kernel_is_noticed(kernel: Kernel, code: str, status: int) -> None:
     process = kernel.manager.provisioner.process
     kernel.send(code)
-    assert process.wait(5) == status
+    assert process.wait(60) == status
     assert not kernel.manager.is_alive()
 
 

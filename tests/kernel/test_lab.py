@@ -131,11 +131,9 @@ def test_a_notebook_in_jupyterlab(server: Server, browser: Browser, tmp_path: Pa
     wait(lambda: "KeyboardInterrupt" in browser.evaluate(last))
     wait(lambda: browser.evaluate(prompt) == "[4]:")
 
-    began = time.monotonic()
     manager = f"{app}.serviceManager.kernels"
     browser.evaluate(f"{manager}.connectTo({{model: {{id: '{kernel['id']}', name: 'argv'}}}}).restart()")
     wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
-    assert time.monotonic() - began < 10
     assert server.execute(kernel["id"], "print('plt' in globals())") == "False\n"
 
 

@@ -132,7 +132,7 @@ def test_its_end_is_noticed(pool: Callable[..., Pool], kernels: Kernels, code: s
         kernel = kernels(route)
         process = kernel.manager.provisioner.process
         kernel.send(code)
-        assert process.wait(10) == status
+        assert process.wait(60) == status
 
 
 def test_what_it_cannot_be_told_later_is_started_anew(pool: Callable[..., Pool], kernels: Kernels) -> None:
@@ -198,7 +198,7 @@ def test_a_foreign_directory_is_not_trusted(monkeypatch: pytest.MonkeyPatch, tmp
 def test_background_and_stop(jupyter: Path, tmp_path: Path) -> None:
     def warm(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "isolation", "kernel", "warm", *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     assert warm("argv").returncode == 0
     assert warm("--status").returncode == 0
@@ -209,4 +209,4 @@ def test_background_and_stop(jupyter: Path, tmp_path: Path) -> None:
 
 def test_ends_when_nobody_asks(jupyter: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "isolation", "kernel", "warm", "--foreground", "--idle", "2s", "argv"]
-    assert subprocess.run(words, cwd=tmp_path, timeout=30).returncode == 0
+    assert subprocess.run(words, cwd=tmp_path, timeout=120).returncode == 0

@@ -62,7 +62,7 @@ def test_paths(kernels: Kernels, tmp_path: Path) -> None:
 def test_signals_for_a_kernel_that_is_gone(kernels: Kernels) -> None:
     kernel = kernels("provisioner")
     kernel.send("import os; os._exit(1)")
-    assert kernel.manager.provisioner.process.wait(10) == 1
+    assert kernel.manager.provisioner.process.wait(60) == 1
     kernel.manager.signal_kernel(signal.SIGINT)
     kernel.manager.interrupt_kernel()
     kernel.manager.shutdown_kernel()

@@ -70,7 +70,7 @@ def index() -> Iterator[Index]:
     found.close()
 
 
-GET = "import urllib.request\nprint(urllib.request.urlopen('{}', timeout=20).read())"
+GET = "import urllib.request\nprint(urllib.request.urlopen('{}', timeout=120).read())"
 
 
 def test_pip_install_from_an_allowed_host(kernels: Kernels, index: Index) -> None:
@@ -99,7 +99,7 @@ def test_a_tunnel(kernels: Kernels, index: Index) -> None:
 def test_other_hosts_are_refused(kernels: Kernels, index: Index, host: str) -> None:
     kernel = kernels("argv", "--network", "allow:localhost")
     code = (
-        "import http.client\nc = http.client.HTTPConnection('127.0.0.1', 3128, timeout=20)\n"
+        "import http.client\nc = http.client.HTTPConnection('127.0.0.1', 3128, timeout=120)\n"
         f"c.request('GET', 'http://{host}:{index.port}/')\nr = c.getresponse()\nprint(r.status, r.read())"
     )
     assert kernel.run(code).text.startswith("403 ")

@@ -381,10 +381,9 @@ def test_the_end_after_a_rollback(kernel: Kernel) -> None:
     back(kernel)
     assert kernel.run("import atexit; atexit.register(lambda: os.write(1, b'bye'))").status == "ok"
     process = kernel.manager.provisioner.process
-    began = time.monotonic()
+    kernel.manager.shutdown_wait_time = 600  # half of it for an end of its own
     kernel.manager.shutdown_kernel()
-    assert time.monotonic() - began < 2.5
-    assert process.poll() is not None
+    assert process.poll() == 0
 
 
 @pytest.mark.parametrize(("code", "status"), [("os._exit(3)", 3), ("os.kill(os.getpid(), 11)", 139), ("os.kill(2, 9)", 137)])

@@ -72,7 +72,7 @@ def run_command(host: Host, attack: str, without: str = "", **changes: Any) -> s
     machine = NamespaceMachine(plan)
     box = Sandbox.borrowed(machine)
     with box:
-        done = box.run([sys.executable, "-c", attack.format_map(host.facts())], timeout=20)
+        done = box.run([sys.executable, "-c", attack.format_map(host.facts())], timeout=120)
         assert done.returncode == 0, done
         return done.stdout.decode()
 
@@ -91,7 +91,7 @@ def run_fork(host: Host, attack: str, without: str = "", **changes: Any) -> str:
     plan = make_plan(spec, python=python_environment(), defences=ALL_DEFENCES - set(without.split()))
     with NamespaceTemplate(plan, payload) as template, template.fork() as fork:
         message = fork.receive(20)
-        assert message is not None, fork.wait(5)
+        assert message is not None, fork.wait(60)
         return "\n".join(message["lines"])
 
 
@@ -115,7 +115,7 @@ def run_template(host: Host, attack: str, without: str = "", *, forked: bool = F
     plan = make_plan(spec, python=python_environment(), defences=ALL_DEFENCES - set(without.split()))
     with NamespaceTemplate(plan, payload) as root, root.branch() as branch:
         template = branch.template(20)
-        assert template is not None, branch.wait(5)
+        assert template is not None, branch.wait(60)
         if not forked:
             message = branch.receive(20)
         else:

@@ -211,9 +211,9 @@ def test_large_and_sparse_files(cache: Cache, source: Path, tmp_path: Path) -> N
             file.write(b"%d" % number)
         file.truncate(70_000_123)
     (source / "next").write_text("intact")
-    began = time.monotonic()
+    began = time.process_time()
     layer = layers.tree(cache, source)
-    assert time.monotonic() - began < 10  # not read as 9 GiB of zeros, which takes half a minute
+    assert time.process_time() - began < 10  # not read as 9 GiB of zeros, which takes half a minute
     assert listing(layer)[b"/tree/large"][2] == (9 << 30) + 3
     assert layer.size < 10 << 20
 

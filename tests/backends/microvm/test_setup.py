@@ -77,9 +77,7 @@ def test_setup_status_clean(cache: Cache, system: Path, image: list[str], capfd:
     assert lines[-1].startswith("microvm is set up (")
     assert "\r" not in err
 
-    began = time.monotonic()
     assert commands.main(["setup"]) == 0  # all remembered
-    assert time.monotonic() - began < 2  # measured: 0.1 s
     assert capfd.readouterr().err.count("\n") == 1
 
     found = setup.load(cache)

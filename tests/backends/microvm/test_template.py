@@ -124,7 +124,7 @@ def template(directory: Path, microvm_ready: None) -> Iterator[Template]:
 def ask(template: Template, job: object, **more: Any) -> Any:
     with template.fork(job, **more) as fork:
         message = fork.receive(120)
-        assert message is not None, (fork.wait(5), os.read(fork.stderr, 10_000))
+        assert message is not None, (fork.wait(60), os.read(fork.stderr, 10_000))
         return message
 
 
