@@ -112,8 +112,10 @@ class Mux:
         return self._streams.get(number)
 
     def write(self, number: int, data: bytes) -> None:
-        """Queue bytes for a stream without a source descriptor."""
-        stream = self._streams[number]
+        """Queue bytes for a stream without a source descriptor. Raises MuxError when the other end wants no more of it."""
+        stream = self._streams.get(number)
+        if stream is None or not stream.sending:
+            raise MuxError(f"the other end has closed stream {number}")
         stream.queued += data
         self._send_queued(stream)
 

@@ -15,7 +15,7 @@ from isolation import registry
 from isolation.errors import FeatureMissing, GuestError, SandboxClosed, SpecError
 from isolation.hookspecs import FORK, SNAPSHOT, Machine
 from isolation.result import Change, Completed, Ended, Usage, Verdict
-from isolation.spec import SandboxSpec
+from isolation.spec import SandboxSpec, is_path
 from isolation.template import Template
 from isolation.units import parse_seconds, parse_size
 
@@ -336,7 +336,7 @@ class Sandbox:
         return size
 
     def _open(self, path: str, mode: str) -> BinaryIO:
-        if not isinstance(path, str) or not path.startswith("/"):
+        if not isinstance(path, str) or not path.startswith("/") or not is_path(path):
             raise SpecError(f"{path!r} must be an absolute path inside the sandbox")
         return self.machine.open(path, mode)
 

@@ -15,7 +15,25 @@ MountMode = Literal["ro", "rw", "overlay"]
 NetworkMode = Literal["none", "nat", "allow", "host"]
 
 _ENV_NAME = re.compile(r"[^=\0]+")
-_HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
+
+
+def is_host_name(text: str) -> bool:
+    """Whether this is a name as the DNS has them (RFC 1123, with the underscore of RFC 2782), or an IPv4 address.
+
+    The one grammar for names, those of a guest too: what fits holds no NUL, at which a C function would end it, no space, no
+    control character, and nothing that IDNA would turn into other characters.
+    """
+    return _HOST_NAME.fullmatch(text) is not None
+
+
+def is_path(text: str) -> bool:
+    """Whether a system call could take it: it has no NUL, can be encoded, and is no longer than PATH_MAX."""
+    try:
+        return "\0" not in text and len(os.fsencode(text)) < 4096
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class Network:
         if bool(self.hosts) != (self.mode == "allow"):
             raise SpecError("network 'allow' needs host names (e.g. 'allow:pypi.org'), and only it takes them")
         for host in self.hosts:
-            if not _HOST_NAME.fullmatch(host):
+            if not is_host_name(host.removeprefix("*.")):
                 raise SpecError(f"network: {host!r} is not a host name")
 
     @classmethod

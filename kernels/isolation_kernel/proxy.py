@@ -6,7 +6,9 @@ the guest, and the guest has no socket that it could connect to anything else.
 
 What the guest may reach is decided here, by the name that it asks for, and by the address that this name turns out to have:
 
-* names and addresses on the list; `*.example.org` stands for all below it. An IP literal has to be on the list as such.
+* What a request consists of is held against a grammar before anything else is done with it: a name that one function reads
+  in another way than the next (getaddrinfo(3) ends it at a NUL) is no name.
+* Names and addresses on the list; `*.example.org` stands for all below it. An IP literal has to be on the list as such.
 * Names are resolved here, once, and the address that was checked is the one that is connected to.
 * An address that is not a public one (loopback, private, link-local: this machine's services, the cloud's metadata) has
   to be on the list itself, whatever name leads to it, or a name on the list that its owner points there (DNS rebinding)
@@ -17,12 +19,14 @@ What the guest may reach is decided here, by the name that it asks for, and by t
 from __future__ import annotations
 
 import ipaddress
+import re
 import select
 import socket
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from isolation.spec import is_host_name
 from isolation_kernel.connection import Doors
 
 _WAITING: Final = 4  # connections that are dialled ahead
@@ -34,6 +38,18 @@ _SILENCE: Final = 600.0  # s, of a connection that is open
 _CHUNK: Final = 1 << 16
 _PORTS: Final = (80, 443)
 _FIRST_FREE_PORT: Final = 1024
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+_GLOBAL_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+_TUNNELS_AND_EXAMPLES: Final = tuple(map(ipaddress.IPv6Network, ("2001::/32", "2002::/16", "3fff::/20")))
+
+# RFC 9110 and 9112. A target has no space, control character or byte beyond ASCII, a header no line of its own.
+_REQUEST: Final = re.compile(r"([A-Za-z]{1,32}) ([!-~]+) HTTP/1\.[01]")
+_HEADER: Final = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[\t -~\x80-\xff]*")
+_AUTHORITY: Final = re.compile(
+    r"(?:\[(?P<literal>[0-9A-Fa-f:.]{2,45})\]|(?P<name>[A-Za-z0-9_.-]{1,254}))(?::(?P<port>[0-9]{0,5}))?"
+)
+# Of one connection to one proxy; and Host, which is the target's whatever the client says (RFC 9112, 3.2.2).
+_NOT_PASSED_ON: Final = ("connection", "host", "keep-alive")
 
 
 class Refused(Exception):
@@ -62,18 +78,20 @@ class Allowed:
 
     def addresses(self, host: str, port: int) -> list[str]:
         """Those that may be connected to for this name. Raises Refused."""
-        name = host.lower().rstrip(".")
+        name = host.lower().removesuffix(".")
         literal = _address(name)
         if literal is not None:
             if literal not in self._addresses:
                 raise Refused("403 Forbidden", f"the address {host} is not on the list of this kernel (--network allow:…)")
+        elif not is_host_name(name):
+            raise Refused("400 Bad Request", f"{host[:300]!a} is not the name of a host")
         elif name not in self._names and not name.endswith(self._below or ("\0",)):
             raise Refused("403 Forbidden", f"{host} is not on the list of this kernel (--network allow:…)")
         if port not in _PORTS and not _FIRST_FREE_PORT <= port <= 65535:
             raise Refused("403 Forbidden", f"port {port} is not one that this kernel may connect to")
         try:
             found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise Refused("502 Bad Gateway", f"{host} is not known: {error}") from error
         good = [str(address[0]) for *_rest, address in found if self._reachable(name, str(address[0]))]
         if not good:
@@ -84,54 +102,81 @@ class Allowed:
         address = _address(text.partition("%")[0])
         if address is None:
             return False
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
+        address = _embedded(address)
         if address in self._addresses or (name == "localhost" and address.is_loopback):
             return True
+        if isinstance(address, ipaddress.IPv6Address) and not _is_global_unicast(address):
+            return False
         return address.is_global and not address.is_multicast
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """That a literal stands for, if it is one: for getaddrinfo(3), "127.1", "0x7f000001" and "2130706433" are, too."""
+    if ":" not in text and not is_host_name(text):
+        return None  # inet_aton(3) would pass over what follows a space
     try:
-        return ipaddress.ip_address(text.strip("[]"))
+        return ipaddress.ip_address(text)
     except ValueError:
         pass
     try:
-        # "127.1", "0x7f000001" and "2130706433" are addresses too, for getaddrinfo(3).
         return ipaddress.ip_address(socket.inet_aton(text)) if text[:1].isdigit() else None
-    except (OSError, ValueError, UnicodeError):
+    except (OSError, ValueError):
         return None
+
+
+def _embedded(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that one of IPv6 stands for: mapped, or behind a gateway to IPv4 (NAT64, RFC 6052)."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        if address in _NAT64:
+            return ipaddress.IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address
+
+
+def _is_global_unicast(address: ipaddress.IPv6Address) -> bool:
+    """By IANA's registry, of which a Python may know an old state; without tunnels, whose other end may be inside."""
+    return address in _GLOBAL_UNICAST and not any(address in network for network in _TUNNELS_AND_EXAMPLES)
 
 
 def parse(head: bytes) -> Target:
     """Of a request's first line and headers. Raises Refused."""
-    try:
-        lines = head.decode("latin-1").split("\r\n")
-        method, target, version = lines[0].split(" ")
-        if not version.startswith("HTTP/1."):
-            raise ValueError(version)
-        if method == "CONNECT":
-            host, _, port = target.rpartition(":")
-            return Target(host.strip("[]"), int(port), b"")
-        scheme, _, rest = target.partition("://")
-        authority, slash, path = rest.partition("/")
-        if scheme.lower() != "http" or not authority or "@" in authority or not method.isalpha():
-            raise ValueError(target)
-        host, port = _split(authority)
-    except ValueError as error:
-        raise Refused("400 Bad Request", "this is no request to a proxy") from error
+    first, *lines = head.decode("latin-1").split("\r\n")
+    request = _REQUEST.fullmatch(first)
+    headers = [_HEADER.fullmatch(line) for line in lines]
+    if request is None or None in headers:
+        raise _no_request()
+    method, target = request.groups()
+    if method == "CONNECT":
+        host, port = _split(target, None)
+        return Target(host, port, b"")
+    scheme, _, rest = target.partition("://")
+    authority, path = re.fullmatch(r"([^/?#]*)(.*)", rest).groups()  # type: ignore[union-attr]  # anything fits
+    if scheme.lower() != "http":
+        raise _no_request()
+    host, port = _split(authority, 80)
     # One request a connection: the next one of this client may be to another host.
-    kept = [line for line in lines[1:] if line and not line.lower().startswith(("proxy-", "connection:", "keep-alive:"))]
-    text = "\r\n".join([f"{method} {slash}{path or ('' if slash else '/')} HTTP/1.1", *kept, "Connection: close", "", ""])
-    return Target(host, int(port), text.encode("latin-1"))
+    kept = [found[0] for found in headers if found and not _is_dropped(found[1])]
+    line = f"{method} {path if path.startswith('/') else '/' + path} HTTP/1.1"
+    text = "\r\n".join([line, f"Host: {authority}", *kept, "Connection: close", "", ""])
+    return Target(host, port, text.encode("latin-1"))
 
 
-def _split(authority: str) -> tuple[str, str]:
-    if authority.startswith("["):
-        host, _, port = authority[1:].partition("]")
-        return host, port.lstrip(":") or "80"
-    host, _, port = authority.partition(":")
-    return host, port or "80"
+def _is_dropped(header: str) -> bool:
+    return header.lower() in _NOT_PASSED_ON or header.lower().startswith("proxy-")
+
+
+def _split(authority: str, default: int | None) -> tuple[str, int]:
+    found = _AUTHORITY.fullmatch(authority)
+    if found is None or not (found["port"] or default):
+        raise _no_request()
+    return found["literal"] or found["name"], int(found["port"] or default or 0)
+
+
+def _no_request() -> Refused:
+    return Refused("400 Bad Request", "this is no request to a proxy")
 
 
 class Proxy:

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from isolation.errors import GuestError, IsolationError, WireError
 from isolation.hookspecs import CHANGES, FILE_CHECKPOINTS
 from isolation.result import Change
-from isolation.spec import SandboxSpec
+from isolation.spec import SandboxSpec, is_path
 from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.box import KernelBox
@@ -220,7 +220,7 @@ class Services:
         path = message.get("path")
         if directory is None:
             raise GuestError("this kernel exports nothing: it was installed without --export DIR")
-        if not isinstance(path, str) or not path.startswith("/") or "\0" in path or len(path) > 4096:
+        if not isinstance(path, str) or not path.startswith("/") or not is_path(path):
             raise GuestError("export wants the path of a file in the sandbox")
         name = os.path.basename(path)
         if not name or name in (".", "..") or not name.isprintable():

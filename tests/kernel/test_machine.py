@@ -339,6 +339,7 @@ def frame(number: int, data: bytes) -> bytes:
         frame(box.CONTROL, b"no json\n"),
         frame(box.CONTROL, b"[1]\n"),
         frame(box.CONTROL, b'{"exit": "soon"}\n'),
+        frame(box.CONTROL, b'{"exit": Infinity}\n'),
         frame(box.CONTROL, b'{"size": 3, "of": 99}\n'),
         frame(box.CONTROL, b'{"gone": [1]}\n'),
         frame(box.CONTROL, b"[" * 30_000 + b"\n"),
@@ -351,6 +352,15 @@ def test_nonsense_ends_the_machine(faked: tuple[box.MachineBox, FakeBranch], sen
     branch.guest.sendall(sent)
     with pytest.raises(MuxError):
         steps(made, 5)
+
+
+def test_a_machine_that_does_not_listen_is_ended(faked: tuple[box.MachineBox, FakeBranch]) -> None:
+    """What the host has to tell it, an interrupt say, is for nobody then."""
+    made, branch = faked
+    branch.guest.sendall(b"".join(bytes([kind]) + box.CONTROL.to_bytes(4, "big") + bytes(4) for kind in (3, 1)))
+    steps(made, 5)
+    with pytest.raises(MuxError):
+        made.signal(2)
 
 
 def steps(made: box.MachineBox, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import queue
 import socket
 import threading
 import zipfile
@@ -144,6 +145,17 @@ def test_a_flood_harms_only_its_kernel(kernels: Kernels, index: Index) -> None:
         (["pypi.org"], "pypi.org", "::ffff:127.0.0.1", False),
         (["pypi.org"], "pypi.org", "fd00::1", False),
         (["pypi.org"], "pypi.org", "224.0.0.1", False),
+        (["pypi.org"], "pypi.org", "2a04:4e42::223", True),
+        (["pypi.org"], "pypi.org", "64:ff9b::9765:df", True),  # NAT64
+        (["pypi.org"], "pypi.org", "64:ff9b::a9fe:a9fe", False),
+        (["pypi.org"], "pypi.org", "64:ff9b::7f00:1", False),
+        (["pypi.org"], "pypi.org", "64:ff9b:1::1", False),
+        (["pypi.org"], "pypi.org", "2002:7f00:1::", False),
+        (["pypi.org"], "pypi.org", "::127.0.0.1", False),
+        (["pypi.org"], "pypi.org", "::ffff:0:127.0.0.1", False),
+        (["pypi.org"], "pypi.org", "fec0::1", False),
+        (["pypi.org"], "pypi.org", "5f00::1", False),
+        (["pypi.org"], "pypi.org", "3fff::1", False),
         (["pypi.org"], "pypi.org", "100.64.0.1", False),
         (["index.corp", "10.0.0.5"], "index.corp", "10.0.0.5", True),
         (["index.corp", "10.0.0.5"], "10.0.0.5", "10.0.0.5", True),
@@ -175,18 +187,103 @@ def test_ports(port: int) -> None:
         Allowed(["localhost"]).addresses("localhost", port)
 
 
+class Guest:
+    """A sandbox's side of a proxy: connections that it has dialled, one after the other."""
+
+    def __init__(self) -> None:
+        self._dialled: queue.Queue[socket.socket] = queue.Queue()
+
+    def connect(self, _channel: int) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self._dialled.put(ours)
+        return theirs
+
+    def ask(self, request: bytes) -> bytes:
+        """What comes back, to its end, or to the first bytes of an open tunnel."""
+        with self._dialled.get(timeout=30) as end:
+            end.settimeout(30)
+            end.sendall(request)
+            return end.recv(1000)
+
+
+@pytest.fixture
+def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
+    """Of a proxy that lets everything below example.org be reached, and to which this host's loopback is a public host."""
+    monkeypatch.setattr(Allowed, "_reachable", lambda *_arguments: True)
+    found = Guest()
+    served = proxy.Proxy(["*.example.org"], found)  # type: ignore[arg-type]
+    yield found
+    served.close()
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """The witness: a server of the host's that nobody allowed."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        found.setblocking(False)
+        yield found
+
+
+# What ends a name for one function and not for another, or is something else to it.
+ODD = ("\0", "\0.", "%00", " ", "\t", "\n", "\r", "\x0b", "\x1f", "\x7f", "\x80", "\xa0", "\xad", "\xff", "%25lo", "#", "?", "\\", "@", ",", ":")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_name_is_a_name_or_nothing(guest: Guest, listener: socket.socket, odd: str) -> None:
+    port = listener.getsockname()[1]
+    name = f"127.0.0.1{odd}.example.org"
+    for request in (f"CONNECT {name}:{port} HTTP/1.1", f"GET http://{name}:{port}/ HTTP/1.1", f"GET http://{name}/ HTTP/1.1"):
+        assert guest.ask(request.encode("latin-1") + b"\r\n\r\n").split()[1] in (b"400", b"403", b"502")
+    with pytest.raises(Refused):
+        Allowed(["*.example.org"]).addresses(name, port)
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+
+
+def test_the_grammar_of_names_is_what_holds(
+    monkeypatch: pytest.MonkeyPatch, guest: Guest, listener: socket.socket
+) -> None:
+    """Without it, getaddrinfo(3) is asked for what stands before the NUL."""
+    port = listener.getsockname()[1]
+    monkeypatch.setattr(proxy, "parse", lambda head: proxy.Target(head.split()[1].rpartition(b":")[0].decode(), port, b""))
+    request = f"CONNECT 127.0.0.1\0.example.org:{port} HTTP/1.1\r\n\r\n".encode()
+    assert guest.ask(request).startswith(b"HTTP/1.1 400 ")
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    monkeypatch.setattr(proxy, "is_host_name", lambda _text: True)
+    assert guest.ask(request).startswith(b"HTTP/1.1 200 ")
+    listener.accept()[0].close()
+
+
+def test_nothing_of_a_malformed_request_reaches_the_log(guest: Guest, capfd: pytest.CaptureFixture[str]) -> None:
+    for target in ("http://a:80:22/", "http://[::1]x:80/", "http://a:99999999999999999999/", "http://a:²/", "http://[]/"):
+        assert guest.ask(f"GET {target} HTTP/1.1\r\n\r\n".encode("latin-1")).startswith(b"HTTP/1.1 400 ")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_requests() -> None:
     assert parse(b"CONNECT pypi.org:443 HTTP/1.1\r\nHost: x") == ("pypi.org", 443, b"")
     assert parse(b"CONNECT [::1]:443 HTTP/1.1") == ("::1", 443, b"")
     found = parse(b"GET http://a.org:8000/x?y=1 HTTP/1.1\r\nHost: a.org\r\nProxy-Authorization: s\r\nConnection: keep-alive")
-    assert found == ("a.org", 8000, b"GET /x?y=1 HTTP/1.1\r\nHost: a.org\r\nConnection: close\r\n\r\n")
-    assert parse(b"GET http://a.org HTTP/1.1").first == b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n"
+    assert found == ("a.org", 8000, b"GET /x?y=1 HTTP/1.1\r\nHost: a.org:8000\r\nConnection: close\r\n\r\n")
+    assert parse(b"GET http://a.org HTTP/1.1").first == b"GET / HTTP/1.1\r\nHost: a.org\r\nConnection: close\r\n\r\n"
+    assert parse(b"GET http://a.org?y HTTP/1.1").first.startswith(b"GET /?y HTTP/1.1\r\n")
+    assert parse(b"GET http://a.org:/ HTTP/1.1")[:2] == ("a.org", 80)
+    assert b"inner" not in parse(b"GET http://a.org/ HTTP/1.1\r\nhOst:inner\r\nAccept: x").first
+
+
+def test_the_header_fields_of_a_request_are_lines() -> None:
+    for line in (b"A: b\nHost: inner", b"A: b\rHost: inner", b"A: b\0", b" folded", b"Connection : x", b": x", b"no field", b""):
+        with pytest.raises(Refused, match="no request"):
+            parse(b"GET http://a.org/ HTTP/1.1\r\nAccept: x\r\n" + line + b"\r\nB: c")
 
 
 @pytest.mark.parametrize(
     "head",
     [b"", b"GET / HTTP/1.1", b"GET ftp://a/ HTTP/1.1", b"GET http://u:p@a/ HTTP/1.1", b"CONNECT a HTTP/1.1",
-     b"CONNECT a:b HTTP/1.1", b"GET http:///x HTTP/1.1", b"X" * 1000, b"\xff\xfe", b"GET http://a/ SPDY/1"],
+     b"CONNECT a:b HTTP/1.1", b"GET http:///x HTTP/1.1", b"X" * 1000, b"\xff\xfe", b"GET http://a/ SPDY/1",
+     b"CONNECT a: HTTP/1.1", b"CONNECT a:-1 HTTP/1.1", b"CONNECT a:4_4 HTTP/1.1", b"CONNECT ::1:443 HTTP/1.1",
+     b"GET http://a/\n HTTP/1.1", b"GET http://a/\xe4 HTTP/1.1", b"GET http://a/ HTTP/1.1 ", b"G\0T http://a/ HTTP/1.1"],
 )  # fmt: skip
 def test_what_is_no_request(head: bytes) -> None:
     with pytest.raises(Refused):

@@ -191,6 +191,9 @@ ESCAPES = [
     "path = '/etc/../..'",
     "path = ['x']",
     "path = '/tmp/a\\nb'; open(path, 'w')",
+    "path = '/etc/passwd\\0.csv'",
+    "path = '/tmp/\\ud800/x.csv'",
+    "path = '/' + 5000 * 'x/' + 'x.csv'",
 ]
 
 
@@ -207,6 +210,7 @@ def test_export_leads_nowhere_else(kernels: Kernels, tmp_path: Path, escape: str
         "try:\n    print(host.ask('export', path=path))\nexcept Exception as error:\n    print(type(error).__name__, error)"
     )
     assert kernel.run(code, timeout=20).status == "ok"
+    assert kernel.value("6*7") == "42"
     assert precious.read_text() == "precious"
     left = {path.name for path in out.iterdir()}
     assert left <= {"link", "environ"}, left

@@ -114,7 +114,7 @@ class MachineBox:
                 self._reads[message["of"]].begin(int(message["size"]))
             elif "gone" in message:
                 self._reads.pop(message["gone"]).fail(str(message.get("why"))[:500])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:  # JSON of Python's knows Infinity
             raise MuxError(f"the guest sent something that makes no sense: {error!r}") from error
 
     def ended(self) -> Verdict | None:

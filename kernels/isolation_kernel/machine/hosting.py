@@ -95,45 +95,53 @@ class MachineHosting:
     def serve(self, signals: SignalsLike, parent: ParentLike) -> int:
         """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""
         assert self._box is not None
-        box, services = self._box, self._services
         if parent.gone():
             return 128 + signal.SIGHUP
-        while (verdict := box.ended()) is None:
-            extra = [signals.fileno(), box.wire.fileno(), *self._outputs(), *box.branch.filenos()[1:]]
-            if services.ready:  # before, it would speak to its frontends with the key that it stood by with
-                extra += self._listeners
-            if parent.fileno() >= 0:
-                extra.append(parent.fileno())
-            patience = services.patience()
-            wait = _LONGEST if patience is None or patience < 0 else min(_LONGEST, patience)
+        while (verdict := self._box.ended()) is None:
             try:
-                ready = box.mux.step(0.05 if self._waiting else wait, extra)
+                told = self._turn(signals, parent)
             except MuxError as error:
-                verdict = box.branch.wait(_LONGEST) or Verdict(Ended.LOST, detail=str(error))
+                verdict = self._box.branch.wait(_LONGEST) or Verdict(Ended.LOST, detail=str(error))
                 break
-            for fd in ready:
-                if fd in self._listeners:
-                    self._accept(*self._listeners[fd])
-                elif fd == box.wire.fileno():
-                    services.read()
-                elif fd in (box.branch.stdout, box.branch.stderr):
-                    if not self._output.pass_on(fd):
-                        self._silent.add(fd)
-                elif fd == signals.fileno():
-                    for number in signals.take():
-                        if number not in TO_GROUP:
-                            return 128 + number
-                        if number != signal.SIGINT or services.ready:
-                            box.signal(number)
-                elif fd == parent.fileno():
-                    return 128 + signal.SIGHUP
-            services.look_at_the_clock()
-            if self._move is not None:
-                self._go_on_elsewhere()
-            self._answer_when_they_are_back()
+            if told is not None:
+                return told
         self._finish()
         self._explain(verdict)
         return verdict.shell_code
+
+    def _turn(self, signals: SignalsLike, parent: ParentLike) -> int | None:
+        """Wait for something, and do what it asks for; the exit code when that is to end. Raises MuxError for what makes no
+        sense."""
+        assert self._box is not None
+        box, services = self._box, self._services
+        extra = [signals.fileno(), box.wire.fileno(), *self._outputs(), *box.branch.filenos()[1:]]
+        if services.ready:  # before, it would speak to its frontends with the key that it stood by with
+            extra += self._listeners
+        if parent.fileno() >= 0:
+            extra.append(parent.fileno())
+        patience = services.patience()
+        wait = _LONGEST if patience is None or patience < 0 else min(_LONGEST, patience)
+        for fd in box.mux.step(0.05 if self._waiting else wait, extra):
+            if fd in self._listeners:
+                self._accept(*self._listeners[fd])
+            elif fd == box.wire.fileno():
+                services.read()
+            elif fd in (box.branch.stdout, box.branch.stderr):
+                if not self._output.pass_on(fd):
+                    self._silent.add(fd)
+            elif fd == signals.fileno():
+                for number in signals.take():
+                    if number not in TO_GROUP:
+                        return 128 + number
+                    if number != signal.SIGINT or services.ready:
+                        box.signal(number)
+            elif fd == parent.fileno():
+                return 128 + signal.SIGHUP
+        services.look_at_the_clock()
+        if self._move is not None:
+            self._go_on_elsewhere()
+        self._answer_when_they_are_back()
+        return None
 
     def _outputs(self) -> list[int]:
         assert self._box is not None
