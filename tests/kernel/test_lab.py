@@ -19,17 +19,15 @@ from typing import Any
 
 import pytest
 import websocket
-from kernel.test_frontends import Server, notebook, server
+from kernel.test_frontends import Server, notebook
 
 pytestmark = pytest.mark.once
-
-__all__ = ["server"]
 
 CELLS = (
     "import os, socket\nprint('process', os.getpid(), [name for _, name in socket.if_nameindex()])",
     "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 3, 2]); plt.show()",
     "import ipywidgets\nipywidgets.IntSlider(value=7)",
-    "import time\nwhile True: time.sleep(0.05)",
+    "import time\nprint(6 * 7 * 1000)\nwhile True: time.sleep(0.05)",
 )
 
 
@@ -51,6 +49,7 @@ class Browser:
             page = next(page for page in json.loads(answer.read()) if page["type"] == "page")
         self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
         self._numbers = itertools.count(1)
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # as a window has that somebody works in
 
     def call(self, method: str, **parameters: Any) -> Any:
         number = next(self._numbers)
@@ -88,37 +87,87 @@ def wait(ready: Any, seconds: float = 40) -> Any:
     return found
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    found = Browser(tmp_path / "browser")
+class Lab:
+    """A JupyterLab, and a page that looks at it: for all tests here, one notebook after the other."""
+
+    def __init__(self, root: Path, profile: Path) -> None:
+        self.root = root
+        self.browser = Browser(profile)
+        try:
+            self.server = Server(root)
+        except BaseException:
+            self.browser.close()
+            raise
+
+    def open(self, name: str, codes: tuple[str, ...]) -> str:
+        """A new notebook, until its kernel is idle. Returns the kernel's id."""
+        notebook(self.root / name, "argv", codes)
+        url = f"http://{self.server.address}/lab/tree/{name}?token={self.server.token}&reset"
+        self.browser.call("Page.navigate", url=url)
+        there = f"window.jupyterapp?.shell.currentWidget?.context?.path === '{name}' && !!document.querySelector('{CELL}')"
+        wait(lambda: self.browser.evaluate(there), 90)
+        kernel = wait(lambda: self.kernel(name), 60)
+        assert kernel["name"] == "argv"
+        self.wait_until_idle(name)
+        return str(kernel["id"])
+
+    def kernel(self, name: str) -> Any:
+        """Of a notebook. While one starts, jupyter_server may answer with an internal error (500)."""
+        try:
+            return next((each["kernel"] for each in self.server.ask("GET", "sessions") if each["path"] == name), None)
+        except urllib.error.HTTPError:
+            return None
+
+    def wait_until_idle(self, name: str) -> None:
+        wait(lambda: (self.kernel(name) or {}).get("execution_state") == "idle", 60)
+
+    def command(self, name: str) -> None:
+        self.browser.evaluate(f"void window.jupyterapp.commands.execute('{name}')")
+
+    def text(self, number: int, of: str = "") -> str:
+        """What is to be read of a cell."""
+        return str(self.browser.evaluate(f"document.querySelectorAll('{CELL}')[{number}]{of}.innerText"))
+
+    def close(self) -> None:
+        self.browser.close()
+        self.server.close()
+
+
+CELL = ".jp-Notebook .jp-CodeCell"
+
+
+@pytest.fixture(scope="module")
+def shared_lab(jupyter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    found = Lab(tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("browser"))
     yield found
     found.close()
 
 
-def test_a_notebook_in_jupyterlab(server: Server, browser: Browser, tmp_path: Path) -> None:
-    notebook(tmp_path / "n.ipynb", "argv", CELLS)
-    browser.call(
-        "Page.navigate", url=f"http://{server.address}/lab/tree/n.ipynb?token={server.token}&reset"
-    )
-    wait(lambda: browser.evaluate("!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-CodeCell')"), 90)
-    app = "window.jupyterapp"
-    kernel = wait(lambda: kernels_of(server), 40)[0]
-    assert kernel["name"] == "argv"
-    wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
-    browser.evaluate(f"void {app}.commands.execute('notebook:run-all-cells')")
+@pytest.fixture
+def lab(shared_lab: Lab) -> Iterator[Lab]:
+    """Without kernels of another test."""
+    yield shared_lab
+    shared_lab.browser.call("Page.navigate", url="about:blank")
+    for session in shared_lab.server.ask("GET", "sessions"):
+        shared_lab.server.ask("DELETE", f"sessions/{session['id']}")
+
+
+def test_a_notebook_in_jupyterlab(lab: Lab, tmp_path: Path) -> None:
+    kernel = lab.open("cells.ipynb", CELLS)
+    browser = lab.browser
+    lab.command("notebook:run-all-cells")
 
     def outputs(number: int, selector: str) -> str:
-        cell = f"document.querySelectorAll('.jp-Notebook .jp-CodeCell')[{number}]"
+        cell = f"document.querySelectorAll('{CELL}')[{number}]"
         return f"({cell} && {cell}.querySelector('.jp-OutputArea-output {selector}'))"
 
-    text = "(document.querySelectorAll('.jp-Notebook .jp-CodeCell')[0].innerText)"
-    wait(lambda: "process 2 ['lo']" in browser.evaluate(text))
+    wait(lambda: "process 2 ['lo']" in lab.text(0))
     wait(lambda: browser.evaluate(f"{outputs(1, 'img')}?.naturalWidth > 100"))
     wait(lambda: browser.evaluate(f"{outputs(2, '.widget-slider')} !== null"))
     assert browser.evaluate(f"{outputs(2, '.widget-readout')}.innerText.trim()") == "7"
-    prompt = "document.querySelectorAll('.jp-Notebook .jp-CodeCell')[3].querySelector('.jp-InputPrompt').innerText"
-    wait(lambda: "*" in browser.evaluate(prompt))
-    time.sleep(0.5)
+    prompt = ".querySelector('.jp-InputPrompt')"
+    wait(lambda: "*" in lab.text(3, prompt))
+    wait(lambda: "42000" in lab.text(3))
 
     picture = tmp_path / "lab.png"
     browser.screenshot(picture)
@@ -126,42 +175,32 @@ def test_a_notebook_in_jupyterlab(server: Server, browser: Browser, tmp_path: Pa
     if os.environ.get("KEEP_SCREENSHOT"):
         shutil.copy(picture, os.environ["KEEP_SCREENSHOT"])
 
-    browser.evaluate(f"{app}.commands.execute('notebook:interrupt-kernel')")
-    last = "document.querySelectorAll('.jp-Notebook .jp-CodeCell')[3].innerText"
-    wait(lambda: "KeyboardInterrupt" in browser.evaluate(last))
-    wait(lambda: browser.evaluate(prompt) == "[4]:")
+    lab.command("notebook:interrupt-kernel")
+    wait(lambda: "KeyboardInterrupt" in lab.text(3))
+    wait(lambda: lab.text(3, prompt) == "[4]:")
 
-    manager = f"{app}.serviceManager.kernels"
-    browser.evaluate(f"{manager}.connectTo({{model: {{id: '{kernel['id']}', name: 'argv'}}}}).restart()")
-    wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
-    assert server.execute(kernel["id"], "print('plt' in globals())") == "False\n"
+    manager = "window.jupyterapp.serviceManager.kernels"
+    browser.evaluate(f"{manager}.connectTo({{model: {{id: '{kernel}', name: 'argv'}}}}).restart()")
+    lab.wait_until_idle("cells.ipynb")
+    assert lab.server.execute(kernel, "print('plt' in globals())") == "False\n"
 
 
-def test_all_cells_of_a_notebook_that_goes_back(server: Server, browser: Browser, tmp_path: Path) -> None:
-    """JupyterLab sends them all at once: those behind the rollback are for a kernel that is not there yet."""
+def test_all_cells_of_a_notebook_that_goes_back(lab: Lab) -> None:
+    """JupyterLab sends them all at once: those behind the rollback are for a kernel that is not there yet. Before, it asks
+    the debugger of each notebook for its state."""
     codes = ("x = 1", "%isolation checkpoint a", "x = 2", "%isolation rollback a", "print('x is', x)")
-    notebook(tmp_path / "n.ipynb", "argv", codes)
-    browser.call("Page.navigate", url=f"http://{server.address}/lab/tree/n.ipynb?token={server.token}&reset")
-    wait(lambda: browser.evaluate("!!window.jupyterapp && !!document.querySelector('.jp-Notebook .jp-CodeCell')"), 90)
-    wait(lambda: kernels_of(server), 40)
-    wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
-    cells = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]"
+    kernel = lab.open("back.ipynb", codes)
+    asked = "print(vars(get_ipython().kernel.debugger).get('_debugger') is not None)"
+    wait(lambda: lab.server.execute(kernel, asked) == "True\n")
     for _ in range(2):
-        browser.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        wait(lambda: browser.evaluate(f"{cells}[4].innerText").rstrip().endswith("x is 1"))
-        wait(lambda: "*" not in browser.evaluate(f"{cells}.map(c => c.querySelector('.jp-InputPrompt').innerText).join()"))
-        wait(lambda: kernels_of(server)[0]["execution_state"] == "idle")
-        assert "back at checkpoint a" in browser.evaluate(f"{cells}[3].innerText")
-        assert browser.evaluate("document.querySelectorAll('.jp-Dialog').length") == 0
-        browser.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
-
-
-def kernels_of(server: Server) -> Any:
-    """What runs. While one starts, jupyter_server may answer with an internal error (500)."""
-    try:
-        return server.ask("GET", "kernels")
-    except urllib.error.HTTPError:
-        return []
+        lab.command("notebook:run-all-cells")
+        wait(lambda: lab.text(4).rstrip().endswith("x is 1"))
+        wait(lambda: "*" not in "".join(lab.text(number, ".querySelector('.jp-InputPrompt')") for number in range(len(codes))))
+        lab.wait_until_idle("back.ipynb")
+        assert "checkpoint a in" in lab.text(1)
+        assert "back at checkpoint a" in lab.text(3)
+        assert lab.browser.evaluate("document.querySelectorAll('.jp-Dialog').length") == 0
+        lab.browser.evaluate("window.jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
 
 
 def colours(png: bytes) -> int:

@@ -490,6 +490,28 @@ def test_without_the_supervisor_s_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     os.close(its_end)
 
 
+def test_not_refused_for_what_a_frontend_asks_as_it_opens_a_notebook(one: Kernel) -> None:
+    """What JupyterLab, with a look at a word or two in the cell; all of it again in the kernel that has come back."""
+    assert one.run("x = 1").status == "ok"
+    for name in ("a", "b"):
+        asked = {"type": "request", "command": "debugInfo", "seq": 1, "arguments": {}}
+        assert one.control("debug_request", asked)["body"]["isStarted"] is False
+        assert one.control("kernel_info_request", {})["status"] == "ok"
+        assert one.control("usage_request", {})["kernel_cpu"] >= 0
+        assert one.control("list_subshell_request", {})["status"] == "ok"
+        assert one.control("create_subshell_request", {})["status"] == "ok"
+        client = one.client
+        requests = [client.comm_info(), client.kernel_info(), client.complete("impo", 4), client.inspect("x", 1)]
+        requests += [client.inspect("print", 5, 1), client.is_complete("x ="), client.history()]
+        for number in requests:
+            assert client.get_shell_msg(timeout=PATIENCE)["parent_header"]["msg_id"] == number
+        reply = one.run(f"%isolation checkpoint {name}")
+        assert reply.status == "ok", reply.error
+        one.run("x = 2")
+        back(one, name)
+        assert one.value("x") == "1"
+
+
 def test_refused_once_the_debugger_was_used(one: Kernel) -> None:
     one.control("debug_request", {"type": "request", "command": "initialize", "seq": 1, "arguments": {"clientID": "t", "adapterID": ""}})
     assert "the debugger, which has been used" in one.run("%isolation checkpoint a").error

@@ -41,13 +41,21 @@ def refusals(own: Own, ours: Iterable[int] = ()) -> list[str]:
     found += [*_open_files(own, set(ours)), *_maps(own)]
     if any(signal.getitimer(which)[0] for which in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)):
         found.append("a timer (signal.setitimer, signal.alarm)")
-    debugger = getattr(own.app.kernel, "debugger", None)
-    if debugger is not None and (vars(debugger).get("_debugger") or vars(debugger).get("debugpy_initialized")):
+    if _debugs(own.app.kernel):
         found.append("the debugger, which has been used")
     if getattr(own.app.kernel, "eventloop", None) is not None:
         found.append("the event loop of a graphical toolkit (%gui)")
     more = len(found) - _SHOWN
     return found if more <= 0 else [*found[:_SHOWN], f"and {more} more"]
+
+
+def _debugs(kernel: Any) -> bool:
+    """Whether debugpy was started, which never ends. It is not by being asked: JupyterLab wants to know its state of
+    each notebook that is opened, and so makes the debugger that stands behind ours (deferred.py)."""
+    debugger = getattr(kernel, "debugger", None)
+    known = {} if debugger is None else vars(debugger)
+    made = known.get("_debugger", None)
+    return bool((known if made is None else vars(made)).get("debugpy_initialized"))
 
 
 def _threads(own: Own) -> Iterator[str]:
