@@ -194,6 +194,13 @@ class Proxy:
     def _watch(self) -> None:
         """Keep some connections waiting, and give those that are used to a thread each."""
         waiting: dict[int, socket.socket] = {}
+        try:
+            self._keep_waiting(waiting)
+        finally:
+            for end in waiting.values():
+                end.close()
+
+    def _keep_waiting(self, waiting: dict[int, socket.socket]) -> None:
         while not self._ended.is_set():
             while len(waiting) < _WAITING:
                 try:
@@ -207,8 +214,6 @@ class Proxy:
             for fd, _events in poller.poll(1000):
                 self._at_work.acquire()
                 threading.Thread(target=self._serve, args=(waiting.pop(fd),), name="proxied", daemon=True).start()
-        for end in waiting.values():
-            end.close()
 
     def _serve(self, guest: socket.socket) -> None:
         with self._lock:

@@ -192,11 +192,20 @@ class Guest:
 
     def __init__(self) -> None:
         self._dialled: queue.Queue[socket.socket] = queue.Queue()
+        self.ended = threading.Event()
 
     def connect(self, _channel: int) -> socket.socket:
+        if self.ended.is_set():
+            raise OSError("it is gone")
         ours, theirs = socket.socketpair()
         self._dialled.put(ours)
         return theirs
+
+    def end(self) -> None:
+        """The proxy sees the ends of all connections that wait, asks for others, and is told that there are none."""
+        self.ended.set()
+        while not self._dialled.empty():
+            self._dialled.get().close()
 
     def ask(self, request: bytes) -> bytes:
         """What comes back, to its end, or to the first bytes of an open tunnel."""
@@ -213,7 +222,12 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
     found = Guest()
     served = proxy.Proxy(["*.example.org"], found)  # type: ignore[arg-type]
     yield found
+    found.end()
     served.close()
+    for thread in threading.enumerate():
+        if thread.name in ("proxy", "proxied"):
+            thread.join(30)
+    found.end()
 
 
 @pytest.fixture
