@@ -212,6 +212,9 @@ def _run(options: argparse.Namespace) -> int:
         print(box.backend.explain(spec))
         return 0
 
+    for note in box.backend.notes(spec):
+        say(note)
+
     from isolation.terminal import Interrupted, Relay
 
     # The sandbox first: what makes it is a fork of this process, and a copy there of the relay's pipes would keep the

@@ -181,6 +181,10 @@ class Backend(abc.ABC):
         """`isolation NAME …`: this backend's own command line. Returns the exit code."""
         raise SpecError(f"the {self.name} backend has no commands of its own")
 
+    def notes(self, spec: SandboxSpec) -> Sequence[str]:
+        """What people are to hear before anything runs: what will not be as they may expect."""
+        return ()
+
     def explain(self, spec: SandboxSpec) -> str:
         """What `launch` would do, for people."""
         return f"backend    {self.name}"

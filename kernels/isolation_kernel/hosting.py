@@ -71,6 +71,8 @@ class Hosting:
         hosts = self.options.allowed_hosts
         exits = Doors(count=1) if hosts else None
         self._box = KernelBox(spec, self._doors, standby=standby, exits=exits)
+        for note in self._box.sandbox.backend.notes(spec):
+            say(note)
         if exits is not None:
             from isolation_kernel.proxy import Proxy
 

@@ -153,6 +153,7 @@ class Controller:
             return
         try:
             backend = self.backend_of(settings)
+            self._say(backend.notes(settings.spec))
             if FORK_HERE in backend.features():
                 root = backend.template(settings.spec, Worker(session), None)
             else:
@@ -164,6 +165,13 @@ class Controller:
         carries_all = FORK_HERE not in backend.features()  # a machine, with all that runs in it
         job = functools.partial(self._setup_job, settings, carries_all)
         self._chains[settings] = Chain(root, settings, job)
+
+    def _say(self, notes: Iterable[str]) -> None:
+        """Before the first test."""
+        reporter = self._config.pluginmanager.getplugin("terminalreporter")
+        for note in notes:
+            if reporter is not None:
+                reporter.write_line(f"isolation: {clean_name(note)}")
 
     def _is_isolated(self, item: pytest.Item) -> bool:
         return item in self._settings and self._settings[item].enabled

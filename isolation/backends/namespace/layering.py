@@ -122,7 +122,7 @@ def lowers_of(operation: Private | Overlay, beneath: Sequence[int]) -> list[str]
     found = [f"{KEPT[1:]}/{layer}/{operation.layer}/upper" for layer in beneath if layer != ORIGIN]
     if isinstance(operation, Private):
         return [*found, f"{PRIVATE[1:]}/{operation.number}"]
-    return [*found, f"{LAYERS[1:]}/{operation.layer}/upper", operation.lower]
+    return [*found, f"{LAYERS[1:]}/{operation.layer}/upper", *operation.lowers]
 
 
 def live(plan: Plan, wish: Wish, leash: socket.socket) -> NoReturn:

@@ -28,6 +28,7 @@ HIDDEN = "/.isolation"  # covered before anything of the guest's runs
 EMPTY = HIDDEN + "/empty"
 BASE = HIDDEN + "/base"
 LOWER = HIDDEN + "/lower"
+ADOPTED = HIDDEN + "/adopted"
 STORE = HIDDEN + "/store"
 PROC = HIDDEN + "/proc"
 DEEPEST = 6  # levels of templates and forks below the host, and so stores in one mount namespace
@@ -44,6 +45,11 @@ _COPY_AT_MOST = 1 << 30
 def store_of(level: int) -> str:
     """Where the store of a sandbox is mounted that is `level` forks away from the host."""
     return STORE if level == 1 else f"{STORE}{level}"
+
+
+def adopted(number: int) -> str:
+    """Where the layer is, for an overlay that has one, of what the guest could not write otherwise (adoption.py)."""
+    return f"{ADOPTED}/{number}"
 
 
 @dataclass
@@ -242,11 +248,17 @@ class Overlay(FreshOperation):
     source: str
     number: int
     foreign_mode: int | None = None  # of its root, where the owner has no id inside; else as it is on the host
+    adopts: bool = False  # there is a layer of such owners' files above its lower one (adoption.py)
 
     @property
     def lower(self) -> str:
         """Where its `Lower` is."""
         return f"{LOWER}/{self.number}"
+
+    @property
+    def lowers(self) -> list[str]:
+        """What is there before anybody writes, the uppermost first."""
+        return [adopted(self.number), self.lower] if self.adopts else [self.lower]
 
     @property
     def layer(self) -> str:
@@ -256,7 +268,7 @@ class Overlay(FreshOperation):
     def write(self, script: Script, ground: Ground) -> None:
         lowers = [f"{store}{LAYERS}/{self.layer}/upper" for store in ground.stores_above()]
         foreign_mode = self.foreign_mode if ground.level == 1 else None  # what is above has one that may be shown
-        write_overlay(script, self, ground, self.layer, [*lowers, self.lower], foreign_mode)
+        write_overlay(script, self, ground, self.layer, [*lowers, *self.lowers], foreign_mode)
 
     def mode_for_guest(self) -> int | None:
         """Where the base stands, and one id only is mapped, which is 0 while the sandbox is made: the mode for a lower
@@ -265,7 +277,7 @@ class Overlay(FreshOperation):
         The guest must not be its owner, who could write what it could not write on the host: it becomes read-only where
         others could not write.
         """
-        status = os.stat(self.lower)
+        status = os.stat(self.lowers[0])
         if (status.st_uid, status.st_gid) == (0, 0):
             return None
         mode = stat.S_IMODE(status.st_mode)

@@ -69,6 +69,7 @@ class Plan:
     env: dict[str, str] = field(repr=False)
     inherit_env: bool
     defences: frozenset[str]
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """For people: what will be made, step by step."""
@@ -115,7 +116,8 @@ def make_plan(
         )
     identity = Identity.of_caller()
     mount_point = next(path for path in _STORE_MOUNT_POINTS if os.path.isdir(path))
-    shown = view.View(MountTable.read(), mount_point if identity.ranged else None)
+    own = None if identity.ranged or "view" not in defences else (identity.uid, identity.gid)
+    shown = view.View(MountTable.read(), mount_point if identity.ranged else None, own)
     if "view" in defences:
         _fill(shown, spec, python)
     else:
@@ -154,6 +156,7 @@ def make_plan(
         env=env,
         inherit_env=spec.inherit_env,
         defences=defences,
+        notes=tuple(shown.notes),
     )
 
 

@@ -60,10 +60,9 @@ class NamespaceBackend(Backend):
         return NamespaceMachine(launcher.plan_for(spec))
 
     def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
+        from isolation.backends.namespace import launcher
         from isolation.backends.namespace.machine import NamespaceMachine
-        from isolation.backends.namespace.plan import make_plan
         from isolation.backends.namespace.template import NamespaceTemplate, SealedTemplate
-        from isolation.backends.showing import python_environment
 
         if isinstance(payload, str):
             module, _, function = payload.partition(":")
@@ -78,12 +77,17 @@ class NamespaceBackend(Backend):
                 "a fork of this very process cannot nest: its interpreter is the host's file, which only Landlock "
                 "protects, and nesting rules Landlock out; use a template inside a sandbox, or leave nesting out"
             )
-        return NamespaceTemplate(make_plan(spec, python=python_environment()), payload)
+        return NamespaceTemplate(launcher.plan_for(spec), payload)
 
     def borrow(self, token: Any, fds: Sequence[int]) -> Machine:
         from isolation.backends.namespace.machine import BorrowedMachine
 
         return BorrowedMachine(token, fds[0])
+
+    def notes(self, spec: SandboxSpec) -> Sequence[str]:
+        from isolation.backends.namespace import launcher
+
+        return launcher.plan_for(spec).notes
 
     def explain(self, spec: SandboxSpec) -> str:
         from isolation.backends.namespace.plan import make_plan

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.operations import (
+    ADOPTED,
     BASE,
     DEEPEST,
     EMPTY,
@@ -47,7 +48,7 @@ def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
     os.chdir("/")
     os.mkdir(NEW, 0o755)
     syscalls.mount(NEW, NEW, "", syscalls.MS_BIND)
-    for directory in (HIDDEN, EMPTY, BASE, LOWER, *map(store_of, range(1, DEEPEST + 1))):
+    for directory in (HIDDEN, EMPTY, BASE, LOWER, ADOPTED, *map(store_of, range(1, DEEPEST + 1))):
         os.mkdir(NEW + directory, 0o755)
     _execute(operations)
     # A /proc of a new PID namespace may be mounted only where another is wholly visible in the same mount namespace

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 
+from isolation.backends.namespace import adoption
 from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.operations import (
     BASE,
@@ -41,11 +42,18 @@ _MANY_LINKS = 40  # as the kernel: path_resolution(7)
 
 
 class View:
-    """Collects operations. `staged` is set for real root, whose sources are prepared by the keeper (stage.py)."""
+    """Collects operations. `staged` is set for real root, whose sources are prepared by the keeper (stage.py). `own`: the
+    one user and group id that are there inside; what is of others, and is to be written to, is adopted then (adoption.py).
 
-    def __init__(self, table: MountTable, stage: str | None = None) -> None:
+    notes    what people are to hear before anything runs
+    """
+
+    def __init__(self, table: MountTable, stage: str | None = None, own: tuple[int, int] | None = None) -> None:
+        self.notes: list[str] = []
         self._table = table
         self._stage = stage
+        self._own = own
+        self._adopts: dict[int, adoption.Adopt] = {}
         self._operations: dict[str, Operation] = {}
         self._numbers = count()
         self._lowers: dict[int, str] = {}
@@ -63,6 +71,8 @@ class View:
             if isinstance(operation, FreshOperation):
                 if isinstance(operation, Overlay):
                     base.append(Lower(operation.lower, self._lowers[operation.number]))
+                    if operation.adopts:
+                        base.append(self._adopts[operation.number])
                 elif isinstance(operation, CopiedFile):
                     number = next(self._numbers)
                     base.append(Bind(f"{BASE}/{number}", "", operation.base, directory=False))
@@ -170,11 +180,21 @@ class View:
         if writable:
             number = next(self._numbers)
             self._lowers[number] = lower
-            self.add(Overlay(target, real, number))
+            self.add(Overlay(target, real, number, adopts=self._adopt(real, number, lower)))
         else:
             self.add(ReadOnly(target, real, lower))
         for path in beneath:
             self._overlay(path, target + path[len(real) :], owned=owned, writable=writable, explicit=True)
+
+    def _adopt(self, real: str, number: int, lower: str) -> bool:
+        if self._own is None:
+            return False
+        found = adoption.survey(real, *self._own)
+        if found.left:
+            self.notes.append(found.note(real))
+        if found.entries:
+            self._adopts[number] = adoption.Adopt(number, real, lower, found.entries)
+        return bool(found.entries)
 
     def _split(self, real: str, target: str, *, owned: bool, writable: bool) -> None:
         """A directory with mounts beneath cannot be a lower layer in a user namespace (EINVAL: the kernel would have

@@ -55,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
         if request.options.explain:
             print(box.backend.explain(spec))
             return 0
+        for note in box.backend.notes(spec):
+            say(note)
         # First of all the sandbox: what makes it is a fork of this process, and would keep whatever is open now.
         stack.enter_context(box)
         code = _run_pytest(box, request, python)

@@ -1,0 +1,210 @@
+"""Files of another owner or group that the user may write: the guest gets them as copies of its own.
+
+An ordinary user's namespace has one user and one group id. Overlayfs copies nothing up whose owner or group has none
+there (EOVERFLOW; CVE-2023-0386 is why), and so neither does it what lies beneath. In a directory that a group shares, that
+is everything. So there is one more lower layer, between the host's tree and what the guest writes: its directories are the
+guest's own, and overlayfs merges them with those of the host, whose new files are so still seen; files are copies, since
+no file system lets an ordinary user have the same data under another owner.
+
+What the user may do is what its copy allows; beyond that nothing is gained, for nothing of it reaches the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from isolation.backends.namespace.operations import NEW, BaseOperation, adopted, make_directory
+from isolation.units import format_size
+
+_FILE_AT_MOST: Final = 64 << 20
+_BYTES_AT_MOST: Final = 256 << 20  # of memory, for one directory that is shown
+_ENTRIES_AT_MOST: Final = 50_000
+_LOOKED_AT_MOST: Final = 200_000  # 4 µs each
+_NAMED: Final = 3
+_CHUNK: Final = 1 << 20
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# Trees of a package manager, which nobody writes to but that: not looked through, where they are the user's own.
+_MARK_OF_VENV: Final = "pyvenv.cfg"
+_PACKAGES: Final = "node_modules"
+
+
+class Entry(NamedTuple):
+    """Something to have in the layer. `path` is below the directory that is shown, and empty for that itself; `mode` is the
+    kind of it, and what its copy allows."""
+
+    path: str
+    mode: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Adopt(BaseOperation):
+    """Base: that layer, for one overlay."""
+
+    number: int
+    source: str
+    lower: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def target(self) -> str:  # type: ignore[override]
+        """Where it is."""
+        return adopted(self.number)
+
+    def execute(self) -> None:
+        make_directory(NEW + self.target)
+        copy(self.lower, NEW + self.target, self.entries)
+
+    def describe(self) -> str:
+        return f"adopted  {self.source} ({len(self.entries)} entries of other owners or groups, as the guest's own)"
+
+
+class Survey(NamedTuple):
+    """What was found. `left`: paths that the user may write, and that are too large, or too many, to be copied."""
+
+    entries: tuple[Entry, ...]
+    left: tuple[str, ...]
+
+    def note(self, top: str) -> str:
+        """For people, before anything runs; "" when there is nothing to say."""
+        if not self.left:
+            return ""
+        named = ", ".join(self.left[:_NAMED])
+        more = f" and {len(self.left) - _NAMED} more" if len(self.left) > _NAMED else ""
+        return (
+            f"read-only inside, though you may write it: {named}{more} in {top}, of another owner or group, and too much to "
+            f"copy ({format_size(_FILE_AT_MOST)} each, {format_size(_BYTES_AT_MOST)} and {_ENTRIES_AT_MOST} files in all); "
+            "make it your own (chown, chgrp) to have it copy-on-write"
+        )
+
+
+def survey(top: str, uid: int, gid: int) -> Survey:
+    """Look through the directory for what is neither `uid`'s nor, at the same time, `gid`'s."""
+    found: list[Entry] = []
+    own: dict[str, Entry] = {}
+    looked_at = 0
+    todo = deque([("", os.lstat(top))])
+    while todo and looked_at < _LOOKED_AT_MOST:
+        path, status = todo.popleft()
+        here = os.path.join(top, path)
+        try:
+            with os.scandir(here) as inside:
+                entries = list(inside)
+        except OSError:
+            continue  # neither can overlayfs look into it
+        looked_at += len(entries)
+        if (status.st_uid, status.st_gid) != (uid, gid):
+            found.append(Entry(path, _mode_of_copy(here, status), 0))
+        elif path and any(item.name == _MARK_OF_VENV for item in entries):
+            continue
+        else:
+            own[path] = Entry(path, status.st_mode, 0)
+        for item in entries:
+            try:
+                status = item.stat(follow_symlinks=False)
+            except OSError:
+                continue  # gone meanwhile
+            foreign = status.st_uid != uid or status.st_gid != gid
+            below = f"{path}/{item.name}" if path else item.name
+            if stat.S_ISDIR(status.st_mode):
+                if foreign or item.name != _PACKAGES:
+                    todo.append((below, status))
+            elif foreign and stat.S_ISLNK(status.st_mode):
+                found.append(Entry(below, status.st_mode, 0))
+            elif foreign and stat.S_ISREG(status.st_mode) and os.access(item.path, os.R_OK):
+                found.append(Entry(below, _mode_of_copy(item.path, status), status.st_size))
+    if not found:
+        return Survey((), ())
+    return _chosen(found, own, [path for path, status in todo if (status.st_uid, status.st_gid) != (uid, gid)])
+
+
+def _chosen(found: Sequence[Entry], own: Mapping[str, Entry], left: list[str]) -> Survey:
+    """As many as there is room for: directories and links, then what can be written, the smallest first."""
+    chosen: dict[str, Entry] = {}
+    room = _BYTES_AT_MOST
+    for entry in sorted(found, key=lambda entry: (stat.S_ISREG(entry.mode), not entry.mode & 0o200, entry.size)):
+        if entry.size > min(room, _FILE_AT_MOST) or len(chosen) >= _ENTRIES_AT_MOST:
+            if stat.S_ISREG(entry.mode) and entry.mode & 0o200:
+                left.append(entry.path)
+            continue
+        room -= entry.size
+        chosen[entry.path] = entry
+    for path in list(chosen):  # the directories on the way
+        while path:
+            path = os.path.dirname(path)
+            if path in chosen or path not in own:
+                break
+            chosen[path] = own[path]
+    return Survey(tuple(sorted(chosen.values())), tuple(sorted(left)))
+
+
+def _mode_of_copy(path: str, status: os.stat_result) -> int:
+    """Its owner, who the guest is, may do what the user may."""
+    allowed = sum(bit for bit, how in ((4, os.R_OK), (2, os.W_OK), (1, os.X_OK)) if os.access(path, how))
+    kept = stat.S_IFMT(status.st_mode) | 0o077 | (0o3000 if stat.S_ISDIR(status.st_mode) else 0)
+    return status.st_mode & kept | allowed << 6
+
+
+def copy(source: str, target: str, entries: Iterable[Entry]) -> None:
+    """Fill the layer. What is not there any more, or is something else by now, is left out."""
+    with contextlib.ExitStack() as tops:
+        top = _Pair(*(_open_directory(tops, path, None) for path in (source, target)))
+        ordered = sorted((os.path.split(entry.path), entry) for entry in entries)
+        for parent, group in itertools.groupby(ordered, lambda item: item[0][0]):
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                pair = top
+                for name in parent.split("/") if parent else ():
+                    pair = _Pair(*(_open_directory(stack, name, fd) for fd in pair))
+                for (_parent, name), entry in group:
+                    with contextlib.suppress(OSError):
+                        _copy_entry(name, entry, pair)
+        # Now that nothing is made in them any more, and no mode stands in the way of a walk.
+        for entry in sorted(entries, reverse=True):
+            if stat.S_ISDIR(entry.mode):
+                with contextlib.suppress(OSError):
+                    status = os.stat(f"{source}/{entry.path}", follow_symlinks=False)
+                    os.chmod(f"{target}/{entry.path}", stat.S_IMODE(entry.mode))
+                    os.utime(f"{target}/{entry.path}", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+class _Pair(NamedTuple):
+    """Descriptors of a directory: on the host, which somebody else may write to, so no symlink is followed; and of ours."""
+
+    source: int
+    target: int
+
+
+def _open_directory(stack: contextlib.ExitStack, path: str, parent: int | None) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _copy_entry(name: str, entry: Entry, pair: _Pair) -> None:
+    if not name:
+        return  # the directory itself
+    if stat.S_ISDIR(entry.mode):
+        os.mkdir(name, 0o700, dir_fd=pair.target)
+        return
+    if stat.S_ISLNK(entry.mode):
+        os.symlink(os.readlink(name, dir_fd=pair.source), name, dir_fd=pair.target)
+        status = os.stat(name, dir_fd=pair.source, follow_symlinks=False)
+    else:
+        with open(os.open(name, _READ, dir_fd=pair.source), "rb") as theirs:
+            status = os.fstat(theirs.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _FILE_AT_MOST:
+                return
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=pair.target)
+            with open(fd, "wb"):
+                size = 0
+                while size < _FILE_AT_MOST and (count := os.sendfile(fd, theirs.fileno(), size, _CHUNK)):
+                    size += count
+                os.fchmod(fd, stat.S_IMODE(entry.mode))
+    os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns), dir_fd=pair.target, follow_symlinks=False)
