@@ -135,6 +135,11 @@ class Machine(abc.ABC):
         """Free what nothing else needs. Raises GuestError."""
         raise FeatureMissing("this backend keeps no files of a sandbox that lives")
 
+    def refresh_files(self) -> None:
+        """What has changed on the host is seen, where its directories are shown. Nothing to do where it always is, or never
+        is."""
+        return
+
     @abc.abstractmethod
     def close(self) -> None:
         """End everything inside, and wait until it is gone. May be called again."""

@@ -376,6 +376,15 @@ class Sandbox:
         """
         self.machine.forget_files(kept)
 
+    def refresh_files(self) -> None:
+        """See what has changed on the host, where its directories are shown: files that were added, replaced (as editors
+        save them) or removed since they were looked at. What was written inside stays above it. A file that is open, and
+        a directory that somebody is in, stays as it was as long as it is.
+
+        Raises GuestError when it failed, SandboxClosed.
+        """
+        self.machine.refresh_files()
+
     def template(self, payload: str, config: Any = None) -> Template:
         """Run `payload` ("package.module:function") in a sandbox of this spec, as a template to fork.
 

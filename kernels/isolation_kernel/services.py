@@ -30,7 +30,7 @@ _CHANGES_AT_MOST: Final = 500
 EXPORT_AT_MOST: Final = 1 << 30
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
-_ASKED: Final = ("status", "changes", "export", "checkpoint", "keep", "rollback", "restore")
+_ASKED: Final = ("status", "changes", "export", "checkpoint", "keep", "rollback", "restore", "refresh")
 CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
 _NAME_AT_MOST: Final = 100
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
@@ -89,6 +89,7 @@ class Services:
         self._interrupted = False
         self._kept: dict[str, _Kept] = {}
         self._wished: tuple[str, int] | None = None
+        self._refreshed = False
         self.listen()
 
     def listen(self) -> None:
@@ -98,6 +99,7 @@ class Services:
     def read(self) -> bool:
         """Read and answer what has come; False when nothing will any more."""
         wire = self._box.wire
+        self._refreshed = False
         try:
             alive = wire.fill()
             while (message := wire.next_message()) is not None:
@@ -208,6 +210,14 @@ class Services:
 
     def _restore(self, message: Message) -> None:
         self._box.sandbox.restore_files(checkpoint_of(message, self._kept).files)
+
+    def _refresh(self, _message: Message) -> bool:
+        """Before a cell: what has changed on the host is to be seen in it. False where that is never so."""
+        if self._refreshed:
+            raise GuestError("one look at the host's files at a time")  # or a flood of them would hold up everything else
+        self._refreshed = True
+        self._box.sandbox.refresh_files()
+        return True
 
     def _export(self, message: Message) -> dict[str, Any]:
         path, target = self._export_paths(message)

@@ -14,7 +14,7 @@ import socket
 import time
 from dataclasses import dataclass
 
-from isolation.backends.namespace import layering, syscalls
+from isolation.backends.namespace import layering, refreshing, syscalls
 from isolation.backends.namespace.layering import Held, Wish
 from isolation.backends.namespace.layers import Change, Layers
 from isolation.backends.namespace.plan import Plan
@@ -79,11 +79,15 @@ class KeptFiles:
             change = self._layers.keep()
         elif message["do"] == "restore":
             change = self._layers.restore(message["kept"])
-        else:
+        elif message["do"] == "forget":
             change = self._layers.forget(message["kept"])
+        else:
+            change = Change()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid, pidfd = syscalls.clone(0)
         if pid == 0:
+            if message["do"] == "refresh":
+                refreshing.live(self._plan, self._mounts, theirs)
             layering.live(self._plan, Wish(self._mounts, change, self._held), theirs)
         theirs.close()
         self._work = _Work(message, change, pid, pidfd, ours, time.monotonic() + PATIENCE)

@@ -144,7 +144,7 @@ def live(plan: Plan, wish: Wish, leash: socket.socket) -> NoReturn:
         _take_room(plan, store)
         leash.send(DONE)
     except OSError as error:
-        _refuse(leash, error, [])
+        refuse(leash, error, [])
     finally:
         os._exit(0)
 
@@ -157,7 +157,8 @@ def _take_room(plan: Plan, store: int) -> None:
             os.mkdir(f"{_ROOM}/{number}", dir_fd=store)
 
 
-def _refuse(leash: socket.socket, error: OSError, held: Sequence[Held]) -> None:
+def refuse(leash: socket.socket, error: OSError, held: Sequence[Held]) -> None:
+    """Say why it was not done."""
     text = REFUSED + f"{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000]
     _send(leash, text, held)
 
@@ -169,17 +170,22 @@ def _send(leash: socket.socket, message: bytes, held: Sequence[Held]) -> None:
 def _enter(plan: Plan, mounts: int) -> int:
     """Into a copy of the sandbox's mount namespace, as the root of who owns it. Returns a descriptor of the store, which is
     the working directory."""
-    owner = fcntl.ioctl(mounts, _NS_GET_USERNS)
-    if os.fstat(owner).st_ino != os.stat("/proc/self/ns/user").st_ino:
-        syscalls.setns(owner, syscalls.CLONE_NEWUSER)
-    build.leave_host_ids(plan)
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of ids has cleared it
+    become_owner(plan, mounts)
     syscalls.setns(mounts, syscalls.CLONE_NEWNS)
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.umount2(HIDDEN, syscalls.MNT_DETACH)
     os.umask(0)
     os.chdir(STORE)
     return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def become_owner(plan: Plan, mounts: int) -> None:
+    """The root of the user namespace that owns a mount namespace. Raises OSError."""
+    owner = fcntl.ioctl(mounts, _NS_GET_USERNS)
+    if os.fstat(owner).st_ino != os.stat("/proc/self/ns/user").st_ino:
+        syscalls.setns(owner, syscalls.CLONE_NEWUSER)
+    build.leave_host_ids(plan)
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of ids has cleared it
 
 
 def _renew(plan: Plan, wish: Wish, new: int, leash: socket.socket) -> None:
@@ -192,17 +198,17 @@ def _renew(plan: Plan, wish: Wish, new: int, leash: socket.socket) -> None:
             os.mkdir(path, 0o755)
     trees = _take_out([_assemble(place, wish.change.beneath, new) for place in there])
     syscalls.setns(wish.mounts, syscalls.CLONE_NEWNS)
-    exchange = _Exchange(wish.held or [Held(_mount_at(place.outer.target), -1) for place in there], trees)
+    exchange = _Exchange(wish.held or [Held(mount_at(place.outer.target), -1) for place in there], trees)
     if not wish.held:
         exchange.freezes = [
-            _mount_at(item.target) for place in there for item in place.beneath if not isinstance(item, Rebind)
+            mount_at(item.target) for place in there for item in place.beneath if not isinstance(item, Rebind)
         ]
     leash.send(BEGINS)
     try:
         try:
             exchange.run()
         except OSError as error:
-            _refuse(leash, error, exchange.undo())
+            refuse(leash, error, exchange.undo())
             os._exit(0)
         _send(leash, STANDS, exchange.finish())
     except OSError:
@@ -213,10 +219,10 @@ def _look_for_mounts(there: Sequence[Place]) -> None:
     """What is not where it was mounted would be there again in the new layer, and the files so be others than they are."""
     for place in there:
         for operation in (place.outer, *place.beneath):
-            os.close(_mount_at(operation.target))
+            os.close(mount_at(operation.target))
 
 
-def _mount_at(target: str) -> int:
+def mount_at(target: str) -> int:
     """The root of what is mounted at this path, which is walked without a symlink. Raises OSError."""
     root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

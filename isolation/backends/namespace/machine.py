@@ -25,7 +25,7 @@ from isolation.wire import Message, Wire, wait_readable
 _NOTES_AT_ONCE = 1000
 _LOOK_AGAIN = 0.1  # s
 _FILES_TIMEOUT = keeping.PATIENCE + 30
-_DONE = {"keep": "kept", "restore": "restored", "forget": "forgotten"}
+_DONE = {"keep": "kept", "restore": "restored", "forget": "forgotten", "refresh": "looked at anew"}
 
 _HINTS = {
     errno.ENOSPC: "the kernel's limit on namespaces is reached; raise sysctl user.max_user_namespaces (and its like)",
@@ -167,8 +167,11 @@ class NamespaceMachine(Machine):
     def forget_files(self, kept: int) -> None:
         self._ask_for_files("forget", kept)
 
+    def refresh_files(self) -> None:
+        self._ask_for_files("refresh", None)
+
     def _ask_for_files(self, do: str, kept: int | None) -> Message:
-        if not layering.usable():
+        if do != "refresh" and not layering.usable():
             raise FeatureMissing("files can be kept where a tmpfs has user extended attributes: Linux 6.6 or later")
         with self._files_lock:  # not self._lock: who waits for a command need not wait for this
             if self._closed:

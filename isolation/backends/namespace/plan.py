@@ -22,10 +22,14 @@ from isolation.backends.namespace.operations import (
     DevPts,
     Directory,
     FreshOperation,
+    Operation,
+    Overlay,
     Proc,
+    Rebind,
     Symlink,
     TextFile,
 )
+from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.spec import Limits, SandboxSpec
@@ -70,6 +74,7 @@ class Plan:
     inherit_env: bool
     defences: frozenset[str]
     notes: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()  # where directories are shown that the host may change meanwhile
 
     def describe(self) -> str:
         """For people: what will be made, step by step."""
@@ -157,7 +162,21 @@ def make_plan(
         inherit_env=spec.inherit_env,
         defences=defences,
         notes=tuple(shown.notes),
+        shared=_shared(spec, [*base, *fresh]),
     )
+
+
+def _shared(spec: SandboxSpec, operations: Iterable[Operation]) -> tuple[str, ...]:
+    """What shows a part of the host that was asked for; the system and the Python environment stay as they are."""
+    asked = {path for mount in spec.mounts for path in (mount.target, os.path.realpath(mount.target))}
+    found = []
+    for operation in operations:
+        kind = operation.shows if isinstance(operation, Rebind) else operation
+        above = any(f"{path}/".startswith(f"{operation.target}/") for path in asked)
+        beneath = any(operation.target.startswith(f"{path}/") for path in asked)
+        if isinstance(kind, (Overlay, ReadOnly)) and (above or beneath):
+            found.append(operation.target)
+    return tuple(found)
 
 
 def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:

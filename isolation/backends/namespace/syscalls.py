@@ -70,8 +70,12 @@ _NUMBERS: dict[str, dict[str, int]] = {
 _NR = _NUMBERS.get(MACHINE, {})
 # struct stat: where mode, uid, gid and the two times are that utimensat(2) takes (<asm/stat.h>, <asm-generic/stat.h>).
 STAT_OFFSETS = (24, 28, 32, 72) if MACHINE == "x86_64" else (16, 24, 28, 72)
+_FSCONFIG_CMD_RECONFIGURE = 7
+_FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 1, 8
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
+_NR_FSCONFIG = 431
+_NR_FSPICK = 433
 _NR_CLOSE_RANGE = 436
 _NR_MOUNT_SETATTR = 442
 _NR_LANDLOCK_CREATE_RULESET = 444
@@ -227,6 +231,19 @@ def move_mount_onto(from_fd: int, to_fd: int, *, beneath: bool = False) -> None:
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH | (MOVE_MOUNT_BENEATH if beneath else 0)
     if _syscall(_NR_MOVE_MOUNT, from_fd, ctypes.c_char_p(b""), to_fd, ctypes.c_char_p(b""), flags):
         raise _fail("move_mount", from_fd, to_fd)
+
+
+def reconfigure(root_fd: int) -> None:
+    """fspick(2) and fsconfig(2): the file system whose mount has this root, with all as it is."""
+    empty = ctypes.c_char_p(b"")
+    context = _syscall(_NR_FSPICK, root_fd, empty, _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH)
+    if context < 0:
+        raise _fail("fspick", root_fd)
+    try:
+        if _syscall(_NR_FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0):
+            raise _fail("fsconfig", root_fd)
+    finally:
+        os.close(context)
 
 
 def statx_attributes(fd: int) -> int:

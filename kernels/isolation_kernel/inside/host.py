@@ -46,13 +46,18 @@ class Host:
         """This process is the kernel now; see undo."""
         self._owner = os.getpid()
 
+    @property
+    def owns(self) -> bool:
+        """This process is the kernel, not a child that was forked off it."""
+        return os.getpid() == self._owner
+
     def receive(self) -> Message | None:
         """The next message: the order. None when the host is gone."""
         return self._wire.receive()
 
     def tell(self, op: str, **details: Any) -> None:
         """Say something that has no answer."""
-        if os.getpid() == self._owner:  # not a child that was forked off this process
+        if self.owns:
             with self._lock:
                 self._wire.send({"op": op, **details})
 

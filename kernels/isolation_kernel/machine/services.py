@@ -40,6 +40,9 @@ class MachineServices(Services):
     def _all_changes(self) -> list[Any]:
         return self._machine.changes()
 
+    def _refresh(self, _message: Message) -> bool:
+        return False  # it has a copy of the notebook's directory
+
     def _start_export(self, message: Message) -> None:
         path, target = self._export_paths(message)
 

@@ -1,0 +1,41 @@
+"""Seeing anew what has changed on the host, in a live sandbox: overlayfs remembers names that it has looked up, and those
+that were not there, and does not ask the layers below again.
+
+It forgets them, but for what is in use, when its superblock is reconfigured, be it with nothing that differs
+(reconfigure_super() in the kernel's fs/super.c calls shrink_dcache_sb()). No mount is exchanged, so open files, working
+directories and layers that are kept stay as they are, and any kernel can do it. A process of the keeper's own does, with
+the rights of the user namespace that owns the mounts; fspick(2) is for the superblock alone, so no attribute of a mount is
+touched.
+
+The guest cannot mount anything. So whatever is mounted where one of these is looked for, without a symlink on the way, is
+one of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from typing import NoReturn
+
+from isolation.backends.namespace import fds, layering, syscalls
+from isolation.backends.namespace.plan import Plan
+
+
+def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
+    """Be that process: for what the host shows of its own to the sandbox with this mount namespace."""
+    try:
+        fds.close_all_but({0, 1, 2, leash.fileno(), mounts})
+        sys.meta_path.clear()
+        layering.become_owner(plan, mounts)
+        syscalls.setns(mounts, syscalls.CLONE_NEWNS)
+        for target in plan.shared:
+            with contextlib.suppress(OSError):  # the guest has put it elsewhere; or see below
+                root = layering.mount_at(target)
+                syscalls.reconfigure(root)  # one without an upper refuses (EROFS), when it has forgotten
+        leash.send(layering.DONE)
+    except OSError as error:
+        layering.refuse(leash, error, [])
+    finally:
+        os._exit(0)
