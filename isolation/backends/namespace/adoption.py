@@ -16,7 +16,7 @@ import itertools
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -26,6 +26,7 @@ from isolation.units import format_size
 _FILE_AT_MOST: Final = 64 << 20
 _BYTES_AT_MOST: Final = 256 << 20  # of memory, for one directory that is shown
 _ENTRIES_AT_MOST: Final = 50_000
+_KNOWN_AT_MOST: Final = 64
 _LOOKED_AT_MOST: Final = 200_000  # 4 µs each
 _NAMED: Final = 3
 _CHUNK: Final = 1 << 20
@@ -37,11 +38,12 @@ _PACKAGES: Final = "node_modules"
 
 class Entry(NamedTuple):
     """Something to have in the layer. `path` is below the directory that is shown, and empty for that itself; `mode` is the
-    kind of it, and what its copy allows."""
+    kind of it, and what its copy allows. Of a directory no more is told, since what is in it is not all here."""
 
     path: str
     mode: int
-    size: int
+    size: int = 0
+    mtime: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,56 @@ class Survey(NamedTuple):
         )
 
 
+@dataclass
+class _Known:
+    """What was found once, and how to tell that it is so still: times of the directories, and of what is copied."""
+
+    number: int
+    survey: Survey
+    times: dict[str, tuple[int, int]]
+
+    def holds(self) -> bool:
+        try:
+            return all(_times(os.lstat(path)) == times for path, times in self.times.items())
+        except OSError:
+            return False
+
+
+_known: dict[tuple[str, int, int], _Known] = {}
+_numbers = itertools.count()
+
+
 def survey(top: str, uid: int, gid: int) -> Survey:
-    """Look through the directory for what is neither `uid`'s nor, at the same time, `gid`'s."""
+    """Look through the directory for what is neither `uid`'s nor, at the same time, `gid`'s; unless that is known."""
+    known = _known.get((top, uid, gid))
+    if known is None or not known.holds():
+        times: dict[str, tuple[int, int]] = {}
+        found = look(top, uid, gid, times)
+        times |= {path: _times(os.lstat(path)) for path in _paths_of_files(top, found) if os.path.lexists(path)}
+        known = _Known(next(_numbers), found, times)
+        while len(_known) >= _KNOWN_AT_MOST:
+            del _known[next(iter(_known))]
+        _known[top, uid, gid] = known
+    return known.survey
+
+
+def state(tops: Iterable[str]) -> tuple[int, ...]:
+    """What is known of these directories, and those beneath, as numbers that nothing else has; -1 for what has changed."""
+    above = tuple(os.path.join(top, "") for top in tops)
+    found = [known for (top, _uid, _gid), known in _known.items() if os.path.join(top, "").startswith(above)]
+    return tuple(known.number if known.holds() else -1 for known in found)
+
+
+def _times(status: os.stat_result) -> tuple[int, int]:
+    return status.st_mtime_ns, status.st_ctime_ns
+
+
+def _paths_of_files(top: str, found: Survey) -> Iterator[str]:
+    return (os.path.join(top, entry.path) for entry in found.entries if not stat.S_ISDIR(entry.mode))
+
+
+def look(top: str, uid: int, gid: int, times: dict[str, tuple[int, int]] | None = None) -> Survey:
+    """As `survey`, without a memory. Tells the times of the directories."""
     found: list[Entry] = []
     own: dict[str, Entry] = {}
     looked_at = 0
@@ -100,12 +150,14 @@ def survey(top: str, uid: int, gid: int) -> Survey:
         except OSError:
             continue  # neither can overlayfs look into it
         looked_at += len(entries)
+        if times is not None:
+            times[here] = _times(status)
         if (status.st_uid, status.st_gid) != (uid, gid):
-            found.append(Entry(path, _mode_of_copy(here, status), 0))
+            found.append(Entry(path, _mode_of_copy(here, status)))
         elif path and any(item.name == _MARK_OF_VENV for item in entries):
             continue
         else:
-            own[path] = Entry(path, status.st_mode, 0)
+            own[path] = Entry(path, status.st_mode)
         for item in entries:
             try:
                 status = item.stat(follow_symlinks=False)
@@ -117,9 +169,9 @@ def survey(top: str, uid: int, gid: int) -> Survey:
                 if foreign or item.name != _PACKAGES:
                     todo.append((below, status))
             elif foreign and stat.S_ISLNK(status.st_mode):
-                found.append(Entry(below, status.st_mode, 0))
+                found.append(Entry(below, status.st_mode, 0, status.st_mtime_ns))
             elif foreign and stat.S_ISREG(status.st_mode) and os.access(item.path, os.R_OK):
-                found.append(Entry(below, _mode_of_copy(item.path, status), status.st_size))
+                found.append(Entry(below, _mode_of_copy(item.path, status), status.st_size, status.st_mtime_ns))
     if not found:
         return Survey((), ())
     return _chosen(found, own, [path for path, status in todo if (status.st_uid, status.st_gid) != (uid, gid)])
@@ -152,8 +204,25 @@ def _mode_of_copy(path: str, status: os.stat_result) -> int:
     return status.st_mode & kept | allowed << 6
 
 
+def copy_again(source: str, target: str, entries: Sequence[Entry]) -> None:
+    """Bring the layer up to date. It is ours alone: no guest can write to it."""
+    wanted = {os.path.join(target, entry.path): entry for entry in entries}
+    for directory, names, files in os.walk(target, topdown=False):
+        for name in [*names, *files]:
+            path = os.path.join(directory, name)
+            status, entry = os.lstat(path), wanted.get(path)
+            if entry is not None and stat.S_IFMT(entry.mode) == stat.S_IFMT(status.st_mode):
+                if stat.S_ISDIR(status.st_mode) or (entry.size, entry.mtime) == (status.st_size, status.st_mtime_ns):
+                    continue
+                if stat.S_ISLNK(status.st_mode) and entry.mtime == status.st_mtime_ns:
+                    continue
+            with contextlib.suppress(OSError):  # a directory in which something is left: it has just become one
+                os.rmdir(path) if stat.S_ISDIR(status.st_mode) else os.unlink(path)
+    copy(source, target, entries)
+
+
 def copy(source: str, target: str, entries: Iterable[Entry]) -> None:
-    """Fill the layer. What is not there any more, or is something else by now, is left out."""
+    """Fill the layer. What is not there any more, or is something else by now, is left out; and what is there already."""
     with contextlib.ExitStack() as tops:
         top = _Pair(*(_open_directory(tops, path, None) for path in (source, target)))
         ordered = sorted((os.path.split(entry.path), entry) for entry in entries)

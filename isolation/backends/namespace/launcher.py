@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from isolation.backends.namespace import keeper
+from isolation.backends.namespace import adoption, keeper
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan, make_plan
 from isolation.backends.showing import python_environment
@@ -32,20 +32,26 @@ _keepers: list[tuple[Plan, KeeperProcess]] = []
 
 def plan_for(spec: SandboxSpec) -> Plan:
     """`make_plan`, remembered for as long as nothing has changed that it looks at."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        mounts = file.read()
-    there = tuple(os.path.exists(mount.source) for mount in spec.mounts)
-    key = (spec, mounts, there, os.geteuid(), tuple(sys.path), len(sys.modules), tuple(os.environ.items()))
+    key = _key(spec)
     with _lock:
         if key in _plans:
             _plans.move_to_end(key)
             return _plans[key]
     plan = make_plan(spec, python=python_environment())
     with _lock:
-        _plans[key] = plan
+        _plans[_key(spec)] = plan
         if len(_plans) > _PLANS_AT_MOST:
             _plans.popitem(last=False)
     return plan
+
+
+def _key(spec: SandboxSpec) -> Any:
+    """What a plan depends on."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = file.read()
+    there = tuple(os.path.exists(mount.source) for mount in spec.mounts)
+    adopted = adoption.state(os.path.realpath(mount.source) for mount in spec.mounts if mount.mode == "overlay")
+    return spec, mounts, there, adopted, os.geteuid(), tuple(sys.path), len(sys.modules), tuple(os.environ.items())
 
 
 def keeper_for(plan: Plan) -> KeeperProcess:

@@ -7,6 +7,8 @@ directories and layers that are kept stay as they are, and any kernel can do it.
 the rights of the user namespace that owns the mounts; fspick(2) is for the superblock alone, so no attribute of a mount is
 touched.
 
+Copies of what others own (adoption.py) are brought up to date before.
+
 The guest cannot mount anything. So whatever is mounted where one of these is looked for, without a symlink on the way, is
 one of ours.
 """
@@ -17,9 +19,11 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import fds, layering, syscalls
+from isolation.backends.namespace import adoption, fds, layering, syscalls
+from isolation.backends.namespace.operations import HIDDEN, Overlay, adopted
 from isolation.backends.namespace.plan import Plan
 
 
@@ -30,6 +34,10 @@ def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
         sys.meta_path.clear()
         layering.become_owner(plan, mounts)
         syscalls.setns(mounts, syscalls.CLONE_NEWNS)
+        adopting = [item for item in plan.fresh if isinstance(item, Overlay) and item.adopts]
+        if adopting:
+            with contextlib.suppress(OSError):  # the rest is seen nevertheless
+                _adopt_again(adopting)
         for target in plan.shared:
             with contextlib.suppress(OSError):  # the guest has put it elsewhere; or see below
                 root = layering.mount_at(target)
@@ -39,3 +47,19 @@ def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
         layering.refuse(leash, error, [])
     finally:
         os._exit(0)
+
+
+def _adopt_again(overlays: Sequence[Overlay]) -> None:
+    """In a copy of the mounts, where that layer may be uncovered, and written to."""
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.umount2(HIDDEN, syscalls.MNT_DETACH)
+    syscalls.mount("", "/", "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_NOSUID | syscalls.MS_NODEV)
+    for overlay in overlays:
+        # Our mount of the host's directory is read-only; what the user may write there, another one tells.
+        tree = syscalls.open_tree(overlay.lower, syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # on the host it is read-only, too
+            syscalls.mount_setattr(tree, 0, attr_clr=syscalls.MOUNT_ATTR_RDONLY)
+        os.fchdir(tree)
+        found = adoption.look(".", 0, 0)  # the user's own ids, in this namespace
+        adoption.copy_again(".", adopted(overlay.number), found.entries)
+        os.close(tree)

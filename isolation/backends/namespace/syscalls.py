@@ -258,9 +258,9 @@ class _MountAttr(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
 
 
-def mount_setattr(fd: int, attr_set: int, userns_fd: int = 0, *, recursive: bool = False) -> None:
+def mount_setattr(fd: int, attr_set: int, userns_fd: int = 0, *, attr_clr: int = 0, recursive: bool = False) -> None:
     """mount_setattr(2) of the mount that `fd` is."""
-    attr = _MountAttr(attr_set, 0, 0, userns_fd)
+    attr = _MountAttr(attr_set, attr_clr, 0, userns_fd)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     size = ctypes.sizeof(attr)
     if _syscall(_NR_MOUNT_SETATTR, fd, ctypes.c_char_p(b""), flags, ctypes.byref(attr), size):

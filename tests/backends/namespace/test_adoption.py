@@ -191,6 +191,36 @@ def test_pytest_in_a_shared_directory(packages: list[str], shared: Path, case: s
     assert snapshot(shared) == before
 
 
+REFRESH = """
+from isolation import Mount, Sandbox, SandboxSpec
+top = sys.argv[1]
+def put(name, text):
+    with open(f"{top}/~", "w") as file:
+        file.write(text)
+    os.replace(f"{top}/~", f"{top}/{name}")
+    os.chown(f"{top}/{name}", -1, told["groups"][1])
+with Sandbox(SandboxSpec("namespace", mounts=[Mount.overlay(top)], workdir=top)) as box:
+    def run(code):
+        done = box.run(["sh", "-c", code])
+        print(done.stdout.decode() + done.stderr.decode(), end="")
+    run("cat shared.txt sub/shared.txt; ls sub; echo inside > sub/gone.txt")
+    put("shared.txt", "outside\\n"); put("sub/shared.txt", "outside\\n"); put("sub/gone.txt", "outside\\n")
+    put("later.txt", "later\\n"); os.unlink(f"{top}/sub/deep/old.txt"); os.rmdir(f"{top}/sub/deep")
+    box.refresh_files()
+    run("cat shared.txt sub/shared.txt sub/gone.txt; ls sub; echo more >> shared.txt; echo more >> later.txt; cat shared.txt later.txt")
+"""
+
+
+@root_only
+def test_the_copies_follow_the_host(packages: list[str], shared: Path) -> None:
+    """And what is new there, and of another group, is adopted, too."""
+    exec(filled("setgid"), {"project": str(shared)})
+    done = as_user(packages, shared, REFRESH, str(shared))
+    before = "text\ntext\ndeep\ngone.txt\nshared.txt\n"
+    after = "outside\noutside\ninside\ngone.txt\nshared.txt\noutside\nmore\nlater\nmore\n"
+    assert (done.stderr, done.stdout) == ("", before + after)
+
+
 @root_only
 def test_what_is_too_large_is_said_before_the_run(packages: list[str], shared: Path) -> None:
     exec(filled("setgid"), {"project": str(shared)})
