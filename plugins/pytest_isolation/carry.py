@@ -1,7 +1,8 @@
-"""What a fork of a process cannot carry: threads, child processes, sockets and the like, shared memory.
+"""What a fork of a process cannot carry: threads, child processes, sockets and the like, memory of a device.
 
-On namespaces a fork is fork(2): one thread of one process, with files of its own tree. A fixture that leaves anything else
-behind is not the same in a fork, nor is what a module has started when it was imported.
+On namespaces a fork is fork(2): one thread of one process, with files of its own tree, and a copy of shared memory. A
+fixture that leaves anything else behind is not the same in a fork, nor is what a module has started when it was imported. (Who
+else has that memory is another process, which is counted as such.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+_DEVICES = ("/dev/dri/", "/dev/nvidia", "/dev/kfd", "/dmabuf:", "anon_inode:", "socket:")
 _KINDS = {"socket": "socket", "pipe": "pipe", "anon_inode": "event descriptor"}
 _NAMES_AT_MOST = 5
 initially = pytest.StashKey[list["Held"]]()  # what was held before the project's own conftest files were loaded, and after
@@ -62,7 +64,7 @@ class Held:
         }
         found = Counter({what: len(each) for what, each in names.items()})
         found["process"] = len(self.processes)
-        found["shared memory mapping"] = len(self.mappings)
+        found["mapping of a device"] = len(self.mappings)
         for kind, _what in self.descriptors:
             found[kind] += 1
         return ", ".join(
@@ -165,6 +167,11 @@ def _descriptors() -> list[tuple[str, str]]:
 
 
 def _mappings() -> list[str]:
-    """Writable and shared: a fork's writes would reach its template."""
+    """Shared, and neither of a file nor of the kernel's own memory: a fork does not have them."""
+    found = []
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-        return [line.split(" ", 1)[0] for line in file if line[:80].split(" ", 2)[1] == "rw-s"]
+        for line in file:
+            area, rights, _offset, _device, _inode, *name = line.split(None, 5)
+            if rights.endswith("s") and "".join(name).startswith(_DEVICES):
+                found.append(area)
+    return found

@@ -7,7 +7,6 @@ import functools
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,7 @@ class Controller:
         if self._of_plugins is None or FORK_HERE not in self._backend.features():
             return None
         begin = self._config.stash[initially][0]
-        held = Held.now(begin, own=True).since(begin).since(self._of_plugins)
-        self.lost = replace(held, mappings=frozenset()).describe()  # those, each fork has a copy of
+        self.lost = Held.now(begin, own=True).since(begin).since(self._of_plugins).describe()
         if not self.lost:
             return None
         return (

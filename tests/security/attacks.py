@@ -270,3 +270,12 @@ for line in open("/proc/self/maps"):
     if rights[1] == "w" and rights[3] == "s":
         print("BREACH", line)
 """
+
+# What was mapped shared before the fork; for reading only, too, as that can be changed.
+SHARED_AREAS = """
+import ctypes, mmap
+libc = ctypes.CDLL(None, use_errno=True)
+for area in {areas}:
+    if libc.mprotect(ctypes.c_void_p(area), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE) == 0:
+        ctypes.memmove(area, b"EVIL", 4)
+"""

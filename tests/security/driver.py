@@ -43,6 +43,7 @@ class Host:
         self.abstract = socket.socket(socket.AF_UNIX)
         self.abstract.bind(f"\0isolation-test-{os.getpid()}")
         self.abstract.listen()
+        self.areas: list[int] = []  # addresses of pages of shared memory
 
     def facts(self) -> Mapping[str, Any]:
         names = [name for name in os.listdir("/proc/self/ns") if not name.endswith("_for_children")]
@@ -57,6 +58,7 @@ class Host:
             "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in names},
             "host_uid": os.getuid(),
             "key": "isolation-test-key",
+            "areas": self.areas,
             "executable": os.path.realpath(sys.executable),
         }
 

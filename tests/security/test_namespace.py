@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import socket
 import subprocess
@@ -130,6 +132,40 @@ def test_writes_through_inherited_files_stay_inside(host: Host) -> None:
         assert host.secret_file.read_text() == SECRET
         run_fork(host, attacks.INHERITED_FILE, "fds")
         assert host.secret_file.read_text() != SECRET
+
+
+@pytest.mark.parametrize("runner", ["fork", "template", "fork-of-fork"])
+@pytest.mark.parametrize(("without", "breach"), [("", False), ("sharing", True)])
+def test_shared_memory_leads_nowhere(host: Host, runner: str, without: str, breach: bool) -> None:
+    """Of a file of the project and one outside of it, one that is mapped for reading only, one without a name, none at all."""
+    files = {name: host.project / name for name in ("written", "read")}
+    files["outside"] = host.secret_file.parent / "outside"
+    files["unlinked"] = host.project / "unlinked"
+    with contextlib.ExitStack() as stack:
+        opened = {}
+        for name, path in files.items():
+            path.write_bytes(b"good" + bytes(mmap.PAGESIZE - 4))
+            opened[name] = stack.enter_context(path.open("r+b"))
+        files["unlinked"].unlink()
+        fds = {name: file.fileno() for name, file in opened.items()}
+        fds["memfd"] = os.memfd_create("test")
+        stack.callback(os.close, fds["memfd"])
+        os.write(fds["memfd"], b"good" + bytes(mmap.PAGESIZE - 4))
+        fds["anonymous"] = -1
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        pages = {}
+        for name, fd in fds.items():
+            protection = mmap.PROT_READ if name == "read" else mmap.PROT_READ | mmap.PROT_WRITE
+            flags = mmap.MAP_SHARED | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
+            pages[name] = libc.mmap(None, ctypes.c_size_t(mmap.PAGESIZE), protection, flags, fd, ctypes.c_long(0))
+            stack.callback(libc.munmap, ctypes.c_void_p(pages[name]), ctypes.c_size_t(mmap.PAGESIZE))
+        ctypes.memmove(pages["anonymous"], b"good", 4)
+        host.areas = list(pages.values())
+        RUNNERS[runner](host, attacks.SHARED_AREAS, without)
+        found = {name: ctypes.string_at(page, 4) for name, page in pages.items()}
+        assert found == dict.fromkeys(pages, b"EVIL" if breach else b"good")
+        assert files["written"].read_bytes()[:4] == files["read"].read_bytes()[:4] == found["read"]
 
 
 def test_session_keyring_is_left(host: Host) -> None:

@@ -20,7 +20,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from isolation.backends.namespace import fds, settle, syscalls
+from isolation.backends.namespace import fds, settle, sharing, syscalls
 from isolation.backends.namespace.build import Seal
 from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
@@ -41,6 +41,7 @@ class Descent:
         self._plan = plan
         self._midwife = midwife
         self._stacks = stacks
+        self._shared: list[sharing.Object] = []
         self._seals: dict[bool, Seal] = {}
         self._entrances: dict[tuple[str, ...], Entrance] = {}
 
@@ -63,6 +64,8 @@ class Descent:
         inherited = fds.inventory(exclude=[guest.wire.fileno(), self._midwife.fileno(), self._stacks])
         syscalls.malloc_trim()
         gc.freeze()
+        if "sharing" in self._plan.defences:
+            self._shared = sharing.look(inherited)
         self._midwife.send(b"w%d" % sum(item.scratch for item in inherited))
         while True:
             request, given, _flags, _ = socket.recv_fds(self._midwife, 1 << 16, _FDS_AT_MOST)
@@ -70,6 +73,7 @@ class Descent:
                 return  # nobody wants forks any more
             order = json.loads(request)
             if order == "advance":
+                sharing.forget(self._shared)
                 yield guest
                 return
             made = self._give_birth(order, given, guest, inherited)
@@ -124,6 +128,8 @@ class Descent:
         # The template's, not this fork's. Closed here, or they would close whatever has their numbers then.
         guest.wire.sock.close()
         self._midwife.close()
-        settle.streams(self._plan, inherited, (stdin, stdout, stderr), given, crash, self._stacks, leash, keep)
+        settle.streams(
+            self._plan, inherited, self._shared, (stdin, stdout, stderr), given, crash, self._stacks, leash, keep
+        )
         settle.name()
         return Guest(Wire(socket.socket(fileno=wire), accept_fds=True), fork=None if descent is None else descent.forks)

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.namespace import environment, settle, syscalls
+from isolation.backends.namespace import environment, settle, sharing, syscalls
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.descend import Descent
 from isolation.backends.namespace.fds import Inherited
@@ -32,6 +32,7 @@ class Birth:
     stacks: int  # (see write_stacks_to)
     scratch: Sequence[int]  # private copies of unlinked files
     inherited: Sequence[Inherited]
+    shared: Sequence[sharing.Object]
     signal_mask: frozenset[int]  # of the host
     umask: int
     midwife: socket.socket | None = None  # of a template: to the keeper of its forks
@@ -66,7 +67,9 @@ def _become(plan: Plan, birth: Birth) -> Guest:
         descent = Descent(plan, birth.midwife, birth.stacks)
         descent.introduce(birth.construction.mounts())
     keep = [birth.wire, *([birth.midwife.fileno()] if birth.midwife is not None else [])]
-    settle.streams(plan, birth.inherited, birth.stdio, birth.scratch, birth.crash, birth.stacks, birth.leash, keep)
+    settle.streams(
+        plan, birth.inherited, birth.shared, birth.stdio, birth.scratch, birth.crash, birth.stacks, birth.leash, keep
+    )
     if not plan.inherit_env:
         if "environment" in plan.defences:
             environment.scrub()

@@ -102,7 +102,7 @@ class Plan:
 
 # Each can be left out by a test, to show that the attack it stops then succeeds. Not reachable from a spec.
 ALL_DEFENCES = frozenset(
-    "capabilities dumpable environment fds keyring landlock network proc-masks seccomp view".split()
+    "capabilities dumpable environment fds keyring landlock network proc-masks seccomp sharing view".split()
 )
 
 

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import fds, syscalls
+from isolation.backends.namespace import fds, sharing, syscalls
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
 
@@ -15,6 +15,7 @@ from isolation.backends.namespace.plan import Plan
 def streams(
     plan: Plan,
     inherited: Sequence[Inherited],
+    shared: Sequence[sharing.Object],
     stdio: Sequence[int],
     scratch: Sequence[int],
     crash: int,
@@ -22,12 +23,14 @@ def streams(
     leash: socket.socket,
     keep: Sequence[int],
 ) -> None:
-    """Leave nothing in the table of descriptors that is not the sandbox's own, and start where commands start. Stacks are
-    written to `stacks`, whose file is `crash` from now on. `leash` is closed."""
+    """Leave nothing in the table of descriptors, nor in memory, that is not the sandbox's own, and start where commands
+    start. Stacks are written to `stacks`, whose file is `crash` from now on. `leash` is closed."""
     os.chdir(plan.workdir)
     os.dup2(crash, stacks, inheritable=False)
     if "fds" in plan.defences:
-        fds.adopt(inherited, stdio, scratch, [*keep, stacks, leash.fileno()])
+        fds.adopt(inherited, stdio, scratch, [*keep, stacks, leash.fileno(), *sharing.sources(shared)])
+    sharing.adopt(shared, inherited)  # after that: what is mapped is what the descriptors are, too
+    sharing.forget(shared)
     leash.close()
 
 

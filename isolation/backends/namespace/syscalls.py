@@ -30,6 +30,11 @@ CLONE_PIDFD = 0x00001000
 CLONE_VFORK = 0x00004000
 CLONE_VM = 0x00000100
 KEYCTL_JOIN_SESSION_KEYRING = 1
+MAP_ANONYMOUS = 0x20
+MAP_FIXED = 0x10
+MAP_NORESERVE = 0x4000
+MAP_PRIVATE = 0x02
+MAP_SHARED = 0x01
 MNT_DETACH = 2
 MOUNT_ATTR_IDMAP = 0x00100000
 MOUNT_ATTR_NODEV = 0x00000004
@@ -38,6 +43,8 @@ MOUNT_ATTR_RDONLY = 0x00000001
 MOVE_MOUNT_BENEATH = 0x00000200
 MOVE_MOUNT_F_EMPTY_PATH = 0x00000004
 MOVE_MOUNT_T_EMPTY_PATH = 0x00000040
+MREMAP_FIXED = 2
+MREMAP_MAYMOVE = 1
 MS_BIND = 4096
 MS_NODEV = 4
 MS_NOEXEC = 8
@@ -85,6 +92,8 @@ _NR_LANDLOCK_RESTRICT_SELF = 446
 _libc = ctypes.PyDLL(None, use_errno=True)
 _python = ctypes.pythonapi
 _libc.syscall.restype = ctypes.c_long
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_size_t
+_MAP_FAILED = ctypes.c_size_t(-1).value
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
@@ -328,6 +337,29 @@ def mprotect(address: int, size: int, protection: int) -> None:
     """mprotect(2) of whole pages."""
     if _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(protection)):
         raise _fail("mprotect", hex(protection))
+
+
+def mmap(address: int, size: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    """mmap(2): where it is."""
+    made = int(_libc.mmap(*map(ctypes.c_void_p, (address, size)), protection, flags, fd, ctypes.c_long(offset)))
+    if made == _MAP_FAILED:
+        raise _fail("mmap", hex(address), size)
+    return made
+
+
+def mremap_onto(address: int, size: int, place: int) -> None:
+    """mremap(2), in place of what is at `place`: there is no moment at which nothing is."""
+    flags = MREMAP_MAYMOVE | MREMAP_FIXED
+    if int(_libc.mremap(*map(ctypes.c_void_p, (address, size, size)), flags, ctypes.c_void_p(place))) == _MAP_FAILED:
+        raise _fail("mremap", hex(place), size)
+
+
+def mincore(address: int, size: int) -> bytes:
+    """mincore(2): a byte for each page, whose lowest bit tells whether it is in memory."""
+    pages = ctypes.create_string_buffer(-(-size // os.sysconf("SC_PAGE_SIZE")))
+    if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages):
+        raise _fail("mincore", hex(address), size)
+    return pages.raw
 
 
 def clear_memory(start: int, end: int) -> None:

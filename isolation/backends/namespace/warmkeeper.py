@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from typing import NoReturn
 
-from isolation.backends.namespace import build, identity, init, memory, payload, syscalls
+from isolation.backends.namespace import build, identity, init, memory, payload, sharing, syscalls
 from isolation.backends.namespace.branchkeeper import BranchKeeper
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Hierarchy
@@ -43,6 +43,7 @@ class WarmKeeper(Keeper):
         self._cgroups = cgroups
         self._inherited = inherited
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self._shared: list[sharing.Object] = []
         self._sleeper = Sleeper()
         self._base = -1  # a mount namespace to start from
         self._fresh: list[FreshOperation] = []
@@ -55,6 +56,8 @@ class WarmKeeper(Keeper):
         for namespaces in (init.NAMESPACES, _PAYLOAD_NAMESPACES):
             self._construction(namespaces)  # now, so that no fork's pages are copied for it
         payload.write_stacks_to(self._stacks)
+        if "sharing" in self._plan.defences:
+            self._shared = sharing.look(self._inherited)
         gc.collect()
         syscalls.malloc_trim()  # less to copy the page tables of
         gc.freeze()  # what is warm stays; without it, every fork's collections would touch, and so copy, all of it
@@ -127,7 +130,7 @@ class WarmKeeper(Keeper):
             order.ours.close()
             birth = payload.Birth(
                 order.theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited,
-                self._mask, self._umask, midwife, order.account,
+                self._shared, self._mask, self._umask, midwife, order.account,
             )  # fmt: skip
             # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
             for other in self._children.values():
