@@ -36,6 +36,7 @@ class Level:
         self.tearing: pytest.Item | None = None  # the test that it is torn down after
         self.told = False  # how that went
         self.broken = False
+        self.fixtures: frozenset[str] | None = None  # all that it may ever be asked for, once somebody wanted to know
 
     def satisfies(self, wanted: dict[str, Wide]) -> bool:
         """Whether all of it is set up; for the parameters that are wanted."""
@@ -117,6 +118,16 @@ class Chain:
             level.parent.children.remove(level)
             if level.branch is not None:
                 level.branch.close()
+
+    def give_up(self, level: Level) -> None:
+        """Its process has ended, and is not to be made again."""
+        assert level.parent is not None
+        assert level.node is not None
+        self.drop(level)
+        level.broken, level.branch = True, None
+        level.done.clear()
+        self._levels[level.node] = level
+        level.parent.children.append(level)
 
     def tear_down(self, level: Level, item: pytest.Item, work: Work, died: Callable[[Level, Branch], object]) -> None:
         """What is set up in it ends, in it, as an error (if it is one) of `item`, the last that it was for. `died` is told

@@ -18,7 +18,7 @@ from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, Ba
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message
-from pytest_isolation import crash, debugger, reports, streams, units
+from pytest_isolation import crash, debugger, reports, streams, units, wide
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.carry import Held, initially
 from pytest_isolation.chain import Chain, Level
@@ -250,7 +250,7 @@ class Controller:
         reruns = 0
         while True:
             run = self._run(item, settings)
-            if not run.rerun:
+            if not run.runs_again(item):
                 break
             self._emission.end(item, run, [])
             self._schedule.finish(item)
@@ -385,8 +385,11 @@ class Controller:
                 if level.branch is not None:
                     self.debug(level.branch, None if wall is None or os.isatty(0) else time.monotonic() + wall)
             elif "unshared" in message:
-                self._schedule.unshared |= {str(name) for name in message["unshared"]}
-                self._unshared.setdefault(clean_name(str(message["name"]), 200), clean_name(str(message["left"]), 200))
+                names = self._fixtures_of(level).intersection(map(str, message["unshared"]))
+                self._schedule.unshared |= names
+                if names and len(self._unshared) < _SECTIONS_AT_MOST:
+                    name = clean_name(str(message["name"]), 200)
+                    self._unshared.setdefault(name, clean_name(str(message["left"]), 200))
             elif "teardown" in message and level.tearing is not None:
                 self._teardowns.append(reports.decode(self._config, level.tearing, message.get("data")))
                 level.told = True
@@ -394,6 +397,16 @@ class Controller:
                 self._end = message["done"] if "exit" in message["done"] else {}
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
             return
+
+    def _fixtures_of(self, level: Level) -> frozenset[str]:
+        """The names of those that its template may set up: what it says of others is not its to say."""
+        if level.fixtures is None:
+            found: set[str] = set()
+            for item in self._nth:
+                if level.node in item.listchain():
+                    found.update(wide.needs_of(item).get(level.node, ()))
+            level.fixtures = frozenset(found)
+        return level.fixtures
 
     def _item_of(self, level: Level, nodeid: object, nth: object) -> pytest.Item:
         """Of those whose template it is. Raises KeyError."""

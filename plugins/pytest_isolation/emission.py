@@ -153,7 +153,7 @@ class Emission:
         outcome, message = _outcome(self._config, self._told)
         last = self._told[-1] if self._told else None
         self._records.append(TestRecord(
-            nodeid=item.nodeid, outcome="rerun" if run.rerun else outcome, sandbox=run.sandbox, worker=run.worker,
+            nodeid=item.nodeid, outcome="rerun" if run.runs_again(item) else outcome, sandbox=run.sandbox, worker=run.worker,
             backend=run.unit.settings.spec.backend, start=told.started, wall=told.wall,
             cpu=found.usage.cpu if found and found.usage else None,
             memory=found.usage.memory_peak if found and found.usage else None,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from pytest_isolation import rerun
 from pytest_isolation.text import clean, clean_all, clean_name
 
 _OUTCOMES = ("passed", "failed", "skipped")
@@ -119,7 +120,7 @@ def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
     # An item may say of itself what its reports do not: pytest keeps apart the two.
     if data.get("nodeid") not in (item.nodeid, str(getattr(item, "id", item.nodeid))):
         raise BadReport(f"a report of another test: {clean_name(str(data.get('nodeid')), 200)}")
-    outcomes = _OUTCOMES + (("rerun",) if item.config.pluginmanager.hasplugin("rerunfailures") else ())
+    outcomes = _OUTCOMES + (("rerun",) if rerun.is_used(item.config) else ())
     if data.get("outcome") not in outcomes or data.get("when") not in _PHASES:
         raise BadReport("no such outcome or phase")
     checked: dict[str, Any] = {

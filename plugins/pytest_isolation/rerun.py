@@ -39,6 +39,27 @@ def _counting(known: Any) -> Any:
     return found
 
 
+def is_used(config: pytest.Config) -> bool:
+    """Whether that plug-in is there, by whatever name."""
+    plugin = sys.modules.get("pytest_rerunfailures")
+    return plugin is not None and config.pluginmanager.is_registered(plugin)
+
+
+def reruns_allowed(item: pytest.Item, before: int) -> int:
+    """On the host: how often it may run again in all, by that plug-in's own options and markers; none where it is not there.
+    It has done so `before` times."""
+    plugin: Any = sys.modules.get("pytest_rerunfailures")
+    if not is_used(item.config) or not hasattr(plugin, "get_reruns_count"):
+        return 0
+    allowed = plugin.get_reruns_count(item)
+    if not isinstance(allowed, int):
+        return 0
+    in_all = item.config.getoption("max_suite_reruns", None)
+    if isinstance(in_all, int):
+        allowed = min(allowed, before + in_all - reruns_made(item.config))
+    return allowed
+
+
 def reruns_made(config: pytest.Config) -> int:
     """On the host: in the whole run, which --max-suite-reruns limits."""
     failures: Any = getattr(config, "failures_db", None)

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 import pytest
 
-from isolation.errors import IsolationError, WireError
+from isolation.errors import IsolationError, LaunchError, WireError
 from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
 from isolation.wire import Message
 from pytest_isolation import crash, reports
 from pytest_isolation.carriers import Carriers, Refused
 from pytest_isolation.deferred import Deferred
+from pytest_isolation.rerun import reruns_allowed
 from pytest_isolation.settings import Settings
 from pytest_isolation.text import clean
 from pytest_isolation.units import Unit
@@ -69,11 +70,15 @@ class Run:
     """A unit's way through its sandbox.
 
     worker, sandbox  numbers: which of the sandboxes that run at a time, which of all
+    trusted          its template is: a fork that cannot be made is no test's doing then
     rest             the tests that have not run, because the process died before them
     """
 
-    def __init__(self, host: Host, unit: Unit, fork: Fork, *, worker: int, sandbox: int, config: pytest.Config) -> None:
+    def __init__(
+        self, host: Host, unit: Unit, fork: Fork, *, worker: int, sandbox: int, trusted: bool, config: pytest.Config
+    ) -> None:
         self._host = host
+        self._trusted = trusted
         self.unit = unit
         self.fork = fork
         self.worker = worker
@@ -87,7 +92,6 @@ class Run:
         self._lent: list[Any] = []
         self.rest: list[pytest.Item] = []
         self.over = False
-        self.rerun = False
         self._verdict: Verdict | None = None
         self.begun = time.monotonic()
         self._begin_item()
@@ -137,6 +141,10 @@ class Run:
     def verdict(self) -> Verdict:
         """How its process ended; waits a moment."""
         return self._verdict or self.fork.wait(_END_WAIT) or Verdict(Ended.LOST)
+
+    def runs_again(self, item: pytest.Item) -> bool:
+        """Whether what is known of it is not the last word."""
+        return "rerun" in (self.told[item].end or {})
 
     def usage(self) -> Usage | None:
         """What it used, when it has ended."""
@@ -196,6 +204,11 @@ class Run:
             except WireError as error:
                 self._spoilt(f"the test's process sent something that is not a message: {error}")
                 return
+            except LaunchError as error:
+                if self._trusted:
+                    raise
+                self._spoilt(f"a wide fixture has left a process that cannot be forked any more: {error}")
+                return
             # What was written before this message: plain pytest would have shown it before what the message causes.
             self._relay_all()
             if message is None:
@@ -241,9 +254,11 @@ class Run:
         elif "sandbox" in message:
             self._lend_sandbox()
         elif "debugger" in message:
-            if os.isatty(0):
-                self._deadline = None  # people think longer than tests
-            for other in self._host.debug(self.fork, self._deadline):
+            begun = time.monotonic()
+            others = self._host.debug(self.fork, None if os.isatty(0) else self._deadline)
+            if os.isatty(0) and self._deadline is not None:
+                self._deadline += time.monotonic() - begun  # people think longer than tests
+            for other in others:
                 self._handle(other)
         elif "counted" in message:
             self._told.counted = _counts(message["counted"])
@@ -267,8 +282,9 @@ class Run:
         end = end if isinstance(end, dict) else {}
         if "internal_error" in end:
             self._spoilt(f"pytest failed inside the sandbox:\n{clean(str(end['internal_error']), 20_000)}")
+        elif "rerun" in end and self.unit.reruns >= reruns_allowed(self._item, self.unit.reruns):
+            self._spoilt("the test's process asked to run once more, which no option or marker allows")
         elif self._end_item(end):
-            self.rerun = "rerun" in end
             self.rest = [] if end else self.unit.items[self._at + 1 :]
             self._stop()
 

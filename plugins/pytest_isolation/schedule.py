@@ -17,7 +17,7 @@ import pytest
 
 from isolation.errors import LaunchError, WireError
 from isolation.result import Ended, Verdict
-from isolation.template import Branch, Template
+from isolation.template import Branch, Fork, Template
 from pytest_isolation import units
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.run import Host, Run, size_of
@@ -181,20 +181,12 @@ class Schedule:
 
     def _start(self, unit: Unit) -> None:
         job = self.job_of(unit.items) | {"reruns": unit.reruns}
-        level = self._level_for(unit)
-        try:
-            fork = level.template.fork(job, **self._options(unit))
-        except LaunchError:
-            if level.node is None:
-                raise
-            # A template may die while it waits, of an alarm that a fixture has set, say.
-            self._wait_for(level)
-            self._chain_of(unit.settings).drop(level)
-            level = self._level_for(unit)
-            fork = level.template.fork(job, **self._options(unit))
+        level, fork = self._fork_for(unit, job)
         self._sandboxes += 1
         lane = min(set(range(self._jobs)) - {run.worker for run, _level in self._running})
-        run = Run(self._host, unit, fork, worker=lane, sandbox=self._sandboxes, config=self._config)
+        run = Run(
+            self._host, unit, fork, worker=lane, sandbox=self._sandboxes, trusted=level.node is None, config=self._config
+        )
         level.running += 1
         for each in level.above():
             each.last = unit.last
@@ -204,6 +196,25 @@ class Schedule:
         for fd in run.descriptors():
             self._poller.register(fd, select.POLLIN)
             self._owner[fd] = run
+
+    def _fork_for(self, unit: Unit, job: dict[str, Any]) -> tuple[Level, Fork]:
+        """A template may die while it waits, of an alarm that a fixture has set, say: then it is made once more; and if that
+        one dies, too, each test sets up for itself what it needs."""
+        died: set[pytest.Collector] = set()
+        while True:
+            level = self._level_for(unit)
+            try:
+                return level, level.template.fork(job, **self._options(unit))
+            except LaunchError:
+                if level.node is None:
+                    raise
+                self._wait_for(level)
+                chain = self._chain_of(unit.settings)
+                if level.node not in died:
+                    died.add(level.node)
+                    chain.drop(level)
+                else:
+                    chain.give_up(level)
 
     def _level_for(self, unit: Unit) -> Level:
         """With all that the unit needs set up."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -170,3 +173,183 @@ def test_a_debugger_that_nobody_has_asked_for(pytester: pytest.Pytester) -> None
     )  # fmt: skip
     assert "2 failed" in done.stdout
     assert done.stdout.count("timed out after 1s") >= 2
+
+
+# Runs that are to hang, and processes that are to outlive them.
+
+HANGS = SENDS + """
+    import ctypes, signal, time
+    libc = ctypes.CDLL(None, use_errno=True)
+    CLONE, PTRACE = (56, 101) if os.uname().machine == "x86_64" else (220, 117)
+
+    def call(*arguments):
+        return libc.syscall(*map(ctypes.c_long, arguments))
+
+    def traced_zombie():
+        '''Ends while a process traces it that does not let go.'''
+        me = os.getpid()
+        ready, its_ready = os.pipe()
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                call(PTRACE, 0x4206, me, 0, 0)  # PTRACE_SEIZE
+                os.write(its_ready, b"r")
+                time.sleep(600)
+            os._exit(0)
+        os.read(ready, 1)
+        os._exit(0)
+
+    def sibling():
+        '''A child of its own parent, which is the keeper.'''
+        made = call(CLONE, 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)
+        if made == 0:
+            time.sleep(600)
+        return made
+"""
+
+
+def keepers(mark: str) -> set[int]:
+    """Processes with this in the command line of the host, or of what it became."""
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                if mark.encode() in Path(f"/proc/{name}/cmdline").read_bytes():
+                    found.add(int(name))
+            except OSError:
+                continue
+    return found
+
+
+def test_a_tracer_does_not_keep_the_dead(pytester: pytest.Pytester) -> None:
+    """The keeper is single-threaded, and waited for a process that another one traced; then nobody's time was kept."""
+    pytester.makepyfile(HANGS + """
+    def test_zombie(): traced_zombie()
+    @pytest.fixture(scope="module")
+    def wide(): return 1
+    def test_zombie_of_a_template(wide): traced_zombie()
+    def test_slow(): time.sleep(600)
+    def test_fine(wide): pass
+    """)
+    result = run(pytester, "--isolation", "--isolation-timeout=3s", "-q")
+    result.assert_outcomes(passed=1, failed=3)
+    text = result.stdout.str()
+    assert text.count("ended with status 0 before the test was over") >= 2
+    assert "timed out after 3s" in text
+
+
+def test_a_wide_fixture_that_is_traced_to_death(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(HANGS + """
+    @pytest.fixture(scope="module")
+    def evil(): traced_zombie()
+    def test_one(evil): pass
+    def test_fine(): pass
+    """)
+    run(pytester, "--isolation", "-q").assert_outcomes(passed=1, failed=1)
+
+
+def test_no_guest_makes_siblings(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(HANGS + """
+    @pytest.fixture(scope="module")
+    def wide(): return sibling()
+    def test_of_a_test(): assert sibling() == -1 and ctypes.get_errno() == 1
+    def test_of_a_template(wide): assert wide == -1
+    def test_of_its_fork(wide): assert sibling() == -1
+    """)
+    run(pytester, "--isolation", "-q").assert_outcomes(passed=3)
+
+
+def test_everything_ends_with_a_killed_host(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(HANGS + """
+    @pytest.fixture(scope="module")
+    def wide(): return 1
+    def test_zombie(wide, request):
+        send(request, {"debugger": "enter"}) if False else None
+        print("begun", file=sys.__stderr__, flush=True)
+        traced_zombie()
+    """.replace("import ", "import sys, ", 1))
+    mark = str(pytester.path)
+    command = [sys.executable, "-m", "pytest", "--isolation", "-s", "-q", "-p", "no:cacheprovider", mark]
+    host = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert host.stdout is not None
+    for line in host.stdout:
+        if "begun" in line:
+            break
+    host.send_signal(signal.SIGKILL)
+    host.wait()
+    deadline = time.monotonic() + 60
+    while keepers(mark) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert keepers(mark) == set()
+    host.stdout.close()
+
+
+# What a sandbox asks of the run.
+
+
+@pytest.mark.parametrize(
+    ("options", "times"), [("", 1), ("-p pytest_rerunfailures", 1), ("-p pytest_rerunfailures --reruns=2", 3)]
+)
+def test_no_test_runs_more_often_than_an_option_says(pytester: pytest.Pytester, options: str, times: int) -> None:
+    pytester.makepyfile(SENDS + """
+    def test_again(request):
+        os.write(2, b"run\\n")
+        send(request, {"done": {"rerun": True}})
+        while True: pass
+    def test_fine(): pass
+    """)
+    result = run(pytester, "--isolation", "-q", "--capture=no", *options.split())
+    assert result.errlines.count("run") == times
+    assert "1 failed, 1 passed" in result.stdout.str()
+    result.stdout.fnmatch_lines(["*asked to run once more, which no option or marker allows*"])
+
+
+def test_a_template_that_refuses_to_be_forked_spoils_its_own_tests_only(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import os, signal
+        import pytest
+
+        @pytest.fixture(scope="module")
+        def refuses():
+            from isolation.backends.namespace.descend import Descent
+            Descent._give_birth = lambda *arguments: None if os.getpid() else None
+
+        @pytest.fixture(scope="class")
+        def dies():
+            from isolation.backends.namespace.descend import Descent
+            Descent._give_birth = lambda *arguments: os._exit(1)
+
+        class TestDies:
+            def test_one(self, dies): pass
+            def test_two(self, dies): pass
+
+        def test_fine(): pass
+        def test_refused(refuses): pass
+    """)
+    result = run(pytester, "--isolation", "--isolation-timeout=3s", "-q")
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    text = result.stdout.str()
+    assert re.search(r"FAILED \S+::test_refused", text)
+    assert not re.search(r"FAILED \S+::test_fine", text)
+
+
+def test_a_template_speaks_of_its_own_fixtures_only(pytester: pytest.Pytester) -> None:
+    """Those that it says cannot be shared, every test sets up: another's would be torn from under it."""
+    pytester.makepyfile(
+        test_a=SENDS + """
+    @pytest.fixture(scope="module")
+    def evil(request): send(request, {"unshared": ["shared", "evil2", "request"], "name": "shared", "left": "nothing"})
+    def test_own(evil): pass
+    """,
+        test_b="""
+    import pytest
+    @pytest.fixture(scope="module")
+    def shared(): print("up shared")
+    def test_one(shared): pass
+    def test_two(shared): pass
+    """,
+    )
+    result = run(pytester, "--isolation", "-rA")
+    result.assert_outcomes(passed=3)
+    assert result.outlines.count("up shared") == 1
+    result.stdout.no_fnmatch_line("*cannot carry*")

@@ -271,6 +271,19 @@ for line in open("/proc/self/maps"):
         print("BREACH", line)
 """
 
+# A child of the guest's own parent would be outside of the PID namespace, and nobody's to end.
+SIBLING = """
+import ctypes, os, signal
+libc = ctypes.CDLL(None, use_errno=True)
+number = 56 if os.uname().machine == "x86_64" else 220
+made = libc.syscall(ctypes.c_long(number), ctypes.c_long(0x8000 | signal.SIGCHLD), *[ctypes.c_long(0)] * 4)
+if made == 0:
+    signal.pause()
+    os._exit(0)
+if made > 0:
+    print("BREACH a sibling", made)
+"""
+
 # What was mapped shared before the fork; for reading only, too, as that can be changed.
 SHARED_AREAS = """
 import ctypes, mmap

@@ -75,8 +75,10 @@ def test_command_breaks_out_without(host: Host, attack: str, without: str) -> No
         ("CAPABILITIES", "capabilities"),
         ("SYSTEM_CALLS", "seccomp"),
         ("INHERITED_SOCKET", "fds"),
+        ("SIBLING", "seccomp"),
     ],
 )
+@pytest.mark.usefixtures("nothing_left")
 def test_fork_breaks_out_without(host: Host, attack: str, without: str) -> None:
     directory = os.open("/", os.O_RDONLY)
     spare = socket.socket()
@@ -89,8 +91,9 @@ def test_fork_breaks_out_without(host: Host, attack: str, without: str) -> None:
 
 @pytest.mark.parametrize("runner", ["template", "fork-of-fork"])
 @pytest.mark.parametrize(
-    ("attack", "without"), [("TCP", "network"), ("SYSTEM_CALLS", "seccomp"), ("INHERITED_SOCKET", "fds"), ("HOST_FILE", "view")]
+    ("attack", "without"), [("TCP", "network"), ("SYSTEM_CALLS", "seccomp"), ("SIBLING", "seccomp"), ("INHERITED_SOCKET", "fds"), ("HOST_FILE", "view")]
 )
+@pytest.mark.usefixtures("nothing_left")
 def test_forks_of_forks_break_out_without(host: Host, attack: str, without: str, runner: str) -> None:
     spare = socket.socket()
     try:

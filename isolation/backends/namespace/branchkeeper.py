@@ -7,7 +7,6 @@ So the template can refuse, or lie of it, and harm nobody but its own forks.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -16,7 +15,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -33,7 +31,7 @@ from isolation.wire import Wire
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _SCRATCH_AT_MOST = 200
-_REAPED_LATE = 50  # tries, 1 ms apart
+_REAPED_LATE = 0.05  # s between two tries
 
 
 class BranchKeeper(Keeper):
@@ -69,6 +67,7 @@ class BranchKeeper(Keeper):
             os._exit(0)
 
     def _prepare(self) -> int:
+        self._await_template()
         request, given, _flags, _ = socket.recv_fds(self._midwife, 64, 2)
         if request != b"m" or len(given) != 2:
             raise OSError("the template did not start")
@@ -76,17 +75,21 @@ class BranchKeeper(Keeper):
         self._owner = self._make_owner(user)
         os.close(user)
         self._midwife.send(b"m")
-        count = None
-        while count is None:
-            poller = select.poll()
-            for fd in (self._midwife.fileno(), self._wire.fileno(), self._host):
-                poller.register(fd, select.POLLIN)
+        self._midwife.setblocking(False)  # the template need not read what it is sent
+        self._await_template()
+        return self._read_warm()
+
+    def _await_template(self) -> None:
+        """Until it says something; it may never do so. Raises WireError when the host is gone."""
+        poller = select.poll()
+        for fd in (self._midwife.fileno(), self._wire.fileno(), self._host):
+            poller.register(fd, select.POLLIN)
+        while True:
             ready = [fd for fd, _events in poller.poll()]
             if self._host in ready or (self._wire.fileno() in ready and not self._wire.fill()):
                 raise WireError("the host is gone")
             if self._midwife.fileno() in ready:
-                count = self._read_warm()
-        return count
+                return
 
     def _read_warm(self) -> int:
         """The template waits to be forked: how many private files a fork wants. Raises WireError when it is gone."""
@@ -179,8 +182,12 @@ class BranchKeeper(Keeper):
             return
         request = b""
         ancillary: list[tuple[int, int, bytes]] = []
-        with contextlib.suppress(ConnectionResetError):
+        try:
             request, ancillary, _flags, _ = child.leash.recvmsg(4096, socket.CMSG_SPACE(_CREDENTIALS.size))
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            pass
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and request == b"b":
                 self._is_born(child, _CREDENTIALS.unpack(data)[0])
@@ -192,8 +199,12 @@ class BranchKeeper(Keeper):
     def _answer_born(self, child: Child) -> None:
         """Its code is the template's, which is not trusted: it may have its ids mapped, and nothing else."""
         request = b""
-        with contextlib.suppress(ConnectionResetError):
+        try:
             request = child.leash.recv(4096)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            pass
         try:
             if request != b"i":
                 child.leash.close()
@@ -218,24 +229,14 @@ class BranchKeeper(Keeper):
             self._unforked(child.number, error)
             self._drop(child)
 
-    def _drop(self, child: Child) -> None:
-        """One that has not come to life."""
-        del self._children[child.number]
-        child.kill()
-        self._ending[child.init] = child.cgroup
-        if child.pidfd >= 0:
-            os.close(child.pidfd)
-        child.close()
-
-    def _reap(self, child: Child) -> tuple[int, resource.struct_rusage]:
+    def _reap(self, child: Child) -> tuple[int, resource.struct_rusage] | None:
         """It becomes a child of this process when the one ends that made it; unless the template has seen to it that its own
         descendants stay with it (PR_SET_CHILD_SUBREAPER), and then nothing is known of its end."""
-        for _ in range(_REAPED_LATE):
-            try:
-                _pid, status, usage = os.wait4(child.pid, 0)
-                return status, usage
-            except ChildProcessError:
-                time.sleep(0.001)
+        try:
+            return super()._reap(child)
+        except ChildProcessError:
+            if child.patience < _REAPED_LATE:
+                return None
         return signal.SIGKILL, resource.getrusage(resource.RUSAGE_THREAD)
 
     def _remove_cgroups(self) -> None:

@@ -8,8 +8,10 @@ the host, so that neither `kill -9` nor a forgotten duplicate of its socket keep
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -24,6 +26,9 @@ from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest, streams
 from isolation.wire import Message, Wire, wait_readable
 
+_END_WAIT = 15.0  # s, for a keeper to end its sandboxes; more than it takes (serving.py)
+_SEND_TIMEOUT = 30  # s, for a keeper to read what it is asked
+
 
 class KeeperProcess:
     """The host's handle of a keeper."""
@@ -32,6 +37,7 @@ class KeeperProcess:
         self.pid = pid
         self.pidfd = pidfd
         self.wire = wire
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT, 0))
         self.shared = False  # by several machines, see launcher.py; it stays when one of them is closed
         self._scratch: int | None = None
         self._ended: dict[int, Message] = {}
@@ -216,6 +222,8 @@ class KeeperProcess:
             while self._spares:
                 self._spares.pop()[1].close()
             self.wire.close()
+            if not wait_readable(self.pidfd, _END_WAIT + 5):  # what it has made ends with it
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             try:
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
             except ChildProcessError:
@@ -304,7 +312,7 @@ def serve_warm(
             plan.cgroup.sweep()
             cgroups = plan.cgroup.subtree()
         ours, theirs = socket.socketpair()
-        pid, _pidfd = syscalls.clone(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID)
+        pid, pidfd = syscalls.clone(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID)
         if pid == 0:
             ours.close()
             build.die_with_keeper()
@@ -320,10 +328,21 @@ def serve_warm(
         if ours.recv(1) == b"m":
             identity.map_range(pid)
             ours.send(b"m")
-        os.waitpid(pid, 0)
+        _see_end(pid, pidfd, host)
         ours.close()
     if cgroups is not None:
         cgroups.remove()
+
+
+def _see_end(pid: int, pidfd: int, host: int) -> None:
+    """Wait for a warm keeper. It ends with the host; should it not, it is ended."""
+    poller = select.poll()
+    for fd in (pidfd, host):
+        poller.register(fd, select.POLLIN)
+    poller.poll()
+    if not wait_readable(pidfd, 0) and not wait_readable(pidfd, _END_WAIT):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _run(guest: Guest, function: Callable[[Guest], object]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -12,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls
 from isolation.backends.namespace.build import Construction
@@ -27,6 +29,9 @@ from isolation.wire import Message, Wire, wait_readable
 STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
 _NS_GET_PARENT = 0xB702  # ioctl_ns(2)
 _DUMPS_AT_MOST = 100
+_LOOK_AGAIN = (0.001, 0.1)  # s: at first, and at most, for what has ended, but cannot be reaped yet
+_ENDING = 0.05  # s, which a PID 1 rarely takes to end
+_END_ALL = 10.0  # s, for all of them; then the kernel does it, when the keeper itself ends
 _DUMP_INTERVAL = 0.25  # s, near the memory limit
 
 
@@ -76,10 +81,15 @@ class Child:
         self.out_of_memory = False
         self.deadlock: DeadlockWatch | None = None
         self.deadlocked = False
+        # It has ended, but cannot be reaped yet: when to look again, and how long to wait after that.
+        self.look_again: float | None = None
+        self.patience = _LOOK_AGAIN[0]
+        self.told_account: dict[str, Any] | None = None
 
     def kill(self) -> None:
         """End everything inside: the death of a PID 1 is that of its whole namespace (pid_namespaces(7))."""
-        signal.pidfd_send_signal(self.init if self.init >= 0 else self.pidfd, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and was collected with others
+            signal.pidfd_send_signal(self.init if self.init >= 0 else self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         self.leash.close()
@@ -110,6 +120,8 @@ class Keeper:
         self._level = 1  # of the forks that it makes
         self._children: dict[int, Child] = {}  # by number
         self._ending: dict[int, Cgroup | None] = {}  # PID 1s of payloads that were killed, by pidfd
+        self._collected: dict[int, tuple[int, resource.struct_rusage]] = {}  # reaped together with strangers, by pid
+        self._next_collection: float | None = None
 
     def serve(self) -> Guest | None:
         """Until the host is gone; then None. In each forked payload it returns, too: that fork's guest."""
@@ -166,7 +178,7 @@ class Keeper:
             poller = select.poll()
             waiting = self._others()
             for child in self._children.values():
-                if child.pidfd >= 0:
+                if child.pidfd >= 0 and child.look_again is None:
                     waiting[child.pidfd] = lambda child=child: self._ended(child)  # type: ignore[misc]
                 if child.leash.fileno() >= 0:
                     waiting[child.leash.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
@@ -206,6 +218,7 @@ class Keeper:
         long."""
         now = time.monotonic()
         patience: list[float] = []
+        self._look_at_endings(now, patience)
         for child in self._children.values():
             if child.deadline is not None:
                 if child.deadline <= now:
@@ -300,6 +313,7 @@ class Keeper:
             if order.cgroup is not None:
                 order.cgroup.remove()
         else:
+            ours.setblocking(False)  # what the other end does not read must not keep this process waiting
             made.memory_files, made.account, made.template = order.memory_files, order.account, order.template
             made.deadlock = DeadlockWatch(loops=order.deadlock == "loops") if order.deadlock else None
             self._children[order.number] = made
@@ -336,6 +350,8 @@ class Keeper:
         """What a process cannot do for itself while it builds its sandbox."""
         try:
             request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
+        except BlockingIOError:
+            return
         except ConnectionResetError:  # it was ended before it had read the last answer
             request, given = b"", []
         try:
@@ -387,22 +403,66 @@ class Keeper:
         what = error.strerror or str(error)
         self._wire.send({"event": "unforked", "id": number, "errno": error.errno, "what": what})
 
+    def _look_at_endings(self, now: float, patience: list[float]) -> None:
+        """Take what could not be reaped before; and see to it that PID 1s can end. `patience` gets milliseconds until the
+        next look."""
+        for child in [child for child in self._children.values() if child.look_again is not None]:
+            assert child.look_again is not None
+            if child.look_again <= now:
+                self._ended(child)
+            if child.number in self._children:
+                patience.append((child.look_again - now) * 1000 + 1)
+        if not self._ending:
+            self._next_collection = None
+        elif self._next_collection is None:
+            self._next_collection = now + _ENDING
+        elif self._next_collection <= now:
+            if all(child.pid >= 0 for child in self._children.values()):  # else it could be one that is yet to say so
+                self._collect()
+            self._next_collection = now + _LOOK_AGAIN[1]
+        if self._next_collection is not None:
+            patience.append((self._next_collection - now) * 1000 + 1)
+
+    def _collect(self) -> None:
+        """Reap all that has ended. A guest that finds a way to make siblings (CLONE_PARENT, which the filter refuses) has
+        made children of this process, which nobody else waits for; and until they are gone, their PID 1 cannot end."""
+        known = {child.pid for child in self._children.values()}
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in known:
+                self._collected[pid] = status, usage
+
     def _ended(self, child: Child) -> None:
         """A payload is gone, or a PID 1 for commands."""
-        status, usage = self._reap(child)
+        if child.account and child.store >= 0 and child.told_account is None:
+            child.told_account = account.of(child.proc, child.store, self._plan.fresh, self._level)
+        if child.init >= 0:
+            # Whatever it has left running ends with it. First of all, as a tracer may be among that, which keeps its
+            # tracee from the parent (ptrace(2), "Death under ptrace").
+            child.kill()
+        reaped = self._reap(child)
+        if reaped is None:
+            child.look_again = time.monotonic() + child.patience
+            child.patience = min(_LOOK_AGAIN[1], child.patience * 2)
+            return
+        status, usage = reaped
         event: Message = {"event": "exit" if child.init >= 0 else "ended", "id": child.number, "status": status}
         event["usage"] = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024]
         event["timed_out"], event["oom"] = child.timed_out, child.out_of_memory
         event["deadlocked"] = child.deadlocked
         if child.cgroup is not None:
             event["accounts"] = child.cgroup.accounts()
-        if child.account and child.store >= 0:
-            event["account"] = account.of(child.proc, child.store, self._plan.fresh, self._level)
+        if child.told_account is not None:
+            event["account"] = child.told_account
         del self._children[child.number]
         if child.pidfd >= 0:
             os.close(child.pidfd)
         if child.init >= 0:
-            child.kill()  # whatever it has left running ends with it
             self._ending[child.init] = child.cgroup
         elif child.cgroup is not None:
             child.cgroup.remove()
@@ -412,27 +472,57 @@ class Keeper:
             pass  # the host is gone; the loop notices
         child.close()  # last: this is when the mounts are taken apart
 
-    def _reap(self, child: Child) -> tuple[int, resource.struct_rusage]:
-        """The status of a child that has ended, and what it used."""
-        _pid, status, usage = os.wait4(child.pid, 0)
-        return status, usage
+    def _reap(self, child: Child) -> tuple[int, resource.struct_rusage] | None:
+        """The status of a child that has ended, and what it used; None while the kernel does not say so. Never waits: the
+        guest has a say in when that is."""
+        if child.pid in self._collected:
+            return self._collected.pop(child.pid)
+        pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+        return (status, usage) if pid else None
 
     def _buried(self, pidfd: int) -> None:
         """A PID 1 is gone, and so, by the kernel's word, is everything inside."""
         cgroup = self._ending.pop(pidfd)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        try:
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            pass  # collected already
         os.close(pidfd)
         if cgroup is not None:
             cgroup.remove()
 
     def _end_all(self) -> None:
+        """Within a bound: what is left then, the kernel ends with this process."""
         for child in list(self._children.values()):
+            child.account = False  # nobody asks any more
             child.kill()
-        for child in list(self._children.values()):
-            self._ended(child)
-        for pidfd in list(self._ending):
-            self._buried(pidfd)
+        deadline = time.monotonic() + _END_ALL
+        while (self._children or self._ending) and time.monotonic() < deadline:
+            self._collect()
+            for child in list(self._children.values()):
+                if child.pid < 0:
+                    self._drop(child)
+                elif wait_readable(child.pidfd, 0):
+                    self._ended(child)
+            for pidfd in list(self._ending):
+                if wait_readable(pidfd, 0):
+                    self._buried(pidfd)
+            poller = select.poll()
+            for pidfd in (*(child.pidfd for child in self._children.values() if child.look_again is None), *self._ending):
+                poller.register(pidfd, select.POLLIN)
+            tries_again = any(child.look_again is not None for child in self._children.values())
+            if self._children or self._ending:
+                poller.poll(_LOOK_AGAIN[0 if tries_again else 1] * 1000)
         self._remove_cgroups()
+
+    def _drop(self, child: Child) -> None:
+        """One that has not come to life."""
+        del self._children[child.number]
+        child.kill()
+        self._ending[child.init] = child.cgroup
+        if child.pidfd >= 0:
+            os.close(child.pidfd)
+        child.close()
 
     def _remove_cgroups(self) -> None:
         if self._cgroups is not None:
