@@ -1,7 +1,7 @@
 """What a fork of a process cannot carry: threads, child processes, sockets and the like, memory of a device.
 
 On namespaces a fork is fork(2): one thread of one process, with files of its own tree, and a copy of shared memory. A
-fixture that leaves anything else behind is not the same in a fork, nor is what a module has started when it was imported. (Who
+fixture that leaves anything else behind is not the same in a fork, nor is what a module started when it was imported. (Who
 else has that memory is another process, which is counted as such.)
 """
 
