@@ -13,7 +13,7 @@ import pytest
 from kernel.conftest import install
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples/notebooks"
-OPTIONS = ("--memory", "512M", "--pids", "64", "--cell-timeout", "2s", "--timeout", "2min")
+OPTIONS = ("--memory", "512M", "--pids", "64", "--cell-timeout", "8s", "--timeout", "2min")
 
 
 @pytest.fixture

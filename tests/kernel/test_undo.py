@@ -396,7 +396,7 @@ def test_crash_after_a_rollback(kernels: Kernels, code: str, status: int) -> Non
 
 
 def test_limits_hold_after_a_rollback(kernels: Kernels) -> None:
-    kernel = kernels("argv", "--memory", "400M", "--cell-timeout", "2s")
+    kernel = kernels("argv", "--memory", "400M", "--cell-timeout", "5s")
     kernel.run("x = bytearray(100_000_000)\n%isolation checkpoint a")
     back(kernel)
     back(kernel)

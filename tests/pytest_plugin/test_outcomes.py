@@ -442,7 +442,7 @@ def test_forged_messages(pytester: pytest.Pytester) -> None:
         """
     )
     result = pytester.runpytest_subprocess(
-        "--isolation", "-rA", "-vv", "--junitxml=out.xml", "--isolation-timeout=3s", timeout=90
+        "--isolation", "-rA", "-vv", "--junitxml=out.xml", "--isolation-timeout=10s", timeout=600
     )
     result.assert_outcomes(failed=16, passed=2)
     assert "FAILED test_forged_messages.py::test_victim" in result.stdout.str()

@@ -87,7 +87,7 @@ def test_deaths_among_others(pytester: pytest.Pytester) -> None:
             if number == 7: time.sleep(60)
             if number == 9: pytest.skip("no")
     """)
-    result = run(pytester, "--isolation", "--isolation-jobs=3", "--isolation-timeout=2s")
+    result = run(pytester, "--isolation", "--isolation-jobs=3", "--isolation-timeout=8s")
     result.assert_outcomes(passed=8, failed=3, skipped=1)
 
 

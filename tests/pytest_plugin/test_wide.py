@@ -430,7 +430,7 @@ def test_a_set_up_that_ends_its_process(pytester: pytest.Pytester, how: str) -> 
         def test_deadly_too(deadly): pass
         def test_after(fine): fine.append(2); assert fine == [1, 2]
     """)
-    result = run(pytester, "--isolation", "--isolation-timeout=2s", "--isolation-memory=200M")
+    result = run(pytester, "--isolation", "--isolation-timeout=8s", "--isolation-memory=200M")
     result.assert_outcomes(passed=3, failed=2)
 
 
@@ -456,9 +456,9 @@ def test_teardown_that_hangs_or_dies(pytester: pytest.Pytester) -> None:
 
         def test_dies(dies): pass
     """)
-    result = run(pytester, "--isolation", "--isolation-timeout=2s")
+    result = run(pytester, "--isolation", "--isolation-timeout=8s")
     result.assert_outcomes(passed=2, errors=2)
-    result.stdout.fnmatch_lines(["*timed out after 2s*", "*ended with status 0*"])
+    result.stdout.fnmatch_lines(["*timed out after 8s*", "*ended with status 0*"])
 
 
 def test_stopping_early_still_tears_down(pytester: pytest.Pytester) -> None:

@@ -110,7 +110,7 @@ def test_a_panic(box: Sandbox) -> None:
 
 
 def test_the_wall_clock_of_the_machine() -> None:
-    with Sandbox(spec(limits=Limits(wall=2))) as box:
+    with Sandbox(spec(limits=Limits(wall=10))) as box:
         assert box.run(["sleep", "1000"]).verdict.ended is Ended.TIMED_OUT
 
 
