@@ -2,9 +2,10 @@
 
 An ordinary user's namespace has one user and one group id. Overlayfs copies nothing up whose owner or group has none
 there (EOVERFLOW; CVE-2023-0386 is why), and so neither does it what lies beneath. In a directory that a group shares, that
-is everything. So there is one more lower layer, between the host's tree and what the guest writes: its directories are the
-guest's own, and overlayfs merges them with those of the host, whose new files are so still seen; files are copies, since
-no file system lets an ordinary user have the same data under another owner.
+is everything. Real root's namespace has a range of ids, and its guest none of the privileges by which root writes what is
+other users'. So there is one more lower layer, between the host's tree and what the guest writes: its directories are
+the guest's own, and overlayfs merges them with those of the host, whose new files are so still seen; files are copies,
+since no file system lets an ordinary user have the same data under another owner.
 
 What the user may do is what its copy allows; beyond that nothing is gained, for nothing of it reaches the host.
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from isolation.backends.namespace.identity import RANGE_SIZE
 from isolation.backends.namespace.operations import NEW, BaseOperation, adopted, make_directory
 from isolation.units import format_size
 
@@ -34,6 +36,18 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # Trees of a package manager, which nobody writes to but that: not looked through, where they are the user's own.
 _MARK_OF_VENV: Final = "pyvenv.cfg"
 _PACKAGES: Final = "node_modules"
+
+
+class Own(NamedTuple):
+    """Whose files the guest can write to without this. `gid`: None for real root, who has a range of groups."""
+
+    uid: int
+    gid: int | None
+
+    def has(self, status: os.stat_result) -> bool:
+        """Whether this is one of them."""
+        group = status.st_gid < RANGE_SIZE if self.gid is None else status.st_gid == self.gid
+        return group and status.st_uid == self.uid
 
 
 class Entry(NamedTuple):
@@ -102,28 +116,28 @@ class _Known:
             return False
 
 
-_known: dict[tuple[str, int, int], _Known] = {}
+_known: dict[tuple[str, Own], _Known] = {}
 _numbers = itertools.count()
 
 
-def survey(top: str, uid: int, gid: int) -> Survey:
-    """Look through the directory for what is neither `uid`'s nor, at the same time, `gid`'s; unless that is known."""
-    known = _known.get((top, uid, gid))
+def survey(top: str, own: Own) -> Survey:
+    """Look through the directory for what is not the guest's own; unless that is known."""
+    known = _known.get((top, own))
     if known is None or not known.holds():
         times: dict[str, tuple[int, int]] = {}
-        found = look(top, uid, gid, times)
+        found = look(top, own, times)
         times |= {path: _times(os.lstat(path)) for path in _paths_of_files(top, found) if os.path.lexists(path)}
         known = _Known(next(_numbers), found, times)
         while len(_known) >= _KNOWN_AT_MOST:
             del _known[next(iter(_known))]
-        _known[top, uid, gid] = known
+        _known[top, own] = known
     return known.survey
 
 
 def state(tops: Iterable[str]) -> tuple[int, ...]:
     """What is known of these directories, and those beneath, as numbers that nothing else has; -1 for what has changed."""
     above = tuple(os.path.join(top, "") for top in tops)
-    found = [known for (top, _uid, _gid), known in _known.items() if os.path.join(top, "").startswith(above)]
+    found = [known for (top, _own), known in _known.items() if os.path.join(top, "").startswith(above)]
     return tuple(known.number if known.holds() else -1 for known in found)
 
 
@@ -135,10 +149,10 @@ def _paths_of_files(top: str, found: Survey) -> Iterator[str]:
     return (os.path.join(top, entry.path) for entry in found.entries if not stat.S_ISDIR(entry.mode))
 
 
-def look(top: str, uid: int, gid: int, times: dict[str, tuple[int, int]] | None = None) -> Survey:
+def look(top: str, own: Own, times: dict[str, tuple[int, int]] | None = None) -> Survey:
     """As `survey`, without a memory. Tells the times of the directories."""
     found: list[Entry] = []
-    own: dict[str, Entry] = {}
+    passed: dict[str, Entry] = {}
     looked_at = 0
     todo = deque([("", os.lstat(top))])
     while todo and looked_at < _LOOKED_AT_MOST:
@@ -152,18 +166,18 @@ def look(top: str, uid: int, gid: int, times: dict[str, tuple[int, int]] | None 
         looked_at += len(entries)
         if times is not None:
             times[here] = _times(status)
-        if (status.st_uid, status.st_gid) != (uid, gid):
+        if not own.has(status):
             found.append(Entry(path, _mode_of_copy(here, status)))
         elif path and any(item.name == _MARK_OF_VENV for item in entries):
             continue
         else:
-            own[path] = Entry(path, status.st_mode)
+            passed[path] = Entry(path, status.st_mode)
         for item in entries:
             try:
                 status = item.stat(follow_symlinks=False)
             except OSError:
                 continue  # gone meanwhile
-            foreign = status.st_uid != uid or status.st_gid != gid
+            foreign = not own.has(status)
             below = f"{path}/{item.name}" if path else item.name
             if stat.S_ISDIR(status.st_mode):
                 if foreign or item.name != _PACKAGES:
@@ -174,10 +188,10 @@ def look(top: str, uid: int, gid: int, times: dict[str, tuple[int, int]] | None 
                 found.append(Entry(below, _mode_of_copy(item.path, status), status.st_size, status.st_mtime_ns))
     if not found:
         return Survey((), ())
-    return _chosen(found, own, [path for path, status in todo if (status.st_uid, status.st_gid) != (uid, gid)])
+    return _chosen(found, passed, [path for path, status in todo if not own.has(status)])
 
 
-def _chosen(found: Sequence[Entry], own: Mapping[str, Entry], left: list[str]) -> Survey:
+def _chosen(found: Sequence[Entry], passed: Mapping[str, Entry], left: list[str]) -> Survey:
     """As many as there is room for: directories and links, then what can be written, the smallest first."""
     chosen: dict[str, Entry] = {}
     room = _BYTES_AT_MOST
@@ -191,9 +205,9 @@ def _chosen(found: Sequence[Entry], own: Mapping[str, Entry], left: list[str]) -
     for path in list(chosen):  # the directories on the way
         while path:
             path = os.path.dirname(path)
-            if path in chosen or path not in own:
+            if path in chosen or path not in passed:
                 break
-            chosen[path] = own[path]
+            chosen[path] = passed[path]
     return Survey(tuple(sorted(chosen.values())), tuple(sorted(left)))
 
 

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from isolation.backends.namespace import lockdown, seccomp, syscalls, view
+from isolation.backends.namespace import adoption, lockdown, seccomp, syscalls, view
 from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.backends.namespace.identity import Identity
 from isolation.backends.namespace.mountinfo import MountTable
@@ -121,7 +121,7 @@ def make_plan(
         )
     identity = Identity.of_caller()
     mount_point = next(path for path in _STORE_MOUNT_POINTS if os.path.isdir(path))
-    own = None if identity.ranged or "view" not in defences else (identity.uid, identity.gid)
+    own = adoption.Own(identity.uid, None if identity.ranged else identity.gid) if "view" in defences else None
     shown = view.View(MountTable.read(), mount_point if identity.ranged else None, own)
     if "view" in defences:
         _fill(shown, spec, python)

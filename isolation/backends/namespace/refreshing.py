@@ -37,7 +37,7 @@ def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
         adopting = [item for item in plan.fresh if isinstance(item, Overlay) and item.adopts]
         if adopting:
             with contextlib.suppress(OSError):  # the rest is seen nevertheless
-                _adopt_again(adopting)
+                _adopt_again(adopting, ranged=plan.identity.ranged)
         for target in plan.shared:
             with contextlib.suppress(OSError):  # the guest has put it elsewhere; or see below
                 root = layering.mount_at(target)
@@ -49,17 +49,18 @@ def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
         os._exit(0)
 
 
-def _adopt_again(overlays: Sequence[Overlay]) -> None:
+def _adopt_again(overlays: Sequence[Overlay], *, ranged: bool) -> None:
     """In a copy of the mounts, where that layer may be uncovered, and written to."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.umount2(HIDDEN, syscalls.MNT_DETACH)
     syscalls.mount("", "/", "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_NOSUID | syscalls.MS_NODEV)
+    own = adoption.Own(0, None if ranged else 0)  # in this namespace
     for overlay in overlays:
         # Our mount of the host's directory is read-only; what the user may write there, another one tells.
         tree = syscalls.open_tree(overlay.lower, syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # on the host it is read-only, too
             syscalls.mount_setattr(tree, 0, attr_clr=syscalls.MOUNT_ATTR_RDONLY)
         os.fchdir(tree)
-        found = adoption.look(".", 0, 0)  # the user's own ids, in this namespace
+        found = adoption.look(".", own)
         adoption.copy_again(".", adopted(overlay.number), found.entries)
         os.close(tree)

@@ -42,13 +42,13 @@ _MANY_LINKS = 40  # as the kernel: path_resolution(7)
 
 
 class View:
-    """Collects operations. `staged` is set for real root, whose sources are prepared by the keeper (stage.py). `own`: the
-    one user and group id that are there inside; what is of others, and is to be written to, is adopted then (adoption.py).
+    """Collects operations. `staged` is set for real root, whose sources are prepared by the keeper (stage.py). `own`:
+    whose files can be written to inside; what is of others, and is to be, is adopted then (adoption.py).
 
     notes    what people are to hear before anything runs
     """
 
-    def __init__(self, table: MountTable, stage: str | None = None, own: tuple[int, int] | None = None) -> None:
+    def __init__(self, table: MountTable, stage: str | None = None, own: adoption.Own | None = None) -> None:
         self.notes: list[str] = []
         self._table = table
         self._stage = stage
@@ -189,7 +189,7 @@ class View:
     def _adopt(self, real: str, number: int, lower: str) -> bool:
         if self._own is None:
             return False
-        found = adoption.survey(real, *self._own)
+        found = adoption.survey(real, self._own)
         if found.left:
             self.notes.append(found.note(real))
         if found.entries:

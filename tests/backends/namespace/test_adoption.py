@@ -155,6 +155,19 @@ def test_what_the_user_may_write_is_writable(packages: list[str], shared: Path, 
 
 
 @root_only
+@pytest.mark.parametrize("case", CASES)
+def test_real_root_may_write_everything(shared: Path, case: str) -> None:
+    """Inside it has no capability that would let it, which on the host it has."""
+    exec(filled(case), {"project": str(shared)})
+    before = snapshot(shared)
+    writes = WRITES.replace("! echo no 2>/dev/null", "echo no").replace("! touch 2>/dev/null", "touch")
+    with Sandbox(SandboxSpec("namespace", mounts=[Mount.overlay(shared)], workdir=shared)) as box:
+        done = box.run(["sh", "-c", writes])
+    assert (done.stdout.decode(), done.stderr) == (WRITTEN + "no\n", b"")
+    assert snapshot(shared) == before
+
+
+@root_only
 @pytest.mark.parametrize("fstype", ["tmpfs", "overlay"])
 def test_on_another_file_system(packages: list[str], shared: Path, fstype: str) -> None:
     options = ""
@@ -271,7 +284,7 @@ def test_what_is_the_users_own_is_only_looked_at(project: Path) -> None:
     (project / ".venv").mkdir()
     (project / ".venv" / "pyvenv.cfg").touch()
     status = project.stat()
-    own = adoption.survey(str(project), status.st_uid, status.st_gid)
+    own = adoption.survey(str(project), adoption.Own(status.st_uid, status.st_gid))
     assert own == ((), ())
     assert own.note("/x") == ""
 
@@ -283,7 +296,7 @@ def test_there_is_a_bound(project: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (project / "d").mkdir()
     for name, size in (("a", 6), ("d/b", 5), ("c", 4)):
         (project / name).write_bytes(bytes(size))
-    found = adoption.survey(str(project), status.st_uid, status.st_gid + 1)
+    found = adoption.survey(str(project), adoption.Own(status.st_uid, status.st_gid + 1))
     assert [entry.path for entry in found.entries] == ["", "c", "d", "d/b"]
     assert found.left == ("a", "data.txt")
     assert "a, data.txt in /x" in found.note("/x")
