@@ -92,7 +92,9 @@ class Plan:
             "root tree:",
         ]
         made = sorted((*self.base, *self.fresh), key=lambda operation: operation.target)
-        return "\n".join(lines + [f"  {item.describe()}" for item in made if not item.target.startswith(HIDDEN)])
+        lines += [f"  {item.describe()}" for item in made if not item.target.startswith(HIDDEN)]
+        lines += [f"  {item.describe()}" for item in self.base if isinstance(item, adoption.Adopt)]
+        return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
 
     def _how_limited(self) -> str:
         if self.cgroup is not None:

@@ -245,6 +245,9 @@ def test_what_is_too_large_is_said_before_the_run(packages: list[str], shared: P
     assert done.stdout == f"{(64 << 20) + 1}\nread-only\n"
     assert f"read-only inside, though you may write it: sub/large.bin in {shared}" in done.stderr
     assert "chgrp" in done.stderr
+    told = as_user(packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "--explain")
+    assert f"adopted  {shared} (" in told.stdout
+    assert "note       read-only inside" in told.stdout
     (shared / "test_it.py").write_text("def test_it(): pass\n")
     said = as_user(packages, shared, PYTEST, "--isolation").stdout
     assert "read-only inside, though you may write it: sub/large.bin" in said
