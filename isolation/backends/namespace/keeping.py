@@ -18,9 +18,11 @@ from isolation.backends.namespace import layering, refreshing, syscalls
 from isolation.backends.namespace.layering import Held, Wish
 from isolation.backends.namespace.layers import Change, Layers
 from isolation.backends.namespace.plan import Plan
-from isolation.wire import Message
+from isolation.wire import Message, wait_readable
 
 PATIENCE = 30.0  # s; a guest can fill its store with more than can be removed in that time
+_PATIENCE_TO_LOOK = 5.0  # s; with the host's files a guest has less to do
+_DEATH = 2.0  # s, from SIGKILL
 _FDS_AT_MOST = 250
 
 
@@ -44,6 +46,7 @@ class _Work:
     pid: int
     pidfd: int
     leash: socket.socket
+    patience: float
     deadline: float
     begun: bool = False
     stands: bool = False
@@ -90,7 +93,8 @@ class KeptFiles:
                 refreshing.live(self._plan, self._mounts, theirs)
             layering.live(self._plan, Wish(self._mounts, change, self._held), theirs)
         theirs.close()
-        self._work = _Work(message, change, pid, pidfd, ours, time.monotonic() + PATIENCE)
+        patience = _PATIENCE_TO_LOOK if message["do"] == "refresh" else PATIENCE
+        self._work = _Work(message, change, pid, pidfd, ours, patience, time.monotonic() + patience)
 
     def hear(self) -> Message | None:
         """What that process says; the answer to the host, when there is one. Raises TornApart."""
@@ -101,6 +105,8 @@ class KeptFiles:
         assert self._work is not None
         self._work.late = True
         signal.pidfd_send_signal(self._work.pidfd, signal.SIGKILL)
+        if not wait_readable(self._work.pidfd, _DEATH):
+            raise TornApart  # the guest holds it up in the kernel, by making more than it can drop, say: it ends with that
         return self._end()
 
     def close(self) -> None:
@@ -149,7 +155,7 @@ class KeptFiles:
         answer: Message = {"event": "files", "id": work.about["id"], "ask": work.about["ask"]}
         if work.done or work.stands:  # what is still there will be removed the next time
             return answer | {"kept": work.change.keeps, "chain": self._layers.chain()}
-        late = OSError(errno.ETIME, f"not done after {PATIENCE:.0f} seconds; is the guest busy with the same files?")
+        late = OSError(errno.ETIME, f"not done after {work.patience:.0f} seconds; is the guest busy with the same files?")
         error = work.error or (late if work.late else OSError(errno.ECHILD, "the process that should do it died"))
         return answer | {"errno": error.errno, "what": error.strerror}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from isolation import PIPE, Mount, Sandbox, SandboxSpec
-from isolation.backends.namespace import layering, syscalls
+from isolation.backends.namespace import keeping, layering, syscalls
+from isolation.backends.namespace.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 LOOK = "for f in data.txt sub/b.txt late.txt dir/x.txt; do printf '%s ' \"$(cat $f 2>/dev/null || echo -)\"; done; ls"
@@ -109,6 +112,35 @@ def test_a_guest_that_has_put_the_directory_elsewhere(project: Path) -> None:
         assert moved.stdout == b"original", moved.stderr
         box.refresh_files()
         assert box.run(["sh", "-c", "cd /tmp/c/b/project && echo more >> data.txt && cat data.txt"], cwd="/").stdout == b"originalmore\n"
+
+
+def test_nobody_waits_for_a_look_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed. If even that takes too long, it works for the guest in the kernel, and the sandbox has to end."""
+    plan = make_plan(SandboxSpec())
+    files = keeping.KeptFiles(plan, -1)
+    monkeypatch.setattr(keeping.refreshing, "live", lambda *_arguments: signal.pause())
+    files.begin({"do": "refresh", "id": 1, "ask": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "wait_readable", lambda *_arguments: False)
+        with pytest.raises(keeping.TornApart):
+            files.give_up()
+    assert files.give_up()["errno"] == errno.ETIME
+    assert files.fileno() == -1
+    files.close()
+
+
+def test_a_guest_that_makes_names_all_the_time(box: Sandbox, project: Path) -> None:
+    flood = "i=0; while :; do i=$((i+1)); [ -e no-$i ]; [ $i = 1000 ] && echo ready; done"
+    processes = [box.popen(["sh", "-c", flood], stdout=PIPE) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    put(project / "late.txt", "there")
+    box.refresh_files()
+    assert look(box)[2] == "there"
+    for process in processes:
+        process.kill()
+        process.close()
 
 
 def test_attributes_of_mounts_stay(box: Sandbox, project: Path) -> None:
