@@ -33,7 +33,8 @@ def _visible(character: str) -> str:
 
 
 def clean_all(value: Any, depth: int = 24) -> Any:
-    """Every string in a JSON value, cleaned; raises ValueError when it nests deeper than any report does."""
+    """Every string in a JSON value, cleaned; names, too, for who iterates over a list takes an object as well. Raises
+    ValueError when it nests deeper than any report does."""
     if depth == 0:
         raise ValueError("nested too deeply")
     if isinstance(value, str):
@@ -41,5 +42,5 @@ def clean_all(value: Any, depth: int = 24) -> Any:
     if isinstance(value, list):
         return [clean_all(item, depth - 1) for item in value]
     if isinstance(value, dict):
-        return {key: clean_all(item, depth - 1) for key, item in value.items()}
+        return {clean(key): clean_all(item, depth - 1) for key, item in value.items()}
     return value

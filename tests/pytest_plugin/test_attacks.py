@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from pytest_isolation import text
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -353,3 +354,9 @@ def test_a_template_speaks_of_its_own_fixtures_only(pytester: pytest.Pytester) -
     result.assert_outcomes(passed=3)
     assert result.outlines.count("up shared") == 1
     result.stdout.no_fnmatch_line("*cannot carry*")
+
+
+def test_no_text_from_inside_moves_the_terminal() -> None:
+    """Names in objects are text, too: who iterates over a list takes an object as well, and prints them."""
+    cleaned = text.clean_all({"lines": {"\x1b]52;c;eA==\x07": 1, "\x9b6n": ["\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"})
+    assert cleaned == {"lines": {"\\x1b]52;c;eA==\\x07": 1, "\\x9b6n": ["\\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"}
