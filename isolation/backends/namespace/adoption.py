@@ -17,7 +17,7 @@ import itertools
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -92,7 +92,7 @@ class Survey(NamedTuple):
         """For people, before anything runs; "" when there is nothing to say."""
         if not self.left:
             return ""
-        named = ", ".join(self.left[:_NAMED])
+        named = ", ".join(name if name.isprintable() else ascii(name) for name in self.left[:_NAMED])
         more = f" and {len(self.left) - _NAMED} more" if len(self.left) > _NAMED else ""
         return (
             f"read-only inside, though you may write it: {named}{more} in {top}, of another owner or group, and too much to "
@@ -126,10 +126,14 @@ def survey(top: str, own: Own) -> Survey:
     if known is None or not known.holds():
         times: dict[str, tuple[int, int]] = {}
         found = look(top, own, times)
-        times |= {path: _times(os.lstat(path)) for path in _paths_of_files(top, found) if os.path.lexists(path)}
+        for entry in found.entries:
+            if not stat.S_ISDIR(entry.mode):
+                with contextlib.suppress(OSError):  # gone meanwhile, which its directory tells
+                    path = os.path.join(top, entry.path)
+                    times[path] = _times(os.lstat(path))
         known = _Known(next(_numbers), found, times)
         while len(_known) >= _KNOWN_AT_MOST:
-            del _known[next(iter(_known))]
+            _known.pop(next(iter(_known)), None)
         _known[top, own] = known
     return known.survey
 
@@ -137,16 +141,12 @@ def survey(top: str, own: Own) -> Survey:
 def state(tops: Iterable[str]) -> tuple[int, ...]:
     """What is known of these directories, and those beneath, as numbers that nothing else has; -1 for what has changed."""
     above = tuple(os.path.join(top, "") for top in tops)
-    found = [known for (top, _own), known in _known.items() if os.path.join(top, "").startswith(above)]
+    found = [known for (top, _own), known in list(_known.items()) if os.path.join(top, "").startswith(above)]
     return tuple(known.number if known.holds() else -1 for known in found)
 
 
 def _times(status: os.stat_result) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_ctime_ns
-
-
-def _paths_of_files(top: str, found: Survey) -> Iterator[str]:
-    return (os.path.join(top, entry.path) for entry in found.entries if not stat.S_ISDIR(entry.mode))
 
 
 def look(top: str, own: Own, times: dict[str, tuple[int, int]] | None = None) -> Survey:
