@@ -271,6 +271,39 @@ for line in open("/proc/self/maps"):
         print("BREACH", line)
 """
 
+# PID 1 has the guest's user id, and most calls that take a pid ask for no more.
+POWER_OVER_INIT = """
+import ctypes, os, resource, struct
+libc = ctypes.CDLL(None, use_errno=True)
+def attempt(what, function):
+    try:
+        function()
+        print("BREACH", what)
+    except OSError:
+        pass
+def call(number, *arguments):
+    if os.uname().machine == "x86_64":
+        words = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
+        if libc.syscall(ctypes.c_long(number), *words) != 0:
+            raise OSError(ctypes.get_errno(), "refused")
+    else:
+        raise OSError(38, "not tried here")
+attempt("limits", lambda: resource.prlimit(1, resource.RLIMIT_NOFILE, (8, 8)))
+attempt("limits, a high half", lambda: call(302, 1 + (7 << 32), 7, struct.pack("QQ", 8, 8), 0))
+attempt("affinity", lambda: os.sched_setaffinity(1, [0]))
+attempt("scheduler", lambda: os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0)))
+attempt("parameters", lambda: os.sched_setparam(1, os.sched_param(0)))
+attempt("attributes", lambda: call(314, 1, struct.pack("IIQiIQQQ", 48, 5, 0, 0, 0, 0, 0, 0), 0))
+for which in (os.PRIO_PROCESS, os.PRIO_PGRP):
+    attempt("priority", lambda: os.setpriority(which, 1, 10))
+attempt("priority of all", lambda: os.setpriority(os.PRIO_USER, 0, 10))
+attempt("i/o priority", lambda: call(251, 1, 1, 3 << 13))
+attempt("i/o priority of all", lambda: call(251, 3, 0, 3 << 13))
+attempt("memory", lambda: open("/proc/1/mem", "rb"))
+attempt("out of memory score", lambda: open("/proc/1/oom_score_adj", "w").write("1000"))
+attempt("trace", lambda: call(101, 0x4206, 1, 0, 0))
+"""
+
 # A child of the guest's own parent would be outside of the PID namespace, and nobody's to end.
 SIBLING = """
 import ctypes, os, signal

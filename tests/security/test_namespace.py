@@ -58,6 +58,7 @@ def test_contained(host: Host, attack: str, runner: str) -> None:
         ("ABSTRACT", "network landlock"),
         ("CAPABILITIES", "capabilities"),
         ("SYSTEM_CALLS", "seccomp"),
+        ("POWER_OVER_INIT", "seccomp"),
         ("INIT_IS_OPEN", "dumpable"),
         ("MEMORY", "dumpable"),
     ],
@@ -76,6 +77,7 @@ def test_command_breaks_out_without(host: Host, attack: str, without: str) -> No
         ("SYSTEM_CALLS", "seccomp"),
         ("INHERITED_SOCKET", "fds"),
         ("SIBLING", "seccomp"),
+        ("POWER_OVER_INIT", "seccomp"),
     ],
 )
 @pytest.mark.usefixtures("nothing_left")

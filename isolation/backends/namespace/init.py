@@ -103,6 +103,8 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
         os.dup2(null, fd, inheritable=False)
     leash = birth.leash.fileno()
     memory_files = birth.memory_files
+    if plan.watch_memory:
+        _show_memory(birth.leash, store)
     fds.close_all_but({0, 1, 2, birth.control, leash, signals, store, *(memory_files or ())})
     # The numbers from FIRST_PASSED up are for commands; a keeper with many sandboxes has given us such.
     leash, signals, store = _low(leash), _low(signals), _low(store)
@@ -113,18 +115,16 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
         environment.scrub()
     syscalls.set_name("isolation-init")
     _default_signals()
-    server = _Server(plan, control, birth.signal_mask)
+    server = _Server(plan, control, leash, birth.signal_mask)
     control.send({"event": "ready"}, fds=[store])
-    if plan.limits.memory is not None:
-        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        server.watch = memory.Watch(plan.limits.memory, memory_files, proc, store, kills=plan.watch_memory)
-    else:
-        os.close(store)
+    os.close(store)
+    if memory_files is not None:
+        server.watch = memory.Watch(plan.limits.memory or 0, memory_files, -1, -1, kills=False)
     poller = select.poll()
     for fd in (control.fileno(), leash, signals):
         poller.register(fd, select.POLLIN)
     while True:
-        ready = [fd for fd, _events in poller.poll(server.poll_interval())]
+        ready = [fd for fd, _events in poller.poll()]
         if leash in ready:
             os._exit(0)
         if signals in ready:
@@ -135,7 +135,13 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
                 os._exit(0)
             while (message := control.next_message()) is not None:
                 server.handle(message)
-        server.look_at_memory()
+
+
+def _show_memory(leash: socket.socket, store: int) -> None:
+    """To the keeper, which watches it: this process is within the guest's sight, and could be hindered."""
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    socket.send_fds(leash, [b"w"], [proc, store])
+    os.close(proc)
 
 
 def _low(fd: int) -> int:
@@ -157,16 +163,14 @@ def _default_signals() -> None:
 class _Server:
     """What PID 1 knows of the guest's processes."""
 
-    def __init__(self, plan: Plan, control: Wire, signal_mask: frozenset[int]) -> None:
-        self.watch: memory.Watch | None = None
+    def __init__(self, plan: Plan, control: Wire, leash: int, signal_mask: frozenset[int]) -> None:
+        self.watch: memory.Watch | None = None  # only to know what the kernel has done
+        self._leash = leash
+        self._watched = plan.watch_memory
         self._env = plan.env
         self._control = control
         self._signal_mask = signal_mask
         self._commands: dict[int, int] = {}  # by process id: the host's number for it
-
-    def poll_interval(self) -> int | None:
-        """Milliseconds for poll(2)."""
-        return None if self.watch is None or not self._commands else self.watch.interval
 
     def handle(self, message: Message) -> None:
         op = message.get("op")
@@ -215,6 +219,8 @@ class _Server:
         else:
             process.returncode = 0  # reaped here, not by subprocess
             self._commands[process.pid] = number
+            if self._watched:
+                os.write(self._leash, b"a")  # now that there is something to watch
             self._control.send({"event": "spawned", "id": number, "pid": process.pid}, fds=reply)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -237,12 +243,6 @@ class _Server:
             event = {"event": "exit", "id": number, "status": status, "oom": self._was_oom(status)}
             event["usage"] = [usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024]
             self._control.send(event)
-
-    def look_at_memory(self) -> None:
-        """Where no cgroup holds the limit, end what is over it."""
-        if self.watch is not None and self._commands and self.watch.look() == "over":
-            self._control.send({"event": "oom"})
-            os._exit(0)
 
     def _was_oom(self, status: int) -> bool:
         return self.watch is not None and os.WIFSIGNALED(status) and self.watch.kernel_killed()

@@ -292,7 +292,7 @@ def verdict_of_exit(message: Message) -> Verdict:
 
 def verdict_of_end(last: Message | None, *, oom: bool) -> Verdict:
     """From the keeper's word on PID 1, for a sandbox that ended as a whole."""
-    if oom or (last and last.get("accounts", {}).get("oom_kills")):
+    if oom or (last and (last.get("oom") or last.get("accounts", {}).get("oom_kills"))):
         return Verdict(Ended.OUT_OF_MEMORY)
     if last and last.get("timed_out"):
         return Verdict(Ended.TIMED_OUT)

@@ -1,8 +1,10 @@
-"""An eye on a sandbox's memory, of its PID 1 (commands) or its keeper (forks).
+"""An eye on a sandbox's memory, of its keeper: no process inside can name that one, and so none can blind it (a guest that
+may lower the limits of who watches, by prlimit(2), keeps it from opening what it looks at).
 
 Where a cgroup holds the limit, the kernel kills at once, and no stack could be written any more: so it is
 written when the limit is near. Where there is none (an ordinary user without a delegated cgroup), the watch adds up
-what the sandbox's processes hold, and the sandbox is ended by who watches.
+what the sandbox's processes hold, and the sandbox is ended by who watches. What cannot be looked at counts as over the
+limit.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from isolation.backends.namespace.cgroup import oom_kills
 _INTERVAL = 5  # ms; an allocating process touches some 1 to 2 GB/s, and so is 10 MB further at the next look
 _HEADROOM = 64 << 20  # "near" is this much below the limit: time enough to write stacks
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_UNSEEN = 1 << 62  # bytes, of a process that is there, but cannot be looked at
+_GONE = (FileNotFoundError, ProcessLookupError)
 
 
 class Watch:
@@ -38,6 +42,7 @@ class Watch:
         self._kills = kills
         self._own_only = own_only
         self._next = 0.0
+        self.idle = False  # there is no process to watch
 
     def look(self) -> str:
         """"low", "near" the limit or "over" it (only where nobody else holds it); "unknown" between two looks."""
@@ -45,7 +50,10 @@ class Watch:
         if now < self._next:
             return "unknown"
         self._next = now + _INTERVAL / 1000
-        used = self._used()
+        try:
+            used = self._used()
+        except OSError:
+            used = _UNSEEN
         if used > self._limit and self._kills:
             return "over"
         return "near" if used > self._near else "low"
@@ -68,6 +76,7 @@ class Watch:
         # Resident sizes count a page once for each process that shares it: a bound that costs 10 µs a process. Only
         # when it says "near" is the kernel asked for the exact share, which walks page tables.
         processes = [name for name in os.listdir(self._proc) if name.isdigit() and name != "1"]
+        self.idle = not processes
         bound = stored + sum(map(self._resident, processes))
         if bound >= self._near and self._own_only:
             processes = list(filter(self._is_own, processes))
@@ -78,7 +87,7 @@ class Watch:
         """One number in all: that in the PID namespace of this /proc (proc_pid_status(5), NSpid)."""
         try:
             lines = self._read(f"{pid}/status").splitlines()
-        except OSError:
+        except _GONE:
             return False
         return any(line.startswith(b"NSpid:") and len(line.split()) == 2 for line in lines)
 
@@ -93,10 +102,18 @@ class Watch:
         try:
             pages = int(self._read(f"{pid}/statm").split()[1])
             if not pages:  # its first thread has ended, and the memory is the others'
-                pages = max(int(self._read(f"{pid}/task/{task}/statm").split()[1]) for task in self._tasks(pid))
-        except (OSError, IndexError, ValueError):
+                pages = max((self._pages_of(pid, task) for task in self._tasks(pid)), default=0)
+        except _GONE:
             return 0
+        except (OSError, IndexError, ValueError):
+            return _UNSEEN
         return pages * _PAGE
+
+    def _pages_of(self, pid: str, task: str) -> int:
+        try:
+            return int(self._read(f"{pid}/task/{task}/statm").split()[1])
+        except _GONE:
+            return 0
 
     def _tasks(self, pid: str) -> list[str]:
         fd = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)

@@ -99,7 +99,7 @@ class Plan:
     def _how_limited(self) -> str:
         if self.cgroup is not None:
             return f" (cgroup v{self.cgroup.version} and rlimits)"
-        return " (rlimits and a watch by PID 1)" if self.rlimits or self.watch_memory else ""
+        return " (rlimits and a watch by the keeper)" if self.rlimits or self.watch_memory else ""
 
 
 # Each can be left out by a test, to show that the attack it stops then succeeds. Not reachable from a spec.
@@ -240,7 +240,7 @@ def _name_resolution(shown: view.View) -> None:
 
 
 def _enforcement(limits: Limits) -> tuple[Hierarchy | None, tuple[tuple[int, int], ...], bool]:
-    """By what each limit is held: (cgroups, rlimits, PID 1 watches memory). Raises FeatureMissing."""
+    """By what each limit is held: (cgroups, rlimits, the keeper watches memory). Raises FeatureMissing."""
     rlimits = [(resource.RLIMIT_CORE, 0)]
     if limits.pids is not None:
         # Counted per user namespace since Linux 5.14, and so for this sandbox alone. Cheaper than a cgroup, and as strict.

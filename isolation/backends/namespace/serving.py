@@ -24,7 +24,7 @@ from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.guest import Guest
-from isolation.wire import Message, Wire, wait_readable
+from isolation.wire import Message, Wire, encode, wait_readable
 
 STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
 _NS_GET_PARENT = 0xB702  # ioctl_ns(2)
@@ -74,6 +74,7 @@ class Child:
         self.files: KeptFiles | None = None  # once they were to be kept
         self.memory_files: tuple[int, int] | None = None
         self.watch: memory.Watch | None = None
+        self.control = -1  # of one for commands whose memory is watched: the wire of its PID 1, to say why that was ended
         self.deadline: float | None = None
         self.timed_out = False
         self.dumps = 0
@@ -100,7 +101,7 @@ class Child:
         elif self.memory_files is not None:
             for fd in self.memory_files:
                 os.close(fd)
-        for fd in (self.crash, self.mounts, self.proc, self.store):
+        for fd in (self.control, self.crash, self.mounts, self.proc, self.store):
             if fd >= 0:
                 os.close(fd)
 
@@ -226,15 +227,17 @@ class Keeper:
                     child.kill()
                 else:
                     patience.append((child.deadline - now) * 1000 + 1)
-            if child.watch is not None:
+            # Of one for commands, PID 1 tells when there is something to watch again.
+            if child.watch is not None and not (child.watch.idle and child.control >= 0):
                 patience.append(child.watch.interval)
                 state = child.watch.look()
                 if state == "near" and now >= child.next_dump:
                     self._dump(child)
                 elif state == "over" and not child.out_of_memory:
                     child.out_of_memory = True
-                    self._dump(child)
-                    time.sleep(0.02)  # a moment for the stacks to be written
+                    if child.init >= 0:
+                        self._dump(child)
+                        time.sleep(0.02)  # a moment for the stacks to be written
                     child.kill()
             if child.deadlock is not None and child.pid >= 0:
                 if self._is_deadlocked(child):
@@ -334,6 +337,8 @@ class Keeper:
         child = Child(order.number, pid, pidfd, order.ours, order.cgroup)
         wall = self._plan.limits.wall
         child.deadline = None if wall is None else time.monotonic() + wall
+        if self._plan.watch_memory:
+            child.control = os.dup(order.given[0])
         return child
 
     def _init_flags(self) -> int:
@@ -361,6 +366,9 @@ class Keeper:
                 identity.map_range(child.pid)
             elif request == b"i":
                 self._map_inner(child)
+            elif child.watch is not None and request and not request.strip(b"a"):
+                child.watch.idle = False
+                return
             elif request == b"n" and len(given) == 1:
                 child.mounts = given[0]
                 return
@@ -466,6 +474,8 @@ class Keeper:
             self._ending[child.init] = child.cgroup
         elif child.cgroup is not None:
             child.cgroup.remove()
+        if child.out_of_memory and child.control >= 0:
+            _tell(child.control, {"event": "oom"})
         try:
             self._wire.send(event)
         except WireError:
@@ -527,6 +537,12 @@ class Keeper:
     def _remove_cgroups(self) -> None:
         if self._cgroups is not None:
             self._cgroups.remove()
+
+
+def _tell(control: int, message: Message) -> None:
+    """In the name of a PID 1 that has ended; as far as there is room for it."""
+    with socket.socket(fileno=os.dup(control)) as sock, contextlib.suppress(OSError):
+        sock.send(encode(message), socket.MSG_DONTWAIT)
 
 
 def host_pid(pidfd: int) -> int:
