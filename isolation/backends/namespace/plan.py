@@ -194,13 +194,13 @@ def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
         else:
             shown.show(mount.source, mount.target, writable=mount.mode == "overlay")
     for path in python:
-        shown.show(path, writable=False)
+        shown.environment(path)
 
 
 def _fill_everything(shown: view.View) -> None:
     for name in sorted(os.listdir("/")):
         if name not in ("proc", "dev", "sys"):
-            shown.show("/" + name, writable=True)
+            shown.show("/" + name, writable=True, owned=True)
 
 
 def _writable_places(shown: view.View, env: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ Everything else (home directories, /run, /tmp, /var, sockets, other users' files
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,6 +39,8 @@ _VIRTUAL = frozenset(
     "proc pstore rpc_pipefs securityfs selinuxfs sysfs tracefs".split()
 )
 _COPY_AT_MOST = 1 << 20
+_IMPORTED = ("lib", "lib64")  # of an installation
+_PARTS = ("bin", "include", "lib", "lib64", "libexec", "pyvenv.cfg", "share")  # all there is, of one closed to others
 _MANY_LINKS = 40  # as the kernel: path_resolution(7)
 
 
@@ -122,10 +125,45 @@ class View:
             elif os.path.isdir(path):
                 self._overlay(path, path, owned=False, writable=False)
 
-    def show(self, path: str, target: str | None = None, *, writable: bool) -> None:
-        """A directory (copy-on-write if `writable`) or file (read-only) of the user's; symlinks on the way to it, too."""
+    def show(self, path: str, target: str | None = None, *, writable: bool, owned: bool | None = None) -> None:
+        """A directory (copy-on-write if `writable`) or file (read-only) of the user's; symlinks on the way to it, too. One
+        that is a system directory, or holds such, is not the user's own, unless `owned` says so."""
         real = self._follow(path) if target is None else os.path.realpath(path)
-        self._overlay(real, target or real, owned=True, writable=writable, explicit=target is not None)
+        if owned is None:
+            owned = not any(_is_within(system, real) for system in _system())
+        self._overlay(real, target or real, owned=owned, writable=writable, explicit=target is not None)
+
+    def environment(self, path: str) -> None:
+        """What Python imports from, read-only. To root, all files are shown by their modes for others, but those that are
+        imported: an installation holds keys and passwords, too (etc, pip.conf), and one in /usr is the system's."""
+        real = self._follow(path)
+        if self._stage is None:
+            self._overlay(real, real, owned=True, writable=False)
+        elif any(_is_within(real, system) for system in _system()):
+            self._overlay(real, real, owned=False, writable=False)
+        elif _is_installation(real):
+            self._installation(real)
+        else:
+            self._overlay(real, real, owned=True, writable=False)
+
+    def _installation(self, real: str) -> None:
+        if _is_open(real):
+            self._overlay(real, real, owned=False, writable=False)
+        elif not self.shows(real):
+            self.add(Directory(real))
+        covered = self.shows(real) and not isinstance(self._operations.get(real), Directory)
+        for name in _PARTS:
+            part = os.path.join(real, name)
+            if os.path.islink(part):
+                if not covered:
+                    self.add(Symlink(part, os.readlink(part)))
+            elif os.path.isdir(part):
+                if not covered or name in _IMPORTED or not _is_open(part):
+                    self._overlay(part, part, owned=True, writable=False)
+            elif os.path.isfile(part) and not _is_open(part):
+                self.add(Bind(part, part, self._lower(part, owned=True), directory=False))
+            elif os.path.isfile(part) and not covered:
+                self.bind(part, part)
 
     def bind(self, source: str, target: str, *, writable: bool = False, device: bool = False) -> None:
         """The host's own file or directory."""
@@ -247,6 +285,28 @@ class View:
         if (real, owned) not in self.staged:
             self.staged.append((real, owned))
         return f"{OLD}{self._stage}/{self.staged.index((real, owned))}"
+
+
+def _system() -> list[str]:
+    """The system directories, where they really are."""
+    return [os.path.realpath("/" + name) for name in SYSTEM if os.path.isdir("/" + name)]
+
+
+def _is_within(path: str, directory: str) -> bool:
+    return (path + "/").startswith(directory.rstrip("/") + "/")
+
+
+def _is_installation(path: str) -> bool:
+    """The root of a Python installation, or of a virtual environment (PEP 405)."""
+    if os.path.isfile(os.path.join(path, "pyvenv.cfg")):
+        return True
+    return bool(glob.glob(os.path.join(glob.escape(path), "lib", "python3.*", "os.py")))
+
+
+def _is_open(path: str) -> bool:
+    """Whether everybody may read it, and enter it if it is a directory."""
+    wanted = 0o005 if os.path.isdir(path) else 0o004
+    return os.stat(path).st_mode & wanted == wanted
 
 
 def _by_depth(target: str) -> tuple[bool, int, str]:

@@ -252,3 +252,17 @@ def test_descriptors_are_classified(tmp_path: Path) -> None:
 def test_names_of_operations_do_not_collide() -> None:
     kinds = [*operations.BaseOperation.__subclasses__(), *operations.FreshOperation.__subclasses__()]
     assert len({kind.__name__ for kind in kinds}) == len(kinds) > 10
+
+
+def test_system_directories_are_never_the_users_own() -> None:
+    """Whether they are a Python's prefix, or were asked for; what lies in them can be a project."""
+    view = View(MountTable.read(), "/tmp")
+    view.system()
+    view.environment("/usr")
+    view.environment("/usr/lib")
+    view.show("/usr", writable=True)
+    view.show("/usr", "/elsewhere", writable=False)
+    assert view.staged
+    assert [source for source, owned in view.staged if owned] == []
+    view.show("/usr/lib", writable=True)
+    assert [source for source, owned in view.staged if owned] == [os.path.realpath("/usr/lib")]
