@@ -29,7 +29,7 @@ class MountTable:
     def beneath(self, path: str) -> list[str]:
         """Mount points strictly below `path`, sorted, each once."""
         prefix = path.rstrip("/") + "/"
-        return sorted({point.path for point in self.points if point.path.startswith(prefix)})
+        return sorted({point.path for point in self.points if point.path.startswith(prefix) and point.path != "/"})
 
     def containing(self, path: str) -> MountPoint | None:
         """The mount that `path` (absolute, without symlinks) lies on."""

@@ -222,7 +222,8 @@ class View:
         else:
             self.add(ReadOnly(target, real, lower))
         for path in beneath:
-            self._overlay(path, target + path[len(real) :], owned=owned, writable=writable, explicit=True)
+            below = os.path.join(target, os.path.relpath(path, real))
+            self._overlay(path, below, owned=owned, writable=writable, explicit=True)
 
     def _adopt(self, real: str, number: int, lower: str) -> bool:
         if self._own is None:

@@ -262,7 +262,8 @@ def test_system_directories_are_never_the_users_own() -> None:
     view.environment("/usr/lib")
     view.show("/usr", writable=True)
     view.show("/usr", "/elsewhere", writable=False)
+    view.show("/", "/host", writable=False)
     assert view.staged
     assert [source for source, owned in view.staged if owned] == []
-    view.show("/usr/lib", writable=True)
-    assert [source for source, owned in view.staged if owned] == [os.path.realpath("/usr/lib")]
+    view.show("/usr/local", writable=True)
+    assert [source for source, owned in view.staged if owned] == [os.path.realpath("/usr/local")]
