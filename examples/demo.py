@@ -25,19 +25,22 @@ class Demo:
         self._number = 0
         self.wrong: list[str] = []
 
-    def step(self, title: str, command: str, *expected: str, project: str = "", status: int = 0) -> None:
-        """Run a command in a copy of an example. All of `expected` must be in what it prints."""
+    def step(
+        self, title: str, command: str, *expected: str, project: str = "", status: int = 0, copy: bool = False
+    ) -> None:
+        """Run a command, in an example's directory or a copy of that. All of `expected` must be in what it prints."""
         self._number += 1
         where = f"cd examples/{project}; " if project else ""
         print(f"\n\033[1m{self._number}. {title}\033[0m\n$ {where}{command}", flush=True)
-        place = HERE.parent
-        if project:
-            place = self._directory / f"{self._number}-{project}"
-            shutil.copytree(HERE / project, place)
+        place = HERE / project if project else HERE.parent
+        if copy:
+            place = shutil.copytree(place, self._directory / project)
         environment = os.environ | {
             "PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "110",
             # Of other plug-ins that are installed here, one shuffles the tests.
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p isolation",
+            # A machine shows this directory, too, and is made anew when anything in it has changed.
+            "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
         done = subprocess.run(
             ["sh", "-c", f"exec {command}"], cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -59,12 +62,12 @@ class Demo:
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="isolation-demo-", dir=HERE.parent) as name:
+    with tempfile.TemporaryDirectory(prefix="isolation-demo-") as name:
         demo = Demo(Path(name))
         demo.step("What works on this machine", "isolation doctor", "namespace")
         demo.step(
             "Fourteen tests in plain pytest. Seven leave something behind, and seven trip over it",
-            "pytest -q --tb=no", "7 failed, 7 passed", project="leaky", status=1,
+            "pytest -q --tb=no", "7 failed, 7 passed", project="leaky", status=1, copy=True,
         )  # fmt: skip
         demo.step(
             "The same, each in a sandbox of its own: what one leaves, no other sees",
