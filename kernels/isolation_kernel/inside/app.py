@@ -26,8 +26,9 @@ _PATIENCE: Final = 5.0  # s, for frontends that connect again: libzmq tries afte
 
 
 class Kernel(IPythonKernel):
-    """IPython's, with something to do at the end of each cell, and an eye on who waits."""
+    """IPython's, with something to do at the beginning and the end of each cell, and an eye on who waits."""
 
+    at_cell_begin: Any = None
     at_cell_end: Any = None
     in_cell = False
     context: Any = None  # of all cells: context variables that they set are there in the next
@@ -78,8 +79,10 @@ class Kernel(IPythonKernel):
         """A cell."""
         self.in_cell = True
         try:
+            if self.at_cell_begin is not None:
+                self.at_cell_begin()
             reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
-        except KeyboardInterrupt:  # when the cell had ended; ipykernel would not answer at all
+        except KeyboardInterrupt:  # before the cell, or when it had ended; ipykernel would not answer at all
             reply = {
                 "status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": [],
                 "execution_count": self.execution_count - 1, "user_expressions": {},

@@ -33,6 +33,22 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """An interrupt that comes meanwhile is raised afterwards; where none are wanted, none is."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    came = threading.Event()
+    handler = signal.signal(signal.SIGINT, lambda *_details: came.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came.is_set():
+            raise KeyboardInterrupt
+
+
 class Host:
     """Requests, and their answers. May be used by several threads."""
 
@@ -63,7 +79,7 @@ class Host:
 
     def ask(self, op: str, **details: Any) -> Any:
         """The answer. Raises Refused; WireError or TimeoutError when the host has none."""
-        with self._lock, uninterrupted():  # or the answer would be the next one's
+        with self._lock, interrupted_later():  # or the answer would be the next one's
             self._wire.send({"op": op, **details})
             message = self._wire.receive(_ANSWER)
         if message is None:

@@ -17,8 +17,8 @@ class Refresh:
         self._host = host
         self._wanted = True
 
-    def before_cell(self, _info: object) -> None:
-        """The cell runs in any case."""
+    def before_cell(self) -> None:
+        """The cell runs in any case, but that of an interrupt."""
         if not self._wanted or not self._host.owns:  # a child that was forked off the kernel
             return
         with contextlib.suppress(Refused, WireError, TimeoutError):

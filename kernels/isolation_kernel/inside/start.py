@@ -123,11 +123,9 @@ def _take_over(app: Any, order: dict[str, Any]) -> None:
 def _equip(shell: Any, host: Host, undo: Undo) -> None:
     """With what an ordinary kernel does not have."""
     from isolation_kernel.inside.magic import Magic
-    from isolation_kernel.inside.refresh import Refresh
 
     Magic(host, undo).register(shell)
     shell.events.register("pre_run_cell", lambda _info: host.tell("cell", parent=_header(shell.kernel)))
-    shell.events.register("pre_run_cell", Refresh(host).before_cell)
     shell.events.register("post_run_cell", lambda _result: host.tell("cell", parent=None))
 
 

@@ -25,6 +25,7 @@ from IPython.core.error import UsageError
 from isolation.errors import WireError
 from isolation_kernel.connection import CHANNELS
 from isolation_kernel.inside.host import Host, Refused, uninterrupted
+from isolation_kernel.inside.refresh import Refresh
 from isolation_kernel.inside.undo import request
 from isolation_kernel.inside.undo.own import Own
 from isolation_kernel.inside.undo.refusals import refusals
@@ -55,6 +56,7 @@ class Undo:
         self._lineage: Lineage | None = None
         self._wish: _Wish | None = None
         self._own: Own
+        self._refresh = Refresh(host)
 
     def run(self) -> None:
         """Until the kernel has ended. In a kernel that has come back it does not return: what is left in memory of the ones
@@ -79,6 +81,7 @@ class Undo:
         """One whose loop is about to run, and of which nothing is a user's yet."""
         from tornado.ioloop import IOLoop
 
+        app.kernel.at_cell_begin = self._refresh.before_cell
         app.kernel.at_cell_end = self._cell_ended
         app.io_loop = app.kernel.io_loop = IOLoop.current()
         self._app, self._own = app, Own(app)
