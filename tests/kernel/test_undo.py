@@ -108,9 +108,11 @@ def test_interrupts_meanwhile(one: Kernel, line: str) -> None:
         one.manager.interrupt_kernel()
         reply = one.collect(sent)
         assert reply.status == "ok" or reply.error.startswith("KeyboardInterrupt"), reply.error
-        assert one.value("(x, os.path.exists('file'), os.getcwd() == os.path.realpath('.'))") in (
-            "(2, True, True)", "(1, False, True)",
-        )  # fmt: skip
+        look = "print((x, os.path.exists('file'), os.getcwd() == os.path.realpath('.')))"
+        state = one.run(look)
+        if state.error.startswith("KeyboardInterrupt"):  # so late that it is for this one: nobody says when it arrives
+            state = one.run(look)
+        assert state.text in ("(2, True, True)\n", "(1, False, True)\n")
     assert one.run("%isolation checkpoint c").status == "ok"
 
 
