@@ -301,12 +301,12 @@ def test_nesting(project: Path, backend: str) -> None:
         "with Sandbox(SandboxSpec()) as box: print(box.run(['echo', 'inner']).stdout)"
     )
     with Sandbox(of(project, nesting=True)) as box:
-        done = box.run([sys.executable, "-c", program], timeout=120)
+        done = box.run([sys.executable, "-c", program], timeout=600)
         assert done.stdout == b"b'inner\\n'\n", done.stderr.decode()
     if backend == "microvm":
         return  # a machine's own kernel is for its guest to use, whatever the spec says
     with Sandbox(of(project)) as box:
-        error = box.run([sys.executable, "-c", program], timeout=120).stderr
+        error = box.run([sys.executable, "-c", program], timeout=600).stderr
         assert b"refused" in error
         assert b"--nesting" in error
 

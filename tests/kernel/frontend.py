@@ -11,7 +11,7 @@ from typing import Any
 from jupyter_client.client import KernelClient
 from jupyter_client.manager import KernelManager
 
-PATIENCE = 60.0  # s; CI machines are slow, and virtual ones may be emulated
+PATIENCE = 300.0  # s; CI machines are slow, and virtual ones may be emulated
 
 
 def wait_for_heartbeat(client: KernelClient) -> None:

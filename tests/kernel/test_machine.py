@@ -39,7 +39,7 @@ pytestmark = pytest.mark.once
 __all__ = ["index"]  # a fixture
 
 Kernels = Callable[..., Kernel]
-FIRST_START = 240.0  # s, for a machine to be made, and a kernel to be started in it, emulated
+FIRST_START = 1200.0  # s, for a machine to be made, and a kernel to be started in it, emulated
 
 
 @pytest.fixture(scope="session")
