@@ -7,8 +7,8 @@ looks at is another's: each pytest has its own command line, by which tests know
 
 A test that fails is run again when nothing else runs. If it passes then, it is told as FLAKY, with both outputs; two such tests
 are forgiven, and each is a defect to mend. Where several run this at once (CI: root and an ordinary user), they name a common
-file in ISOLATION_TEST_LOCK, and "alone" waits for the others, too. With ISOLATION_TESTS=user, tests that do not depend on who
-runs them (marked "once") are left to the other run.
+file in ISOLATION_TEST_LOCK, and "alone" waits for the others, too. Each says who it is in ISOLATION_TESTS ("root", "user"): tests
+that do not depend on who runs them (marked "once") are run by one of them.
 """
 
 from __future__ import annotations
@@ -58,12 +58,13 @@ class Outcome:
     name: str
     output: str = ""
     seconds: float = 0.0
+    cpu: float = 0.0  # s, of all that it has waited for
     counts: collections.Counter[str] = field(default_factory=collections.Counter)
     failed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counted = ", ".join(f"{self.counts[what]} {what}" for what in ("passed", "failed", "skipped") if self.counts[what])
-        return f"{self.name:48} {counted or 'ran no test'} in {self.seconds:.0f} s"
+        return f"{self.name:48} {counted or 'ran no test'} in {self.seconds:.0f} s (cpu {self.cpu:.0f} s)"
 
 
 class Pytest:
@@ -83,11 +84,14 @@ class Pytest:
 
     def poll(self) -> Outcome | None:
         """The outcome, once it has ended."""
-        if self._process.poll() is None:
+        pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+        if not pid:
             if time.monotonic() - self._begun > BOUND:
                 self.end()
             return None
+        self._process.returncode = os.waitstatus_to_exitcode(status)
         outcome = self.outcome
+        outcome.cpu = usage.ru_utime + usage.ru_stime
         outcome.seconds = time.monotonic() - self._begun
         self._output.seek(0)
         outcome.output = self._output.read()
@@ -106,6 +110,8 @@ class Pytest:
 
     def end(self) -> None:
         """At once, with what it has started."""
+        if self._process.returncode is not None:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

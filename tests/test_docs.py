@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("user")
 
 DOCS = Path(__file__).parent.parent / "docs"
 ANY = "…"

@@ -71,6 +71,7 @@ def test_databases_in_processes(tmp_path: Path) -> None:
         assert f"fixture '{name}' leaves" in done.stdout
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("microvm_ready")
 def test_databases_in_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_cache: str) -> None:
     """Both servers start once, and every test has a running copy."""

@@ -14,6 +14,8 @@ from kernel.conftest import install
 
 from isolation import cli
 
+pytestmark = pytest.mark.once("user")
+
 
 def spec(prefix: Path, name: str) -> dict[str, object]:
     return dict(json.loads((prefix / f"share/jupyter/kernels/{name}/kernel.json").read_text()))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from kernel.frontend import Kernel
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("user")
 
 BEFORE = """
 import sys

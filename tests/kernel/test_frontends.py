@@ -21,7 +21,7 @@ import websocket
 from kernel.conftest import ROUTES
 from nbformat.v4 import new_code_cell, new_notebook
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("user")
 
 BIN = Path(sys.executable).parent
 CELLS = (

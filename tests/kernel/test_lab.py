@@ -21,7 +21,7 @@ import pytest
 import websocket
 from kernel.test_frontends import Server, notebook
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("user")
 
 CELLS = (
     "import os, socket\nprint('process', os.getpid(), [name for _, name in socket.if_nameindex()])",

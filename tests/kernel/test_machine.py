@@ -68,6 +68,12 @@ class TestInAMachine(Samples, jupyter_kernel_test.KernelTests):
         """Not in the project's directory, parts of which a machine has already, as something to import from."""
         with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
             super().setUpClass()
+        # It was asked many times whether it is there: all answers have come when that to the last question has.
+        asked = cls.kc.kernel_info()
+        while True:
+            said = cls.kc.get_iopub_msg(timeout=frontend.PATIENCE)
+            if said["parent_header"].get("msg_id") == asked and said["content"].get("execution_state") == "idle":
+                break
 
 
 def test_it_is_a_machine_with_the_notebook_s_directory(kernels: Kernels, machine_kernel: str, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from isolation_kernel.pool import client
 from kernel.frontend import Kernel
 from kernel.test_frontends import descendants, zombie
 
+pytestmark = pytest.mark.once("user")
+
 Kernels = Callable[..., Kernel]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jupyter_kernel_test
 import pytest
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("jupyter")]
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("jupyter")]
 
 
 class Samples:

@@ -16,6 +16,8 @@ from kernel.frontend import PATIENCE, Kernel
 from kernel.test_frontends import descendants
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.once
+
 Kernels = Callable[..., Kernel]
 
 START = "import os, random, sys\nimport numpy as np\nx = np.random.random() and 1"
@@ -302,7 +304,7 @@ def test_cells_in_the_queue_behind_a_rollback_are_run(kernel: Kernel) -> None:
         ("import threading; t = threading.Timer(100, print); t.name = 'mine'; t.daemon = True; t.start()", "thread 'mine'"),
         ("from concurrent.futures import ThreadPoolExecutor as E; e = E(); e.submit(int).result()", "ThreadPoolExecutor"),
         ("import subprocess; p = subprocess.Popen(['sleep', '100'])", "(sleep 100)"),
-        ("import os; os.system('setsid sleep 100 &')", "(sleep 100)"),
+        ("import subprocess; subprocess.Popen(['sleep', '100'], start_new_session=True)", "(sleep 100)"),
         ("import socket; s = socket.create_server(('127.0.0.1', 0))", "socket ('127.0.0.1', "),
         ("import socket; s = socket.socketpair()", "socket (unnamed)"),
         ("import os; p = os.pipe()", "pipe (descriptor"),

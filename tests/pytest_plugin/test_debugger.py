@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 
 SUITE = """
     import os, sys, time

@@ -12,7 +12,7 @@ import pytest
 from conftest import alive, machines
 from pytest_plugin.test_outcomes import SUITE, outcome_lines, shape, without_noise
 
-pytestmark = pytest.mark.usefixtures("microvm_ready")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("microvm_ready")]
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +60,8 @@ def test_every_test_is_a_machine_of_its_own(pytester: pytest.Pytester) -> None:
             if os.fork() == 0: time.sleep(60)
         def test_segfault(): print("words before"); os.kill(os.getpid(), signal.SIGSEGV)
         def test_exit(): os._exit(0)
-        @pytest.mark.isolation(timeout="1s")
-        def test_hang(): time.sleep(60)
+        @pytest.mark.isolation(timeout="10s")
+        def test_hang(): time.sleep(600)
         def test_memory():
             hoard = []
             while True: hoard.append(bytearray(1 << 20))
@@ -82,7 +82,7 @@ def test_every_test_is_a_machine_of_its_own(pytester: pytest.Pytester) -> None:
         "*in test_segfault*",
         "words before",
         "*ended with status 0 before*",
-        "*timed out after 1s*",
+        "*timed out after 10s*",
         "*in test_hang*",
         "*ran out of memory (isolation memory limit: 300M)*",
     ])  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("nothing_left")]
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:

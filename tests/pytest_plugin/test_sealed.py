@@ -305,6 +305,7 @@ def test_user_s_variables_in_a_place(suite: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "out" / "a.xml").exists()
 
 
+@pytest.mark.once
 def test_in_a_machine(suite: Path, microvm_ready: None) -> None:
     (suite / "test_it.py").write_text(
         "import os\ndef test_a(): open('left', 'w').close()\ndef test_b(): assert not os.path.exists('left')\ndef test_c(): assert 0\n"

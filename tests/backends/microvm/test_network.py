@@ -9,7 +9,7 @@ import pytest
 
 from isolation import Sandbox, SandboxSpec
 
-pytestmark = pytest.mark.usefixtures("microvm_ready", "nothing_left")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("microvm_ready", "nothing_left")]
 
 _PROGRAM = """
 import socket, sys

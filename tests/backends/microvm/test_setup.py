@@ -20,6 +20,8 @@ from isolation.backends.microvm.kernel import Kernel
 from isolation.backends.microvm.progress import SILENT
 from isolation.errors import BackendUnavailable, LaunchError
 
+pytestmark = pytest.mark.once
+
 needs_tools = pytest.mark.skipif(
     not all(map(shutil.which, ("mksquashfs", "busybox", f"qemu-system-{os.uname().machine}"))),
     reason="needs QEMU, squashfs-tools and busybox-static",

@@ -18,6 +18,8 @@ from isolation.backends.microvm.snapshot import Key, Snapshot, SnapshotError
 from isolation.backends.microvm.vm import State
 from isolation.errors import LaunchError
 
+pytestmark = pytest.mark.once
+
 SIZE = 8 << 20
 HARDWARE = Hardware("microvm", "tcg", SIZE, 1, 1, 0)
 
