@@ -248,7 +248,7 @@ def test_this_package_is_where_no_sandbox_shows_it(tmp_path: Path) -> None:
         "        print(isolation.__file__, fork.receive(20))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, program], env=environment, cwd="/", capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, program], env=environment, cwd="/", capture_output=True, text=True, timeout=600)
     assert done.stdout == f"{tmp_path}/isolation/__init__.py {{'jobs': [1, 2]}}\n", done.stderr
 
 

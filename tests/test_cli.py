@@ -23,7 +23,7 @@ import pytest
 from isolation import cli, registry
 
 CLI = [sys.executable, "-m", "isolation"]
-PATIENCE = 60.0
+PATIENCE = 600.0
 
 WORKS = registry.backends()["namespace"].probe()
 real = pytest.mark.skipif(not WORKS.works, reason=WORKS.reason)

@@ -89,7 +89,7 @@ def test_section(section: Section, tmp_path: Path, tmp_path_factory: pytest.Temp
             continue
         done = subprocess.run(
             ["bash", "-c", step.command], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+            stderr=subprocess.STDOUT, text=True, timeout=600, check=False,
         )  # fmt: skip
         check(step, done.stdout)
 

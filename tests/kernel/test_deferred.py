@@ -25,7 +25,7 @@ assert not {"jupyter_client", "jupyter_client.manager", "platformdirs", "platfor
 
 def said(code: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}  # it chooses
-    done = subprocess.run([sys.executable, "-I", "-c", BEFORE + code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-I", "-c", BEFORE + code], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

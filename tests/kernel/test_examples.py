@@ -24,7 +24,7 @@ def notebooks(jupyter: Path, tmp_path: Path) -> Path:
 
 def execute(path: Path) -> list[nbformat.NotebookNode]:
     words = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", path.name]
-    done = subprocess.run(words, cwd=path.parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=path.parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
 

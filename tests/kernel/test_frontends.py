@@ -46,7 +46,7 @@ def check(path: Path) -> None:
 
 
 def run(*words: str, cwd: Path) -> None:
-    done = subprocess.run([str(BIN / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(BIN / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -84,7 +84,7 @@ class Server:
         self.log = root / "server.log"
         with open(self.log, "w") as file:
             self.process = subprocess.Popen(words, cwd=root, stdout=file, stderr=file)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (found := re.search(r"http://(?:localhost|127.0.0.1):(\d+)/", self.log.read_text())):
             assert time.monotonic() < deadline, self.log.read_text()
             assert self.process.poll() is None, self.log.read_text()
@@ -105,14 +105,14 @@ class Server:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"token {self.token}"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 
     def execute(self, kernel: str, code: str, *, wait: bool = True) -> str:
         """What the code prints, by a websocket as browsers have one. Without `wait`, nothing is read."""
         channels = websocket.create_connection(
-            f"ws://{self.address}/api/kernels/{kernel}/channels?token={self.token}", timeout=60, suppress_origin=True
+            f"ws://{self.address}/api/kernels/{kernel}/channels?token={self.token}", timeout=600, suppress_origin=True
         )
         try:
             header = {"msg_id": "m", "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
@@ -166,7 +166,7 @@ def test_jupyter_server_restarts_a_kernel_that_died(server: Server) -> None:
     kernel = server.ask("POST", "kernels", {"name": "argv"})["id"]
     assert server.execute(kernel, "print(1)") == "1\n"
     server.execute(kernel, "import os; os._exit(1)", wait=False)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while "restarting kernel" not in server.log.read_text():
         assert time.monotonic() < deadline, server.log.read_text()
         time.sleep(0.2)
@@ -180,7 +180,7 @@ def test_nothing_of_a_server_that_was_killed_is_left(server: Server) -> None:
     below = descendants(server.process.pid)
     assert len(below) >= 2 * 4  # launcher, keeper, PID 1, kernel
     server.process.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while alive := [pid for pid in below if os.path.exists(f"/proc/{pid}") and not zombie(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)

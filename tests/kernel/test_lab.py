@@ -43,11 +43,11 @@ class Browser:
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         port = directory / "DevToolsActivePort"
-        wait(lambda: port.exists() and port.read_text().strip(), 60)
+        wait(lambda: port.exists() and port.read_text().strip(), 300)
         address = f"127.0.0.1:{port.read_text().split()[0]}"
         with urllib.request.urlopen(f"http://{address}/json/list", timeout=20) as answer:
             page = next(page for page in json.loads(answer.read()) if page["type"] == "page")
-        self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
+        self._socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=600, suppress_origin=True)
         self._numbers = itertools.count(1)
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # as a window has that somebody works in
 
@@ -105,8 +105,8 @@ class Lab:
         url = f"http://{self.server.address}/lab/tree/{name}?token={self.server.token}&reset"
         self.browser.call("Page.navigate", url=url)
         there = f"window.jupyterapp?.shell.currentWidget?.context?.path === '{name}' && !!document.querySelector('{CELL}')"
-        wait(lambda: self.browser.evaluate(there), 90)
-        kernel = wait(lambda: self.kernel(name), 60)
+        wait(lambda: self.browser.evaluate(there), 300)
+        kernel = wait(lambda: self.kernel(name), 300)
         assert kernel["name"] == "argv"
         self.wait_until_idle(name)
         return str(kernel["id"])
@@ -119,7 +119,7 @@ class Lab:
             return None
 
     def wait_until_idle(self, name: str) -> None:
-        wait(lambda: (self.kernel(name) or {}).get("execution_state") == "idle", 60)
+        wait(lambda: (self.kernel(name) or {}).get("execution_state") == "idle", 300)
 
     def command(self, name: str) -> None:
         self.browser.evaluate(f"void window.jupyterapp.commands.execute('{name}')")

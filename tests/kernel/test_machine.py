@@ -135,7 +135,7 @@ def test_encryption_is_neither_promised_nor_pretended(jupyter: Path, machine_ker
     ports = {f"{name}_port": 0 for name in ("shell", "iopub", "stdin", "control", "hb")}
     path = tmp_path / "connection.json"
     path.write_text(json.dumps({"transport": "tcp", "ip": "127.0.0.1", "key": "k", "curve_secretkey": "s", **ports}))
-    done = subprocess.run([*spec["argv"][:-1], str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*spec["argv"][:-1], str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 125
     assert "no transport encryption" in done.stderr
 
@@ -214,7 +214,7 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(kernel: Kernel) -> None:
     kernel.run("%isolation checkpoint a")
     running |= machines(kernel.pid)
     os.kill(kernel.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while alive(running):
         assert time.monotonic() < deadline
         time.sleep(0.1)

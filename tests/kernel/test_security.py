@@ -271,7 +271,7 @@ def test_connections_that_are_not_read_hold_up_nobody(kernels: Kernels) -> None:
         # A subscriber by ZMTP 3.0, NULL, who then never reads.
         end.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL" + bytes(16) + b"\0" + bytes(31))
         end.sendall(b"\4\x19\5READY\x0bSocket-Type\0\0\0\3SUB" + b"\0\1\1")
-    reply = kernel.run("for _ in range(300): print('z' * 100_000)", timeout=60)
+    reply = kernel.run("for _ in range(300): print('z' * 100_000)", timeout=600)
     assert reply.status == "ok"
     assert kernel.value("6*7") == "42"
     assert rss(kernel.pid) - before < 64 << 20
@@ -300,7 +300,7 @@ def test_nothing_is_left_after_sigkill(jupyter: Path, tmp_path: Path, route: str
         below = descendants(frontend.pid)
         assert len(below) >= 5
         os.kill(launcher if victim == "launcher" else frontend.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         below = below if victim == "frontend" else [pid for pid in below if pid != launcher]
         while alive := [pid for pid in below if os.path.exists(f"/proc/{pid}") and not zombie(pid)]:
             assert time.monotonic() < deadline, alive

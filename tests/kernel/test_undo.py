@@ -429,7 +429,7 @@ def test_a_notebook_with_a_rollback(jupyter: Path, tmp_path: Path) -> None:
     """nbclient waits for reply and "idle" of each cell; both must come, of another process than was asked."""
     codes = ["x = 1", "%isolation checkpoint a", "x = 2", "%isolation rollback a", "print(x)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes])
-    NotebookClient(notebook, kernel_name="argv", timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, kernel_name="argv", timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert notebook.cells[-1].outputs[0].text == "1\n"
     assert notebook.cells[3].outputs[0].text == "back at checkpoint a\n"
 

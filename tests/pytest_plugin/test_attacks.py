@@ -170,7 +170,7 @@ def test_a_debugger_that_nobody_has_asked_for(pytester: pytest.Pytester) -> None
     """)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--isolation", "--isolation-timeout=3s", "-q", "-p", "no:cacheprovider"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert "2 failed" in done.stdout
     assert done.stdout.count("timed out after 3s") >= 2
@@ -278,7 +278,7 @@ def test_everything_ends_with_a_killed_host(pytester: pytest.Pytester) -> None:
             break
     host.send_signal(signal.SIGKILL)
     host.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while keepers(mark) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert keepers(mark) == set()

@@ -48,7 +48,7 @@ SUITE = """
 def piped(pytester: pytest.Pytester, keys: str, *arguments: str) -> str:
     pytester.makepyfile(SUITE)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--isolation", *arguments]
-    done = subprocess.run(command, input=keys, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=keys, capture_output=True, text=True, timeout=600, check=False)
     return done.stdout + done.stderr
 
 
@@ -117,7 +117,7 @@ class Screen:
 
     def until(self, wanted: str, after: int = 0) -> int:
         """Wait until it shows `wanted`; returns where it ends."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while wanted not in self.text[after:]:
             assert time.monotonic() < deadline, self.text
             if select.select([self._master], [], [], 0.2)[0]:

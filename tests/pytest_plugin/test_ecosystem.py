@@ -30,7 +30,7 @@ def need(*modules: str) -> None:
 
 def run(pytester: pytest.Pytester, *arguments: str, cache: bool = False) -> pytest.RunResult:
     quiet = [] if cache else ["-p", "no:cacheprovider"]
-    return pytester.runpytest_subprocess(*quiet, *arguments, timeout=120)
+    return pytester.runpytest_subprocess(*quiet, *arguments, timeout=600)
 
 
 def outcomes(result: pytest.RunResult) -> list[str]:

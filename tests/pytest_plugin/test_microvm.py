@@ -132,7 +132,7 @@ def test_killed_at_any_moment(pytester: pytest.Pytester, delay: float) -> None:
     running = machines(process.pid)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while alive(running) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert alive(running) == set()

@@ -265,7 +265,7 @@ class Browser:
             self.events.append(answer)
 
     def _receive(self) -> dict[str, Any]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
             data = os.read(self._in, 1 << 20) if ready else b""
@@ -288,7 +288,7 @@ class Browser:
         return answer["result"].get("value")
 
     def wait_for(self, script: str) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not self.ask(script):
             assert time.monotonic() < deadline, f"never: {script}"
             time.sleep(0.02)

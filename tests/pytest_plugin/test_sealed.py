@@ -31,7 +31,7 @@ from isolation.errors import SpecError
 
 PROGRAM = [sys.executable, "-I", "-m", "isolation", "pytest"]
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "untrusted"
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 Run = subprocess.CompletedProcess[str]
 

@@ -74,7 +74,7 @@ def run_command(host: Host, attack: str, without: str = "", **changes: Any) -> s
     machine = NamespaceMachine(plan)
     box = Sandbox.borrowed(machine)
     with box:
-        done = box.run([sys.executable, "-c", attack.format_map(host.facts())], timeout=120)
+        done = box.run([sys.executable, "-c", attack.format_map(host.facts())], timeout=600)
         assert done.returncode == 0, done
         return done.stdout.decode()
 

@@ -50,7 +50,7 @@ def watched(megabytes: int, without: str = "") -> Plan:
 @pytest.mark.parametrize("without", ["", "seccomp"])
 def test_who_watches_is_not_within_reach(without: str) -> None:
     with Sandbox.borrowed(NamespaceMachine(watched(150, without))) as box:
-        done = box.run([sys.executable, "-c", BLINDING], timeout=60)
+        done = box.run([sys.executable, "-c", BLINDING], timeout=600)
         assert done.verdict.ended is Ended.OUT_OF_MEMORY
         assert b"held" not in done.stdout
 

@@ -121,7 +121,7 @@ def _stdin_attack(host: Host, without: str) -> str:
     host.secret_file.chmod(0o666)
     with Sandbox.borrowed(NamespaceMachine(plan)) as box, host.secret_file.open() as given:
         process = box.popen([sys.executable, "-c", attacks.REOPEN_STDIN], stdin=given.fileno(), stdout=-1)
-        return process.communicate(timeout=120).stdout.decode()
+        return process.communicate(timeout=600).stdout.decode()
 
 
 def test_a_file_given_to_read_stays_read_only(host: Host) -> None:

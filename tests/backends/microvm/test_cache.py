@@ -94,7 +94,7 @@ def test_two_at_once_build_once(cache: Cache, tmp_path: Path) -> None:
     assert first.stdout is not None
     assert first.stdout.readline() == "building\n"
     second = builder(cache, 1.0, log)
-    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    outputs = [process.communicate(timeout=600) for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
     assert outputs[1][0] == "done\n"
     assert "waiting for another process" in outputs[1][1]
@@ -122,7 +122,7 @@ def test_what_is_being_built_is_left_alone(cache: Cache, tmp_path: Path) -> None
     cache.make("kind", "other", write("x"))
     cache.clean()
     assert hidden(cache, ".tmp") == [".key.tmp"]
-    output = process.communicate(timeout=120)
+    output = process.communicate(timeout=600)
     assert process.returncode == 0, output
 
 

@@ -150,7 +150,7 @@ class Machine:
         for number, image in enumerate(self.images):
             command += ["-drive", f"id=d{number},file={image},format=raw,if=none,readonly=on"]
             command += ["-device", f"virtio-blk-device,drive=d{number}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return (self.tmp_path / "console").read_text(errors="replace")
 

@@ -117,9 +117,9 @@ def test_the_wall_clock_of_the_machine() -> None:
 def test_all_memory_of_the_machine(box: Sandbox) -> None:
     """Without a limit the machine's size is the limit."""
     hoard = "b = []\nwhile True: b.append(b'x' * (1 << 24))"
-    verdict = box.run([sys.executable, "-c", hoard], timeout=120).verdict
+    verdict = box.run([sys.executable, "-c", hoard], timeout=600).verdict
     assert verdict.ended is Ended.OUT_OF_MEMORY, verdict
-    assert box.run(["true"], timeout=60).returncode == 0
+    assert box.run(["true"], timeout=600).returncode == 0
 
 
 def test_a_fork_bomb_without_a_limit(box: Sandbox) -> None:
@@ -131,7 +131,7 @@ def test_a_fork_bomb_without_a_limit(box: Sandbox) -> None:
 def test_a_full_disk() -> None:
     fill = "import sys\ntry:\n    f = open('/tmp/x', 'wb', 0)\n    while True: f.write(bytes(1 << 20))\nexcept OSError as error: print(error.errno)"
     with Sandbox(spec(limits=Limits(disk="20M"))) as box:
-        assert box.run([sys.executable, "-c", fill], timeout=120).stdout == b"28\n"
+        assert box.run([sys.executable, "-c", fill], timeout=600).stdout == b"28\n"
         assert box.run(["rm", "/tmp/x"]).returncode == 0
         assert box.run(["sh", "-c", "echo x > /tmp/y"]).returncode == 0
 

@@ -37,14 +37,14 @@ def port() -> int:
 def test_nat_reaches_out(port: int) -> None:
     """10.0.2.2 is the host, for QEMU's user networking."""
     with Sandbox(SandboxSpec("microvm", network="nat")) as box:
-        done = box.run(["python3", "-c", _PROGRAM, "10.0.2.2", str(port)], timeout=60)
+        done = box.run(["python3", "-c", _PROGRAM, "10.0.2.2", str(port)], timeout=600)
         assert done.stdout == b"from the host\n", done.stderr
 
 
 def test_without_it_there_is_nothing(port: int) -> None:
     with Sandbox(SandboxSpec("microvm")) as box:
         for address in ("10.0.2.2", "127.0.0.1"):
-            done = box.run(["python3", "-c", _PROGRAM, address, str(port)], timeout=60)
+            done = box.run(["python3", "-c", _PROGRAM, address, str(port)], timeout=600)
             assert b"OSError" in done.stderr or b"ConnectionRefusedError" in done.stderr
     with socket.create_connection(("127.0.0.1", port)) as connection:  # it was there all the time
         assert connection.recv(100) == b"from the host"

@@ -128,7 +128,7 @@ def as_user(
         "uid": USER, "gid": GROUP, "groups": [GROUP, LAB], "arguments": arguments,
     }  # fmt: skip
     words = [PYTHON, "-s", "-B", "-c", DRIVER, json.dumps(told)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, timeout=600)
 
 
 def filled(case: str) -> str:

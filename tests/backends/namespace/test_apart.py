@@ -131,7 +131,7 @@ os._exit(0)
 def test_a_process_forks_from_within_a_call(threads: str) -> None:
     """In a process of its own, since it enters namespaces; with other threads, by another way."""
     command = [sys.executable, "-c", ENTERS, *filter(None, [threads])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     here = 2 if threads else 1
     assert done.stdout.splitlines() == [f"{number} 1000 1 {here}" for number in range(3)], done.stderr
 
