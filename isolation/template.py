@@ -130,8 +130,9 @@ class Template(abc.ABC):
 
     def watch_for_deadlock(self, *, loops: bool = False) -> None:
         """End forks made from here on, branches and theirs, within 15 s of when every thread in them waits for a lock that
-        nobody is left to release: `Ended.DEADLOCKED`. With `loops`, also where such waits have a time-out and are begun
-        again and again. Feature "fork-deadlock"; raises FeatureMissing."""
+        nobody is left to release: `Ended.DEADLOCKED`. With `loops`, also where for a minute such waits have a time-out
+        and are begun again and again. Not while a timer may send a signal that is handled. Feature "fork-deadlock";
+        raises FeatureMissing."""
         raise FeatureMissing("this backend does not tell what its forks wait for")
 
     def save(self, directory: str | os.PathLike[str]) -> None:

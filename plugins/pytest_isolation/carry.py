@@ -169,7 +169,7 @@ def _descriptors() -> list[tuple[str, str]]:
 def _mappings() -> list[str]:
     """Shared, and neither of a file nor of the kernel's own memory: a fork does not have them."""
     found = []
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             area, rights, _offset, _device, _inode, *name = line.split(None, 5)
             if rights.endswith("s") and "".join(name).startswith(_DEVICES):

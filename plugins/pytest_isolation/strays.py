@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Generator
 from typing import NoReturn
 
 import pytest
@@ -36,28 +35,36 @@ class Strays:
         if _getpid() != self._pid:
             self._end(None)
 
-    def _watch(self) -> Generator[None, object, object]:
-        """Around a phase of a test, within pytest's capture: what is said of the child belongs to that test's output."""
-        try:
-            return (yield)
-        except BaseException as error:
-            if _getpid() != self._pid:
-                self._end(error)
-            raise
-        finally:
-            self.check()
+    # Within pytest's capture, whose files a child has in common with its test; and behind what runs the phase, not around
+    # it: that would show in tracebacks.
 
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_setup(self) -> Generator[None, object, object]:
-        return (yield from self._watch())
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_setup(self) -> None:
+        """It came back from a fixture."""
+        self.check()
 
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_call(self) -> Generator[None, object, object]:
-        return (yield from self._watch())
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_call(self) -> None:
+        """It came back from the test."""
+        self.check()
 
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_runtest_teardown(self) -> Generator[None, object, object]:
-        return (yield from self._watch())
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self) -> None:
+        """It came back from the end of a fixture."""
+        self.check()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+        """It has raised. What was captured so far, it has taken out of the files: its test wants to have that."""
+        if _getpid() == self._pid:
+            return
+        captured = dict(pytest.TestReport.from_item_and_call(item, call).sections)
+        capture = self._config.pluginmanager.getplugin("capturemanager")
+        if capture is not None:
+            capture.resume_global_capture()
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                _write_all(number, captured.get(f"Captured {name} {call.when}", ""))
+        self._end(None if call.excinfo is None else call.excinfo.value)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self) -> None:
@@ -74,9 +81,15 @@ class Strays:
         said += f"process {_getpid()}, which this test has forked, came back from it: ended with status {status & 255}\n"
         try:
             streams.flush(self._config)
-            _write(2, said.encode("utf-8", "backslashreplace"))
+            _write_all(2, said)
         finally:
             _exit(status & 255)
+
+
+def _write_all(fd: int, text: str) -> None:
+    data = text.encode("utf-8", "backslashreplace")
+    while data:
+        data = data[_write(fd, data) :]
 
 
 def _describe(error: BaseException) -> str:

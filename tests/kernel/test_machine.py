@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -66,7 +67,12 @@ class TestInAMachine(Samples, jupyter_kernel_test.KernelTests):
     @classmethod
     def setUpClass(cls) -> None:
         """Not in the project's directory, parts of which a machine has already, as something to import from."""
-        with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        start = functools.partial(jupyter_kernel_test.start_new_kernel, startup_timeout=FIRST_START)
+        with (
+            tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(jupyter_kernel_test, "start_new_kernel", start)
             super().setUpClass()
         # It was asked many times whether it is there: all answers have come when that to the last question has.
         asked = cls.kc.kernel_info()

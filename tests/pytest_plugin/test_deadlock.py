@@ -50,7 +50,7 @@ def test_a_test_that_waits_for_what_it_has_not(pytester: pytest.Pytester) -> Non
 
 
 WAITS = """
-    import os, subprocess, sys, threading, time
+    import os, signal, subprocess, sys, threading, time
     import pytest
 
     threading.Thread(target=time.sleep, args=(100,), daemon=True).start()  # lost, but nobody waits for it
@@ -66,6 +66,26 @@ WAITS = """
         threading.Timer(LONG, done.set).start()
         assert done.wait()
     def test_one_long_wait(): assert not threading.Event().wait(LONG)
+    def test_asks_again_and_again():
+        end = time.monotonic() + LONG
+        while time.monotonic() < end: assert not threading.Event().wait(0.2)
+    def test_alarm():
+        lock = threading.Lock()
+        lock.acquire()
+        signal.signal(signal.SIGALRM, lambda *_: lock.release())
+        signal.alarm(LONG)
+        lock.acquire()
+    def test_timer_of_posix():
+        import ctypes
+        lock = threading.Lock()
+        lock.acquire()
+        signal.signal(signal.SIGUSR1, lambda *_: lock.release())
+        libc, timer = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p()
+        class Event(ctypes.Structure):  # struct sigevent
+            _fields_ = [("value", ctypes.c_void_p), ("signo", ctypes.c_int), ("notify", ctypes.c_int), ("rest", ctypes.c_byte * 48)]
+        assert libc.timer_create(1, ctypes.byref(Event(None, signal.SIGUSR1, 0)), ctypes.byref(timer)) == 0
+        assert libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 0, LONG, 0), None) == 0
+        lock.acquire()
     def test_waits_for_its_child(): subprocess.run(["sleep", str(LONG)], check=True)
     def test_works():
         end = time.monotonic() + LONG
@@ -84,8 +104,8 @@ WAITS = """
 
 def test_long_waits_that_come_to_an_end(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(WAITS)
-    result = pytester.runpytest_subprocess("--isolation", "--isolation-jobs=7", "-p", "no:cacheprovider", timeout=300)
-    result.assert_outcomes(passed=7)
+    result = pytester.runpytest_subprocess("--isolation", "--isolation-jobs=10", "-p", "no:cacheprovider", timeout=300)
+    result.assert_outcomes(passed=10)
 
 
 def test_nothing_is_said_of_what_plugins_start(pytester: pytest.Pytester) -> None:

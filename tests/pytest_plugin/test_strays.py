@@ -30,7 +30,8 @@ FORKING = """
         pytest.fail("the test itself")
 
     def test_passes_and_its_child_fails():
-        if (pid := os.fork()) == 0: raise ValueError("in the child")
+        print("printed before the fork"); os.write(2, b"written before the fork\\n")
+        if (pid := os.fork()) == 0: print("printed by the child"); raise ValueError("in the child")
         assert ended(pid) == 1
 
     def test_passes_and_its_child_exits():
@@ -85,6 +86,8 @@ def test_only_the_test_itself_reports(pytester: pytest.Pytester) -> None:
     text = result.stdout.str()
     assert text.count("the test itself\n") >= 4
     assert text.count("ValueError: in the child") == 1
+    for what in ("printed before the fork", "written before the fork", "printed by the child"):
+        assert text.count(f"{what}\n") == 1
     assert "came back from it: ended with status 1" in text
 
 

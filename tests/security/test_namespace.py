@@ -146,6 +146,9 @@ def test_shared_memory_leads_nowhere(host: Host, runner: str, without: str, brea
     files = {name: host.project / name for name in ("written", "read")}
     files["outside"] = host.secret_file.parent / "outside"
     files["unlinked"] = host.project / "unlinked"
+    # What str.splitlines() takes for the end of a line, and then for the kernel's word on the area.
+    for number, end in enumerate("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
+        files[f"odd {number}"] = host.project / f"x{end}VmFlags: dc io"
     with contextlib.ExitStack() as stack:
         opened = {}
         for name, path in files.items():

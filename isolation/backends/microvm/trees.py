@@ -436,7 +436,7 @@ def _number(value: int, width: int) -> bytes:
 def _virtual_devices() -> frozenset[int]:
     """Device numbers of file systems that are never part of a tree (proc(5): mountinfo)."""
     found = set()
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             before, _, after = line.partition(" - ")
             if after.split(" ", 1)[0] in _VIRTUAL:

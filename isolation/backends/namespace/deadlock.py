@@ -8,6 +8,7 @@ in a futex(2) wait, and none moves, nobody is left who could end that. To sleep,
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,9 +17,12 @@ from isolation.backends.namespace import syscalls
 
 _INTERVAL = 1.0  # s between two looks
 _LOOKS = 10  # so many in a row must find the same
+_LOOKS_AT_LOOPS = 60  # where waits have a time-out: what asks again and again may count how often
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAITS = (0, 6, 9, 11, 13)  # FUTEX_WAIT, LOCK_PI, WAIT_BITSET, WAIT_REQUEUE_PI, LOCK_PI2 (linux/futex.h)
 _FUTEX_COMMAND = 0x7F  # without FUTEX_PRIVATE_FLAG and FUTEX_CLOCK_REALTIME
+_SEEN_AT_WORK = 4  # looks that one at which it is counts against
+_ALARMS = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)  # of setitimer(2), which nothing in /proc tells of
 _BUSY = 0.05  # of a processor; a loop around a wait of 10 ms takes less
 
 
@@ -33,8 +37,8 @@ class _Wait(NamedTuple):
 
 
 class DeadlockWatch:
-    """Of one sandbox. `loops`: waits that end by themselves count, too, where all that follows is the same wait again (as of
-    gRPC, which looks for signals meanwhile). For a single long one there may be a good reason."""
+    """Of one sandbox. `loops`: waits that end by themselves count, too, where for a minute all that follows is the same wait
+    again (as of gRPC, which looks for signals meanwhile). For a single long one there may be a good reason."""
 
     def __init__(self, *, loops: bool) -> None:
         self._loops = loops
@@ -53,9 +57,13 @@ class DeadlockWatch:
             return False
         self._next = now + _INTERVAL
         found = self._waits(roots)
-        self._same = self._same + 1 if found is not None and self._is_as_before(found) else 0
+        if found is not None and self._is_as_before(found):
+            self._same += 1
+        else:  # what goes round is seen at work now and then
+            self._same = max(0, self._same - _SEEN_AT_WORK) if self._loops else 0
         self._seen = found or {}
-        return self._same >= _LOOKS
+        looks = _LOOKS_AT_LOOPS if any(wait.timed for wait in self._seen.values()) else _LOOKS
+        return self._same >= looks and not any(map(_has_timer, {wait.pid for wait in self._seen.values()}))
 
     def _waits(self, roots: tuple[int, ...]) -> dict[tuple[str, str], _Wait] | None:
         """All threads, by process and thread; None when one does something else, or cannot be looked at."""
@@ -88,8 +96,21 @@ def _wait_of(pid: str, thread: str) -> _Wait | None:
         return None
     fields = _read(f"/proc/{pid}/task/{thread}/stat").rpartition(")")[2].split()
     status = _read(f"/proc/{pid}/task/{thread}/status")
-    switches = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("voluntary_ctxt_switches:"))
+    switches = next(int(line.split()[1]) for line in status.split("\n") if line.startswith("voluntary_ctxt_switches:"))
     return _Wait(pid, thread, timeout != 0, switches, int(fields[11]) + int(fields[12]))
+
+
+def _has_timer(pid: str) -> bool:
+    """Whether a signal may come that a handler waits for, which could release what is waited for; or that cannot be told."""
+    try:
+        if _read(f"/proc/{pid}/timers"):
+            return True
+    except FileNotFoundError:
+        pass  # a kernel without CONFIG_CHECKPOINT_RESTORE
+    except OSError:
+        return True
+    caught = next(line.split()[1] for line in _read(f"/proc/{pid}/status").split("\n") if line.startswith("SigCgt:"))
+    return any(int(caught, 16) >> (number - 1) & 1 for number in _ALARMS)
 
 
 def _below(roots: tuple[int, ...]) -> Iterator[str]:
@@ -114,5 +135,5 @@ def _below(roots: tuple[int, ...]) -> Iterator[str]:
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         return file.read()

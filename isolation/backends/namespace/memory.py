@@ -86,7 +86,7 @@ class Watch:
     def _is_own(self, pid: str) -> bool:
         """One number in all: that in the PID namespace of this /proc (proc_pid_status(5), NSpid)."""
         try:
-            lines = self._read(f"{pid}/status").splitlines()
+            lines = self._read(f"{pid}/status").split(b"\n")
         except _GONE:
             return False
         return any(line.startswith(b"NSpid:") and len(line.split()) == 2 for line in lines)
@@ -125,7 +125,8 @@ class Watch:
     def _share(self, pid: str) -> int:
         """Proportional anonymous and shared memory; for a process that made itself undumpable, all it has."""
         try:
-            fields = dict(line.split(b":") for line in self._read(f"{pid}/smaps_rollup").splitlines()[1:])
+            lines = self._read(f"{pid}/smaps_rollup").split(b"\n")[1:]
+            fields = dict(line.split(b":") for line in lines if line)
             return sum(int(fields[name].split()[0]) << 10 for name in (b"Pss_Anon", b"Pss_Shmem"))
         except (OSError, KeyError, ValueError):
             return self._resident(pid)

@@ -23,7 +23,7 @@ class MountTable:
 
     @classmethod
     def read(cls) -> MountTable:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return cls([_parse(line) for line in file])
 
     def beneath(self, path: str) -> list[str]:

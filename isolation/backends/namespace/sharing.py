@@ -142,7 +142,8 @@ def _objects() -> list[Object]:
         text = _read("/proc/self/maps")
     found: dict[tuple[str, str, str], Object] = {}
     item: Object | None = None
-    for line in os.fsdecode(text).splitlines():
+    # Of the characters that str.splitlines() takes for the end of a line, the kernel escapes one in names of files.
+    for line in os.fsdecode(text).split("\n"):
         if match := _AREA.fullmatch(line):
             start, end, rights, kind, offset, device, inode, name = match.groups()
             item = None
@@ -180,7 +181,7 @@ def _find_source(item: Object, inherited: Sequence[fds.Inherited]) -> None:
                 item.inherited, item.source = known.fd, _open_again(f"/proc/self/fd/{known.fd}")
                 return
         return
-    item.path = item.name
+    item.path = item.name if os.path.lexists(item.name) else item.name.replace("\\012", "\n")
     item.source = _open_again(item.path)
 
 

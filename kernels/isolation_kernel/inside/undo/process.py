@@ -86,7 +86,7 @@ def shared_maps() -> Iterator[str]:
 
 def _maps_of_files() -> Iterator[tuple[str, str]]:
     """Permissions and path of what is mapped."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
             fields = line.rstrip("\n").split(None, 5)
             if len(fields) == 6:

@@ -47,5 +47,5 @@ class State:
 
 def _semaphores() -> list[int]:
     """Where they are mapped."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace", newline="\n") as file:
         return [int(line.partition("-")[0], 16) for line in file if SEMAPHORE in line]
