@@ -54,7 +54,10 @@ def kernels(jupyter: Path, tmp_path: Path) -> Iterator[Callable[..., Kernel]]:
         kernel.close()
 
 
-@pytest.fixture(params=[*ROUTES, "rolled back"])
+USERS = pytest.mark.once("user")
+
+
+@pytest.fixture(params=["argv", pytest.param("provisioner", marks=USERS), pytest.param("rolled back", marks=USERS)])
 def kernel(request: pytest.FixtureRequest, kernels: Callable[..., Kernel]) -> Kernel:
     """A kernel, by either route; and one that has come back to a checkpoint, and is another process now."""
     if request.param != "rolled back":

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import leftovers
 
+pytestmark = pytest.mark.once("user")
+
 SUITE = """
     import logging, os, sys, unittest, warnings
     import pytest

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:

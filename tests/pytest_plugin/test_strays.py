@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 
 FORKING = """
     import os, sys

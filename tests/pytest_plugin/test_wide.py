@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 
 # Every set-up and teardown writes a line that reaches the terminal, whatever captures: what happened, and how often, shows.
 CONFTEST = """

@@ -20,7 +20,7 @@ from isolation.backends.microvm import memory, qemu
 from isolation.backends.microvm.qemu import Hardware
 from isolation.backends.microvm.vm import Vm
 
-pytestmark = pytest.mark.usefixtures("microvm_ready")
+pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("microvm_ready")]
 
 # Of the attacks on a namespace sandbox, those that mean something to a machine with a kernel and processes of its own.
 ATTACKS = (

@@ -22,7 +22,7 @@ from isolation.backends.microvm import vm as vms
 from isolation.backends.microvm.machine import MicrovmMachine
 from isolation.backends.microvm.vm import State
 
-pytestmark = pytest.mark.usefixtures("microvm_ready", "nothing_left")
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("microvm_ready", "nothing_left")]
 
 
 def spec(**fields: object) -> SandboxSpec:
