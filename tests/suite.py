@@ -179,6 +179,9 @@ def main() -> int:
     if not files:
         parser.error(f"no test file in {' '.join(words)}")
     begun = time.monotonic()
+    # A shell that starts this in the background has it ignore these, which tests would inherit: some are about Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     # What Python and pytest write beside the sources, they write now: a machine shows these directories, and is made anew when
     # anything in them has changed.
     subprocess.run([sys.executable, "-m", "compileall", "-q", *SOURCES], cwd=HERE.parent, check=True)
