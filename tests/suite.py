@@ -44,9 +44,8 @@ LONG = """
 """.split()
 # Seconds in all: no machine, no kernel, few runs of pytest.
 QUICK = """
-    backends/microvm/test_kernel backends/microvm/test_layers backends/microvm/test_link backends/microvm/test_qemu
-    backends/microvm/test_qmp backends/microvm/test_snapshot backends/namespace guest kernel/test_command kernel/test_deferred
-    kernel/test_proxy pytest_plugin/test_strays pytest_plugin/test_runs security/test_namespace test_doctor test_mux test_spec
+    backends/microvm/test_qemu backends/microvm/test_qmp backends/namespace/test_apart backends/namespace/test_layers
+    backends/namespace/test_plan backends/namespace/test_script guest pytest_plugin/test_strays test_doctor test_mux test_spec
     test_template test_wire
 """.split()
 
