@@ -35,9 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if who := os.environ.get("ISOLATION_TESTS"):
-        others = [item for item in items if (once := item.get_closest_marker("once")) and who not in (once.args or ("root",))]
+        chosen: list[pytest.Item] = []
+        others: list[pytest.Item] = []
+        for item in items:
+            once = item.get_closest_marker("once")
+            (others if once and who not in (once.args or ("root",)) else chosen).append(item)
         config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+        items[:] = chosen
 
 
 def leftovers(mark: bytes) -> set[str]:

@@ -7,7 +7,7 @@ looks at is another's: each pytest has its own command line, by which tests know
 
 A test that fails is run again when nothing else runs. If it passes then, it is told as FLAKY, with both outputs; two such tests
 are forgiven, and each is a defect to mend. Where several run this at once (CI: root and an ordinary user), they name a common
-file in ISOLATION_TEST_LOCK, and "alone" waits for the others, too. Each says who it is in ISOLATION_TESTS ("root", "user"): tests
+file in ISOLATION_TEST_LOCK: "alone" waits for the others, too, and two are forgiven in all. Each says who it is in ISOLATION_TESTS ("root", "user"): tests
 that do not depend on who runs them (marked "once") are run by one of them.
 """
 
@@ -25,23 +25,26 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 HERE = Path(__file__).parent
 SOURCES = ("isolation", "plugins", "kernels", "benchmarks")
 FLAKY_AT_MOST = 2
 AGAIN_AT_MOST = 10
-BOUND = 30 * 60  # s, for one file: longer than all of them take together
+BOUND = 30 * 60  # s, for one file; the longest takes less than half of it
 # What takes longest comes first, or it would be what everybody waits for in the end.
 LONG = """
     kernel/test_machine backends/microvm/test_machine kernel/test_features pytest_plugin/test_microvm kernel/test_undo
     test_sandbox pytest_plugin/test_ecosystem kernel/test_pool backends/microvm/test_template pytest_plugin/test_wide
     backends/namespace/test_file_checkpoints pytest_plugin/test_outcomes pytest_plugin/test_sealed kernel/test_lab
     kernel/test_frontends kernel/test_security pytest_plugin/test_deadlock test_template test_branch security/test_microvm
-    security/test_namespace test_docs test_examples test_demo
+    security/test_namespace test_docs test_examples
 """.split()
+# Each user has one pool of warm kernels, which every kernel that starts asks: what tests that runs beside no other kernels.
+POOL, KERNELS = "tests/kernel/test_pool.py", "tests/kernel/"
 # Seconds in all: no machine, no kernel, few runs of pytest.
 QUICK = """
     backends/microvm/test_qemu backends/microvm/test_qmp backends/namespace/test_apart backends/namespace/test_layers
@@ -117,11 +120,11 @@ class Pytest:
 
 def side_by_side(files: Sequence[str], jobs: int, directory: Path) -> Iterator[Outcome]:
     """Run each file; yields as they end."""
-    waiting, running = collections.deque(files), list[Pytest]()
+    waiting, running = list(files), list[Pytest]()
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                name = waiting.popleft()
+            while len(running) < jobs and (name := may_run(waiting, [each.outcome.name for each in running])) is not None:
+                waiting.remove(name)
                 running.append(Pytest(name, [name], directory / name.replace("/", "-")))
             time.sleep(0.05)
             for each in list(running):
@@ -131,6 +134,15 @@ def side_by_side(files: Sequence[str], jobs: int, directory: Path) -> Iterator[O
     finally:
         for each in running:
             each.end()
+
+
+def may_run(waiting: Iterable[str], running: Sequence[str]) -> str | None:
+    """The first that disturbs none of those that run."""
+    for name in waiting:
+        others = [each for each in running if each.startswith(KERNELS) and POOL in (each, name)]
+        if not (others and name.startswith(KERNELS)):
+            return name
+    return None
 
 
 def alone(test: str, directory: Path) -> Outcome:
@@ -155,15 +167,12 @@ def files_of(words: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[int]:
-    """Holds the common lock with those that run side by side; gives its descriptor, -1 where there is none."""
+def together() -> Iterator[TextIO]:
+    """The common file, locked together with those that run side by side. It holds the names of tests that were flaky."""
     path = os.environ.get("ISOLATION_TEST_LOCK")
-    if path is None:
-        yield -1
-        return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "a+", encoding="utf-8") if path else tempfile.TemporaryFile("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        yield file.fileno()
+        yield file
 
 
 def main() -> int:
@@ -195,15 +204,15 @@ def main() -> int:
     files = [name for name in files if name in chosen]
     counts: collections.Counter[str] = collections.Counter()
     failed: dict[str, Outcome] = {}
-    flaky = 0
-    with tempfile.TemporaryDirectory(prefix="isolation-tests-") as name, together() as lock:
+    flaky: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="isolation-tests-") as name, together() as common:
         directory = Path(name)
         for outcome in side_by_side(files, options.jobs, directory):
             print(outcome, flush=True)
             counts += outcome.counts
             failed |= dict.fromkeys(outcome.failed, outcome)
-        if lock >= 0 and failed:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        if failed:
+            fcntl.flock(common, fcntl.LOCK_EX)
         for outcome in {id(each): each for each in failed.values()}.values():
             print(f"\n{outcome.output}", flush=True)
         for number, test in enumerate(list(failed)):
@@ -216,17 +225,19 @@ def main() -> int:
                 continue
             print(f"\n{again.output}\nFLAKY {test} (it failed beside others, see above, and has passed alone)", flush=True)
             del failed[test]
-            flaky += 1
+            print(test, file=common, flush=True)
             counts["failed"] -= 1
             counts["passed"] += 1
+        common.seek(0)
+        flaky = common.read().splitlines()
     for test in failed:
         print(f"FAILED {test}")
-    if flaky > FLAKY_AT_MOST:
-        print(f"{flaky} tests are flaky, which is more than {FLAKY_AT_MOST}")
+    if len(flaky) > FLAKY_AT_MOST:
+        print(f"{len(flaky)} tests are flaky, which is more than {FLAKY_AT_MOST}")
     minutes, seconds = divmod(int(time.monotonic() - begun), 60)
-    print(f"{minutes}:{seconds:02} min, {flaky} flaky")
+    print(f"{minutes}:{seconds:02} min, {len(flaky)} flaky")
     print(f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
-    return 1 if failed or flaky > FLAKY_AT_MOST else 0
+    return 1 if failed or len(flaky) > FLAKY_AT_MOST else 0
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ import pytest
 _DEVICES = ("/dev/dri/", "/dev/nvidia", "/dev/kfd", "/dmabuf:", "anon_inode:", "socket:")
 _KINDS = {"socket": "socket", "pipe": "pipe", "anon_inode": "event descriptor"}
 _NAMES_AT_MOST = 5
-initially = pytest.StashKey[list["Held"]]()  # what was held before the project's own conftest files were loaded, and after
-# A thread of jemalloc (in pyarrow) that starts again by itself.
-_HARMLESS = ("jemalloc_bg_thd",)
+_HARMLESS = ("jemalloc_bg_thd",)  # a thread of jemalloc (in pyarrow) that starts again by itself
+initially = pytest.StashKey[tuple["Held", "Held"]]()  # what was held before conftest files were loaded, and after
 
 
 @dataclass(frozen=True)

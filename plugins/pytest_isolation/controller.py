@@ -76,7 +76,7 @@ class Controller:
         config.pluginmanager.register(Strays(config), "isolation-strays")  # of tests that run here
         self._here = Here(config)
         # What plug-ins have started while they were configured, is theirs, and in no test's way.
-        self._of_plugins = Held.now(own=True).since(config.stash[initially][-1]) if initially in config.stash else None
+        self._of_plugins = Held.now(own=True).since(config.stash[initially][1]) if initially in config.stash else None
         self.lost = ""
         self._chains: dict[Settings, Chain] = {}
         self._settings: dict[pytest.Item, Settings] = {}

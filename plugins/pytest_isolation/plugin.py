@@ -71,7 +71,7 @@ def pytest_load_initial_conftests(
     try:
         return (yield)
     finally:
-        early_config.stash[initially] = [before, Held.now(before, own=True)]
+        early_config.stash[initially] = before, Held.now(before, own=True)
 
 
 def _backend(config: pytest.Config, option: str | None) -> str:

@@ -138,6 +138,15 @@ class Kernel:
         assert reply.status == "ok", reply.error
         return reply.text.strip()
 
+    def interrupt_a_cell(self) -> Reply:
+        """The reply to one that was interrupted once it ran. An interrupt of an idle kernel may be for the next cell: nobody says
+        when it arrives."""
+        sent = self.send("print('on', flush=True)\nwhile True: __import__('time').sleep(0.01)")
+        while self.client.get_iopub_msg(timeout=PATIENCE)["msg_type"] != "stream":
+            pass
+        self.manager.interrupt_kernel()
+        return self.collect(sent)
+
     def control(self, kind: str, content: dict[str, Any], timeout: float = PATIENCE) -> dict[str, Any]:
         """Ask on the control channel; the reply's content."""
         message = self.client.session.msg(kind, content)

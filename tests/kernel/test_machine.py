@@ -130,7 +130,7 @@ def test_checkpoint_and_rollback(kernels: Kernels, machine_kernel: str, route: s
     missing = kernel.run("%isolation rollback two")
     assert "there is no checkpoint 'two'; there is: one" in missing.error
     assert kernel.value("state") == "after"
-    kernel.manager.interrupt_kernel()
+    assert kernel.interrupt_a_cell().content["ename"] == "KeyboardInterrupt"
     assert kernel.value("6*7") == "42"
     assert kernel.control("usage_request", {})["pid"] > 0
 
