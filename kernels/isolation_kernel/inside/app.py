@@ -8,7 +8,6 @@ import contextvars
 import importlib
 import signal
 import threading
-import time
 import types
 from typing import Any, ClassVar, Final
 
@@ -19,10 +18,10 @@ from ipykernel.kernelapp import IPKernelApp
 from traitlets import Type, default
 
 from isolation_kernel.connection import CHANNELS
+from isolation_kernel.inside.arrivals import Arrivals
 
-_SHELL, _IOPUB, _STDIN = (CHANNELS.index(name) + 1 for name in ("shell", "iopub", "stdin"))  # ports
-_SUBSCRIPTION: Final = 1.5  # s
-_PATIENCE: Final = 5.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, one that reads nothing does not
+_SHELL, _IOPUB = (CHANNELS.index(name) + 1 for name in ("shell", "iopub"))  # ports
+_PATIENCE: Final = 15.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, if its process runs
 
 
 class Kernel(IPythonKernel):
@@ -36,6 +35,7 @@ class Kernel(IPythonKernel):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.waiting: dict[int, Any] = {}  # requests that have come, and are not begun
+        self._interrupted = threading.Event()  # while a cell's request was on its way to do_execute
         self.subshells: list[str] = []  # that there were in the kernel before, and are to be again
 
     def start(self) -> None:
@@ -75,23 +75,48 @@ class Kernel(IPythonKernel):
         self.waiting.pop(id(msg), None)
         await super().dispatch_shell(msg, *arguments, **more)
 
+    def pre_handler_hook(self) -> None:
+        """As the base class's. But a cell is not interrupted on its way to `do_execute`: ipykernel would never answer it."""
+        parent: dict[str, Any] = self.get_parent("shell")  # type: ignore[no-untyped-call]
+        if parent.get("header", {}).get("msg_type") != "execute_request":
+            super().pre_handler_hook()  # type: ignore[no-untyped-call]
+            return
+        self._interrupted.clear()
+        self.saved_sigint_handler = signal.signal(signal.SIGINT, lambda *_details: self._interrupted.set())
+
     async def do_execute(self, *arguments: Any, **more: Any) -> Any:
-        """A cell."""
+        """A cell. From here on an interrupt ends it, until it has ended; it is answered in any case."""
+        main = threading.current_thread() is threading.main_thread()
         self.in_cell = True
         try:
-            if self.at_cell_begin is not None:
-                self.at_cell_begin()
-            reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
-        except KeyboardInterrupt:  # before the cell, or when it had ended; ipykernel would not answer at all
+            try:
+                if main:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
+                    if self._interrupted.is_set():
+                        raise KeyboardInterrupt
+                if self.at_cell_begin is not None:
+                    self.at_cell_begin()
+                reply = await super().do_execute(*arguments, **more)  # type: ignore[no-untyped-call]
+            finally:
+                _ignore_interrupts(main)
+        except KeyboardInterrupt:  # before the cell's first line, or after its last
+            _ignore_interrupts(main)
             reply = {
                 "status": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": [], "payload": [],
                 "execution_count": self.execution_count - 1, "user_expressions": {},
             }  # fmt: skip
-        finally:
-            self.in_cell = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # until it is answered: see Kernel.post_handler_hook
+        self.in_cell = False
         return reply if self.at_cell_end is None else await self.at_cell_end(reply)
+
+
+def _ignore_interrupts(main: bool) -> None:
+    """Until the next cell (Kernel.post_handler_hook). `signal.signal` itself raises what has come before."""
+    while main:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            return
+        except KeyboardInterrupt:
+            continue
 
 
 class KernelApp(IPKernelApp):
@@ -125,35 +150,27 @@ class KernelApp(IPKernelApp):
 class RenewedApp(KernelApp):
     """In a kernel that has come back: the shell, and what its user has made of it, is there already.
 
-    It waits for the frontends of the kernel before, of whom so many were `expected` (by port). What is said to somebody who
-    is not connected is lost, and they would wait for it.
+    It waits for the frontends of the kernel before, of whom so many were `expected` (by channel).
     """
 
-    expected: ClassVar[dict[int, int]]
+    expected: ClassVar[list[int]]
     streams: ClassVar[dict[str, Any]]  # stdout and stderr of the application before
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        self._monitored: list[tuple[Any, Any, int]] = []
-        self._subscribed = 0
+        self._arrivals = Arrivals()
 
     def _try_bind_socket(self, s: Any, port: int) -> int:
-        if port in (_SHELL, _STDIN):
-            self._monitored.append((s, s.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED), self.expected[port]))
-        elif port == _IOPUB:
-            s.setsockopt(zmq.XPUB_VERBOSE, 1)  # who subscribes to what others have is not told otherwise
-        return super()._try_bind_socket(s, port)
+        if CHANNELS[port - 1] in ("shell", "iopub", "stdin"):
+            self._arrivals.watch(port - 1, s)
+        return port if port == _IOPUB else super()._try_bind_socket(s, port)
 
     def init_iopub(self, context: Any) -> None:
-        """With an eye on who subscribes."""
+        """It takes no connection before it is seen who subscribes."""
         super().init_iopub(context)  # type: ignore[no-untyped-call]
         thread = self.iopub_thread
-
-        def subscribed(frames: Any) -> None:
-            self._subscribed += sum(bytes(frame)[:1] == b"\1" for frame in frames)
-            thread._handle_subscription(frames)
-
-        thread.io_loop.add_callback(thread._xpub_stream.on_recv, subscribed)
+        self._arrivals.watch_iopub(thread)
+        thread.io_loop.add_callback(super()._try_bind_socket, thread.socket, _IOPUB)
 
     def init_io(self) -> None:
         """Streams for the new channels; in the objects that were there before, which loggers, say, have kept."""
@@ -162,18 +179,8 @@ class RenewedApp(KernelApp):
 
     def init_kernel(self) -> None:
         """Not before the frontends are there."""
-        deadline = time.monotonic() + _PATIENCE
-        for monitored, monitor, missing in self._monitored:
-            while missing > 0 and monitor.poll(max(0, 1000 * (deadline - time.monotonic()))):
-                _event, endpoint = monitor.recv_multipart()
-                missing -= not endpoint.endswith(b"-inner")
-            monitored.disable_monitor()
-            monitor.close()
-        # Who does not look at iopub, does not subscribe again either, until it does.
-        deadline = min(deadline, time.monotonic() + _SUBSCRIPTION)
-        while self._subscribed < self.expected[_IOPUB] and time.monotonic() < deadline:
-            time.sleep(0.002)
-        self.iopub_thread.io_loop.add_callback(self.iopub_thread.socket.setsockopt, zmq.XPUB_VERBOSE, 0)
+        self._arrivals.wait(self.expected, _PATIENCE)
+        self._arrivals.close()
         super().init_kernel()  # type: ignore[no-untyped-call]
 
     def _nothing(self) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from IPython.core.error import UsageError
 
 from isolation.errors import WireError
-from isolation_kernel.inside import usage
+from isolation_kernel.inside import arrivals, usage
 from isolation_kernel.inside.host import Host, Refused
 from isolation_kernel.inside.undo import request
 
 if TYPE_CHECKING:
     from isolation_kernel.inside.undo.checkpoint import Undo
 
+_ARRIVE: Final = 60.0  # s of an emulated machine, for frontends that are connected to its host
 _USAGE = """\
 %isolation                 what this sandbox is, and what it uses
 %isolation changes         which files were added, changed or deleted in it
@@ -89,11 +90,13 @@ class Magic:
         said = self._host.ask("export", path=os.path.abspath(os.path.expanduser(arguments[0])))
         print(f"exported to {said['target']} ({said['size']})")
 
-
     def _checkpoint(self, arguments: list[str]) -> None:
         name = _one(arguments, "%isolation checkpoint NAME")
         # In a machine it is answered twice: to the one that goes on, and after a rollback.
-        said = self._host.ask("checkpoint", name=name)
+        with arrivals.of_running(self._shell.kernel.parent) as arrived:
+            said = self._host.ask("checkpoint", name=name)
+            if "connected" in said:
+                arrived.wait(said["connected"], _ARRIVE)
         if "slot" in said:
             self._undo.wish(name, said)
         elif "rolled_back" in said:

@@ -15,7 +15,7 @@ from isolation.mux import MuxError
 from isolation.result import Ended, Verdict
 from isolation.units import format_size
 from isolation.wire import Message
-from isolation_kernel.connection import Connection, Doors
+from isolation_kernel.connection import CHANNELS, Connection, Doors
 from isolation_kernel.hosting import (
     TO_GROUP,
     Output,
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 _CONNECTIONS_AT_MOST: Final = 512
 _DRAIN: Final = 0.5  # s, for the last bytes of a kernel that has ended
-_COME_BACK: Final = 5.0  # s, for frontends to connect to a machine that has taken another's place
-_SUBSCRIBE: Final = 0.3  # s, and for what they say first
+_COME_BACK: Final = 15.0  # s, for frontends to connect to a machine that has taken another's place
 _LONGEST: Final = 1.0  # s, between looks at whether the machine is there
 
 
@@ -190,18 +189,15 @@ class MachineHosting:
         self._waiting = answer, before, time.monotonic() + _COME_BACK
 
     def _answer_when_they_are_back(self) -> None:
-        """A frontend that has not subscribed again would miss what the cell prints, and that it ends."""
+        """Then the kernel waits until it knows them (inside/arrivals.py). One that has gone is not waited for for ever."""
         if self._waiting is None:
             return
         assert self._box is not None
         answer, before, deadline = self._waiting
-        if before:
-            now = Counter(self._connected.values())
-            if not before - now:
-                self._waiting = answer, Counter(), min(deadline, time.monotonic() + _SUBSCRIBE)
-                return
-        if time.monotonic() >= deadline:
+        back = Counter(self._connected.values()) & before
+        if back == before or time.monotonic() >= deadline:
             self._waiting = None
+            answer["answer"]["connected"] = [back[channel] for channel in range(len(CHANNELS))]
             self._box.wire.send(answer)
 
     # The end.

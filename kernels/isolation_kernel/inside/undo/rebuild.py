@@ -37,7 +37,7 @@ def application(own: Own, arguments: list[str], expected: list[int]) -> Any:
     type(before).clear_instance()
     type(kernel).clear_instance()
     RenewedApp.given, RenewedApp.streams = before.given, streams
-    RenewedApp.expected = {number + 1: count for number, count in enumerate(expected)}
+    RenewedApp.expected = expected
     sys.argv, argv = ["ipykernel_launcher", *arguments], sys.argv
     try:
         app: Any = RenewedApp.instance(kernel_class=type(kernel))
