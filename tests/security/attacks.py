@@ -200,6 +200,51 @@ for name, inode in host.items():
         print("BREACH shares namespace", name)
 """
 
+COUNTERS = """
+import ctypes, mmap, resource
+libc = ctypes.CDLL(None, use_errno=True)
+
+def take(what, most):
+    held = 0
+    while held < most and what() >= 0:
+        held += 1
+    return held
+
+watches = take(lambda: libc.inotify_init1(0o2000000), {inotify})
+if watches > {inotify} // 2:
+    print("BREACH inotify instances", watches)
+timer = ctypes.c_void_p()
+timers = take(lambda: libc.timer_create(1, None, ctypes.byref(timer)), 10000)
+if timers > 5000:
+    print("BREACH pending signals", timers)
+memory = mmap.mmap(-1, 6 << 20)
+address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+if libc.mlock(address, ctypes.c_size_t(6 << 20)) == 0:
+    print("BREACH locked memory")
+if resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1 << 16:
+    print("BREACH descriptors in flight")
+"""
+
+SHARED = """
+import ctypes, os, platform, resource
+libc = ctypes.CDLL(None, use_errno=True)
+context = ctypes.c_ulong()
+number = dict(x86_64=206, aarch64=0)[platform.machine()]
+if libc.syscall(number, 1000, ctypes.byref(context)) == 0:
+    print("BREACH requests for asynchronous I/O, which are counted for the whole machine")
+terminals = 0
+try:
+    while terminals < 300:
+        os.openpty()
+        terminals += 1
+except OSError:
+    pass
+if terminals > 260:
+    print("BREACH terminals", terminals)
+if resource.getrlimit(resource.RLIMIT_CORE) not in ((1, 1), (0, 0)):
+    print("BREACH a core dump starts the host's handler")
+"""
+
 HOST_ID = """
 uid_map = open("/proc/self/uid_map").read().split()
 if uid_map[1] == "0" and {host_uid} == 0 and int(uid_map[2]) > 1000000:

@@ -59,6 +59,7 @@ class Host:
             "host_uid": os.getuid(),
             "key": "isolation-test-key",
             "areas": self.areas,
+            "inotify": int(Path("/proc/sys/fs/inotify/max_user_instances").read_text()),
             "executable": os.path.realpath(sys.executable),
         }
 

@@ -59,6 +59,8 @@ def test_contained(host: Host, attack: str, runner: str) -> None:
         ("CAPABILITIES", "capabilities"),
         ("SYSTEM_CALLS", "seccomp"),
         ("POWER_OVER_INIT", "seccomp"),
+        ("COUNTERS", "counters"),
+        ("SHARED", "seccomp"),
         ("INIT_IS_OPEN", "dumpable"),
         ("MEMORY", "dumpable"),
     ],
@@ -78,6 +80,8 @@ def test_command_breaks_out_without(host: Host, attack: str, without: str) -> No
         ("INHERITED_SOCKET", "fds"),
         ("SIBLING", "seccomp"),
         ("POWER_OVER_INIT", "seccomp"),
+        ("COUNTERS", "counters"),
+        ("SHARED", "seccomp"),
     ],
 )
 @pytest.mark.usefixtures("nothing_left")

@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from isolation.backends.namespace import identity, lockdown, network, syscalls, tree
 from isolation.backends.namespace.operations import FreshOperation, Overlay
@@ -100,6 +101,19 @@ def become_root_of_namespace(plan: Plan, leash: socket.socket) -> None:
         ask_keeper(leash, b"m")  # only real root, outside, can map a range
     else:
         identity.map_own_ids(0, 0, who.uid, who.gid)  # devpts wants a mapped root (bubblewrap)
+    if "counters" in plan.defences:
+        _limit_counters()
+
+
+def _limit_counters() -> None:
+    """A quarter of what the machine gives to a user (inotify(7)) for this namespace and all below it: those of the host's
+    programs are counted by the same user (user_namespaces(7), /proc/sys/user)."""
+    for name in ("instances", "watches"):
+        try:
+            whole = int(Path(f"/proc/sys/fs/inotify/max_user_{name}").read_text(encoding="ascii"))
+            Path(f"/proc/sys/user/max_inotify_{name}").write_text(str(whole // 4), encoding="ascii")
+        except OSError:
+            continue  # a read-only /proc/sys, as Docker has
 
 
 def leave_host_ids(plan: Plan) -> None:
@@ -229,6 +243,7 @@ def _write_fresh_keyring(script: Script) -> None:
 
 
 def _write_rlimit(script: Script, number: int, value: int) -> None:
-    _soft, hard = resource.getrlimit(number)
-    lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    script.call("prlimit64", 0, number, script.memory(struct.pack("=QQ", lower, lower)), 0, about=f"resource limit {number}")
+    soft, hard = (value if limit == resource.RLIM_INFINITY else min(value, limit) for limit in resource.getrlimit(number))
+    if number == resource.RLIMIT_CORE:
+        soft = hard
+    script.call("prlimit64", 0, number, script.memory(struct.pack("=QQ", soft, hard)), 0, about=f"resource limit {number}")

@@ -375,13 +375,13 @@ class Proc(FreshOperation):
 
 @dataclass(frozen=True)
 class DevPts(FreshOperation):
-    """Fresh: a devpts instance of the sandbox's own: no terminal of the host is in it."""
+    """Fresh: a devpts instance of the sandbox's own: no terminal of the host is in it. All instances have 4096 together."""
 
     target: str = "/dev/pts"
 
     def write(self, script: Script, ground: Ground) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-        write_mount(script, self, "devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620")
+        write_mount(script, self, "devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620,max=256")
 
     def describe(self) -> str:
         return f"devpts   {self.target} (new instance)"

@@ -11,6 +11,7 @@ import resource
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from isolation.backends.namespace import adoption, lockdown, seccomp, syscalls, view
 from isolation.backends.namespace.cgroup import Hierarchy
@@ -104,7 +105,7 @@ class Plan:
 
 # Each can be left out by a test, to show that the attack it stops then succeeds. Not reachable from a spec.
 ALL_DEFENCES = frozenset(
-    "capabilities dumpable environment fds keyring landlock network proc-masks seccomp sharing view".split()
+    "capabilities counters dumpable environment fds keyring landlock network proc-masks seccomp sharing view".split()
 )
 
 
@@ -142,7 +143,7 @@ def make_plan(
             )
     own_network = spec.network.mode == "none" and "network" in defences
     flags = sum(_NAMESPACES.values()) & ~(0 if own_network else syscalls.CLONE_NEWNET)
-    cgroup, rlimits, watch = _enforcement(spec.limits)
+    cgroup, rlimits, watch = _enforcement(spec.limits, _COUNTED if "counters" in defences else ())
     base, fresh = shown.operations()
     return Plan(
         base=tuple(base),
@@ -239,9 +240,22 @@ def _name_resolution(shown: view.View) -> None:
             shown.add(TextFile(real, file.read()))
 
 
-def _enforcement(limits: Limits) -> tuple[Hierarchy | None, tuple[tuple[int, int], ...], bool]:
+# What the kernel counts for all processes of a user together, in all of its namespaces (ucounts, kernel/ucount.c): a sandbox
+# gets a part, and cannot take it all from the host's programs.
+_COUNTED: Final = (
+    (resource.RLIMIT_NOFILE, 1 << 16),  # as many descriptors may be in flight, by unix sockets
+    (resource.RLIMIT_SIGPENDING, 4096),  # timers are counted, too
+    (resource.RLIMIT_MEMLOCK, 4 << 20),
+)
+
+
+def _enforcement(
+    limits: Limits, counted: tuple[tuple[int, int], ...]
+) -> tuple[Hierarchy | None, tuple[tuple[int, int], ...], bool]:
     """By what each limit is held: (cgroups, rlimits, the keeper watches memory). Raises FeatureMissing."""
-    rlimits = [(resource.RLIMIT_CORE, 0)]
+    # Where `core_pattern` is a pipe, the host's handler gets each dump, as the host's root, whatever the limit; but for the
+    # one value that the kernel takes for a handler's own (core(5), fs/coredump.c).
+    rlimits = [(resource.RLIMIT_CORE, 1), *counted]
     if limits.pids is not None:
         # Counted per user namespace since Linux 5.14, and so for this sandbox alone. Cheaper than a cgroup, and as strict.
         rlimits.append((resource.RLIMIT_NPROC, limits.pids))
