@@ -697,7 +697,7 @@ def test_environment_without_this_package(suite: Path, tmp_path: Path, monkeypat
         "def test_fork(): open('left', 'w').close()\n"
         "def test_fresh(): assert not os.path.exists('left')\n"
         "def test_environment_is_read_only():\n"
-        "    with pytest.raises(OSError): open(sys.prefix + '/x', 'w')\n"
+        "    with pytest.raises(OSError): open(sys.prefix + '/lib/x', 'w')\n"
     )
     monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "env"))
     for words in ([], ["--disable-plugin-autoload"]):
@@ -725,6 +725,22 @@ def test_environment_cannot_name_what_is_shown(tmp_path: Path) -> None:
         interpreter.find(str(python), None, str(tmp_path))
     with pytest.raises(SpecError, match="no interpreter"):
         interpreter.find("nowhere/python", None, str(tmp_path))
+
+
+def test_environment_does_not_lead_to_another_project(suite: Path, tmp_path: Path) -> None:
+    """One that was made in the root of a project is an environment, and all the rest of that project."""
+    python = bare_environment(tmp_path / "other", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
+    (tmp_path / "other" / ".env").write_text("TOKEN=secret")
+    (suite / "test_it.py").write_text(f"import os\ndef test_it(): print(sorted(os.listdir({str(tmp_path / 'other')!r})))\n")
+    done = sealed("--python", str(python), "-rP")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pyvenv.cfg" in done.stdout
+    assert ".env" not in done.stdout
+    (suite / ".venv").mkdir()
+    (suite / ".venv" / "bin").symlink_to(python.parent)
+    refused = sealed("--python", ".venv")
+    assert refused.returncode == 125
+    assert f"a symbolic link to {python.parent}" in refused.stderr
 
 
 # The command

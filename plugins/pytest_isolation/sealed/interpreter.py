@@ -1,7 +1,8 @@
 """Which Python the suite runs on, and what of it must be seen inside. It is looked at, and never executed, on the host.
 
 A virtual environment may be the project's own, and so may say anything: what its links and its pyvenv.cfg name is shown
-only where it is the root of a Python installation.
+only where it is the root of a Python installation. Of an environment that lies elsewhere only what environments consist of is
+shown: somebody may have made one in the root of another project, with all that there is beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from isolation.errors import SpecError
 
 _LINKS_AT_MOST: Final = 40
 _CONFIG_AT_MOST: Final = 1 << 16
+_ENVIRONMENT: Final = ("pyvenv.cfg", "bin", "include", "lib", "lib64", "share")
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,18 @@ def find(named: str | None, virtual_env: str | None, cwd: str) -> Interpreter:
         return Interpreter(sys.executable, ())  # what it needs is shown in any case
     if os.path.isdir(path):
         path = os.path.join(path, "bin", "python")
-    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    directory = os.path.realpath(os.path.dirname(path))
+    if os.path.dirname(directory) != os.path.realpath(os.path.dirname(os.path.dirname(path))):
+        raise SpecError(f"{what}: its directory is a symbolic link to {directory}; name that, if it is what you mean")
+    path = os.path.join(directory, os.path.basename(path))
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
         raise SpecError(f"{what}: there is no interpreter {path}; name one, such as .venv/bin/python")
     shown: dict[str, str] = {}
     prefix = os.path.dirname(os.path.dirname(path))
     if os.path.isfile(os.path.join(prefix, "pyvenv.cfg")):
-        shown[prefix] = prefix
+        whole = _is_beneath(prefix, os.path.realpath(cwd))
+        parts = [prefix] if whole else [os.path.join(prefix, name) for name in _ENVIRONMENT]
+        shown.update((part, part) for part in parts if os.path.exists(part))
         places = [*_hops(path), *_home(prefix)]
     else:
         places = list(_hops(path))
@@ -87,6 +94,10 @@ def _is_installation(root: str) -> bool:
     if real == "/" or (home + os.sep).startswith(real + os.sep):
         return False
     return bool(glob.glob(os.path.join(glob.escape(real), "lib", "python3.*", "os.py")))
+
+
+def _is_beneath(path: str, directory: str) -> bool:
+    return path.startswith(os.path.join(directory, ""))
 
 
 def _is_system(path: str) -> bool:
