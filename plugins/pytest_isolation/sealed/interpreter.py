@@ -1,7 +1,7 @@
 """Which Python the suite runs on, and what of it must be seen inside. It is looked at, and never executed, on the host.
 
 A virtual environment may be the project's own, and so may say anything: what its links and its pyvenv.cfg name is shown
-only where it is the root of a Python installation. Of an environment that lies elsewhere only what environments consist of is
+only where it is the root of a Python installation. Of an environment elsewhere only what environments consist of is
 shown: somebody may have made one in the root of another project, with all that there is beside it.
 """
 
