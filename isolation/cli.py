@@ -243,8 +243,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _spec(options: argparse.Namespace) -> SandboxSpec:
+    from isolation import command_line
     from isolation.spec import Limits, Mount, SandboxSpec
 
+    command_line.hide_values(options.env)
     mounts = [Mount.parse(text) for text in options.mount]
     try:
         cwd = os.getcwd()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Generator, Iterator
@@ -55,6 +56,8 @@ def leftovers(mark: bytes) -> set[str]:
                 line = Path(f"/proc/{name}/cmdline").read_bytes()
             except OSError:
                 continue
+            if command == "isolation-init" and not line.strip(b"\0"):  # it has made its own unreadable
+                line = b"".join(_command_lines(_above(int(name))))
             if command.startswith("isolation") and mark in line and not _belongs_to_another_run(int(name), mine):
                 found.add(f"process {name} {command}")
     return found
@@ -101,6 +104,12 @@ def _belongs_to_another_run(pid: int, command: bytes) -> bool:
         if line == command and not name.startswith(b"isolation"):
             return True
     return False
+
+
+def _command_lines(pids: set[int]) -> Iterator[bytes]:
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            yield Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _above(pid: int) -> set[int]:

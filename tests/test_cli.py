@@ -535,3 +535,20 @@ def test_doctor_and_backends() -> None:
     assert json.loads(isolation("doctor", "--json", "--backend", "namespace").stdout)["works"] is WORKS.works
     assert isolation("doctor", "--backend", "no-such").returncode == 125
     assert isolation("backends").stdout.startswith(b"namespace: ")
+
+
+def test_values_of_variables_are_in_nobody_s_command_line() -> None:
+    """Neither for other users of this machine, nor inside, where PID 1 was a fork of the host's process."""
+    word = f"secret{os.getpid()}of{time.monotonic_ns()}"
+    script = "cat /proc/*/cmdline; echo; echo \"$A$B\"; read line"
+    command = [*CLI, "run", "--env", f"A={word}", f"--env=B={word}", "--", "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        inside = process.stdout.readline()
+        assert process.stdout.readline() == f"{word}{word}\n"
+        assert processes_with(word) == []
+        process.stdin.write("\n")
+        process.stdin.close()
+    assert word not in inside
+    assert "isolation" not in inside

@@ -46,10 +46,12 @@ def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
             listener.close()
         return _accompany(adopted, signals, parent)
 
+    from isolation import command_line
     from isolation_kernel.hosting import Hosting
     from isolation_kernel.options import parse
 
     line = parse(argv)
+    command_line.hide_values(line.options.env)
     doors = Doors(connection.paths() if connection.transport == "ipc" else None)
     if line.options.in_machine:
         from isolation_kernel.machine.hosting import MachineHosting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from isolation import command_line
 from isolation.backends.namespace import syscalls
 
 
@@ -18,5 +19,12 @@ def scrub() -> None:
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     start, end = int(fields[47]), int(fields[48])
+    if 0 < start < end:
+        syscalls.clear_memory(start, end)
+
+
+def scrub_command_line() -> None:
+    """Likewise what /proc/PID/cmdline shows: the host's, with the paths of what it has mounted, and how it was called."""
+    start, end = command_line.bounds()
     if 0 < start < end:
         syscalls.clear_memory(start, end)

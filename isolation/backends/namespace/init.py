@@ -113,6 +113,7 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
         memory_files = (_low(memory_files[0]), _low(memory_files[1]))
     if "environment" in plan.defences:
         environment.scrub()
+        environment.scrub_command_line()
     syscalls.set_name("isolation-init")
     _default_signals()
     server = _Server(plan, control, leash, birth.signal_mask)

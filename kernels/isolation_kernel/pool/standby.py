@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from isolation import command_line
 from isolation.errors import IsolationError, WireError
 from isolation.wire import Wire
 from isolation_kernel.connection import CHANNELS, Connection, Doors
@@ -22,6 +23,7 @@ _WARMING: Final = 120.0  # s
 def main() -> int:
     """Descriptor 0 is the daemon's, the arguments are JSON: {words, cwd, doors}."""
     wanted = json.loads(sys.argv[1])
+    command_line.hide([sys.argv[1]])  # values of --env are in it
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # those come by wire
     daemon = Wire(socket.socket(fileno=os.dup(0)), accept_fds=True)

@@ -14,6 +14,7 @@ from typing import Final
 
 import isolation
 import pytest_isolation
+from isolation import command_line
 from isolation.cli import is_home, say, say_why, variables
 from isolation.errors import SandboxClosed, SpecError
 from isolation.sandbox import Sandbox
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     except FileNotFoundError:
         raise SpecError("the current directory does not exist any more; cd to one that does") from None
     request = arguments.parse(argv, cwd)
+    command_line.hide_values(request.options.env)
     _look_around(request, cwd)
     virtual_env = os.environ.pop("VIRTUAL_ENV", None)  # what it names would be shown unseen
     python = interpreter.find(request.options.python, virtual_env, cwd)
