@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 
 def hide(secrets: Iterable[str]) -> None:
-    """Overwrite each of them in this process's own command line, and so in those of all that it forks (proc(5): arg_start and
-    arg_end in stat). `sys.argv` stays as it is."""
+    """Overwrite each of them in this process's own command line, and so in those of all that it forks (proc(5), stat:
+    arg_start and arg_end). `sys.argv` stays as it is."""
     start, end = bounds()
     if not 0 < start < end:
         return

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
-import socket
 import stat
 import struct
 import termios
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from isolation.errors import WireError
+from isolation.plain import select, socket, time
 
 WINDOW: Final = 256 << 10
 _CHUNK = 32 << 10

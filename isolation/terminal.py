@@ -13,18 +13,16 @@ import enum
 import errno
 import fcntl
 import os
-import select
 import signal
-import socket
 import stat
 import struct
 import termios
-import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 
 from isolation.errors import SandboxClosed, SpecError
+from isolation.plain import select, socket, time
 from isolation.result import Verdict
 from isolation.sandbox import Process
 from isolation.signals import Signals

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import array
 import collections
-import json
 import os
-import select
-import socket
 import struct
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from isolation.errors import WireError
+from isolation.plain import json, select, socket, time
 
 Message = dict[str, Any]
 

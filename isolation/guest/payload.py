@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 
 from isolation.guest import renew, streams
 from isolation.guest.guest import Guest
 from isolation.guest.warm import DUMP_SIGNAL
+from isolation.plain import json, socket
 from isolation.wire import Wire
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
+
+from isolation.plain import threading
 
 _DEVICES = ("/dev/dri/", "/dev/nvidia", "/dev/kfd", "/dmabuf:", "anon_inode:", "socket:")
 _KINDS = {"socket": "socket", "pipe": "pipe", "anon_inode": "event descriptor"}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from isolation.plain import time
 from isolation.result import Ended, Verdict
 from isolation.spec import Limits
 from isolation.units import format_size

@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
 import struct
 import sys
 import termios
-import time
 import tty
 from collections.abc import Iterator
 
 from isolation.errors import WireError
 from isolation.guest import Guest
+from isolation.plain import select, time
 from isolation.template import Fork
 from isolation.wire import Message
 from pytest_isolation.sealed.screen import Screen

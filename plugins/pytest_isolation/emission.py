@@ -6,7 +6,6 @@ import getpass
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from isolation.hookspecs import Backend
+from isolation.plain import time
 from isolation.result import Account
 from pytest_isolation import details
 from pytest_isolation.crash import CrashRepr

@@ -65,6 +65,7 @@ def pytest_load_initial_conftests(
         early_config.known_args_namespace = parser.parse_known_args(args, namespace=namespace)
     if not _is_wanted(_backend(early_config, early_config.known_args_namespace.isolation)):
         return (yield)
+    import isolation.plain  # noqa: F401 before the project, whose imports may replace it
     from pytest_isolation.carry import Held, initially
 
     before = Held.now(own=True)

@@ -7,7 +7,6 @@ another test's node id, attributes that pytest gives a meaning to, control seque
 from __future__ import annotations
 
 import builtins
-import json
 import linecache
 import math
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from isolation.plain import json
 from pytest_isolation import rerun
 from pytest_isolation.text import clean, clean_all, clean_name
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from isolation.errors import IsolationError, LaunchError, WireError
+from isolation.plain import time
 from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
 from isolation.wire import Message

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
-import select
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from isolation.errors import LaunchError, WireError
+from isolation.plain import select, time
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from pytest_isolation import units

@@ -6,13 +6,13 @@ ordinary kernel stalls. So a machine is booted once, with a deadline, and the ve
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 
 from isolation.backends.microvm import qemu
 from isolation.backends.microvm.cache import Cache
 from isolation.errors import BackendUnavailable
+from isolation.plain import json
 
 VARIABLE = "ISOLATION_ACCEL"
 _REMEMBERED = "acceleration.json"

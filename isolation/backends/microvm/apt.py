@@ -11,14 +11,13 @@ import errno
 import os
 import re
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 from isolation.backends.microvm import deb
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import Progress, megabytes
 from isolation.errors import LaunchError
+from isolation.plain import subprocess, time
 
 _ROOM = 256 << 20  # bytes: lists, a kernel's package, and what is in it
 _LISTS_ARE_FRESH = 86400.0  # seconds

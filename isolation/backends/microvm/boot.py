@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from isolation.backends.microvm import initramfs, plan, qemu
@@ -13,6 +12,7 @@ from isolation.backends.microvm.setup import Images
 from isolation.backends.microvm.snapshot import Key, Snapshot
 from isolation.backends.microvm.vm import State, Vm
 from isolation.errors import LaunchError
+from isolation.plain import threading
 from isolation.spec import SandboxSpec
 
 _KIND = "booted"

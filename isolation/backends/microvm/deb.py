@@ -8,13 +8,13 @@ import io
 import lzma
 import os
 import shutil
-import subprocess
 import tarfile
 import zlib
 from pathlib import Path
 from typing import IO
 
 from isolation.errors import LaunchError
+from isolation.plain import subprocess
 
 _MAGIC = b"!<arch>\n"
 _HEADER = 60

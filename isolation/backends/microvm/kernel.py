@@ -7,7 +7,6 @@ A cache entry `kernel/<key>` is a directory with `vmlinux` (or `bzImage`), `modu
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from isolation.backends.microvm.apt import Apt
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import Progress, megabytes
 from isolation.errors import BackendUnavailable, LaunchError
+from isolation.plain import json
 
 KIND = "kernel"
 _FORMAT = 1  # of kernel.json

@@ -10,7 +10,6 @@ A cache entry is a directory: `image` (squashfs), and `about.json`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT, Progress, megabytes
 from isolation.backends.microvm.trees import Report, Rules, Tar, digest
 from isolation.errors import BackendUnavailable, SpecError
+from isolation.plain import json
 
 BASE, ENVIRONMENT, TREE = "base", "environment", "tree"
 _FORMAT = "2"  # part of every key: changes when images are made in another way

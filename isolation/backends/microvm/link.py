@@ -7,17 +7,13 @@ protocol loses its machine.
 from __future__ import annotations
 
 import collections
-import json
 import os
-import select
-import socket
-import threading
-import time
 from collections.abc import Callable, Sequence
 
 from isolation.errors import SandboxClosed, WireError
 from isolation.guest.agent import CONTROL
 from isolation.mux import Gone, Mux, MuxError
+from isolation.plain import json, select, socket, threading, time
 from isolation.wire import Decoder, Message, encode
 
 Ends = tuple[int, int, int]  # a stream's number, its source and its sink

@@ -6,10 +6,7 @@ import contextlib
 import io
 import os
 import pty
-import select
 import signal
-import threading
-import time
 import tty as terminals
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, cast
@@ -21,6 +18,7 @@ from isolation.backends.microvm.vm import Vm
 from isolation.backends.refusal import not_started
 from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed
 from isolation.hookspecs import Machine
+from isolation.plain import select, threading, time
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message
 

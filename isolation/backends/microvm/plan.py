@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from isolation.backends.microvm.setup import Images
 from isolation.backends.showing import SYSTEM, environment_for, python_environment
 from isolation.errors import FeatureMissing, SpecError
 from isolation.guest import renew
+from isolation.plain import time
 from isolation.spec import Limits, Mount, SandboxSpec
 from isolation.units import format_size
 

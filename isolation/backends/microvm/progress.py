@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import time
 from typing import TextIO
+
+from isolation.plain import time
 
 _EVERY = 0.1  # seconds between two changes of the line
 

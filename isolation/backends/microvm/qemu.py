@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isolation.backends.microvm import setup
 from isolation.errors import BackendUnavailable
 from isolation.hookspecs import FIRST_PASSED
+from isolation.plain import subprocess
 
 PORT = "isolation"
 PLACEHOLDER = 1 << 40  # bytes of an empty slot; what is put there later may be smaller, not larger

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import array
 import collections
-import json
-import select
-import socket
-import time
 from typing import Any
 
 from isolation.backends.microvm.link import clean
 from isolation.errors import LaunchError
+from isolation.plain import json, select, socket, time
 
 _AT_MOST = 1 << 20  # bytes of one answer; more is not QEMU's
 _KEPT_AT_MOST = 100  # answers that nobody has asked for

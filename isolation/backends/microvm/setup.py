@@ -7,7 +7,6 @@ The cache's `settings.json` remembers what the user chose and which entries belo
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from isolation.backends.microvm.kernel import Kernel
 from isolation.backends.microvm.layers import Layer
 from isolation.backends.microvm.progress import SILENT, Progress
 from isolation.errors import BackendUnavailable
+from isolation.plain import json
 
 SETTINGS = "settings.json"
 _FORMAT = 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import mmap
 import os
 import shutil
@@ -23,6 +22,7 @@ from isolation.backends.microvm import memory, qemu
 from isolation.backends.microvm.qemu import Hardware
 from isolation.backends.microvm.vm import STATE_AT_MOST, State
 from isolation.errors import LaunchError
+from isolation.plain import json
 
 _FORMAT = 2
 _NAMES = {

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import struct
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from isolation.backends.microvm.tools import Program
 from isolation.backends.microvm.trees import Report, Tar
 from isolation.errors import BackendUnavailable, LaunchError
+from isolation.plain import subprocess
 
 _MAGIC = 0x73717368  # "hsqs"
 _SUPERBLOCK = struct.Struct("<IIIIIHHHHHHQQ")

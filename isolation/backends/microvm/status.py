@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import time
 from typing import Any
 
 from isolation.backends.microvm import kernel, layers, setup
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import megabytes
 from isolation.errors import IsolationError
+from isolation.plain import subprocess, time
 
 
 def collect(cache: Cache) -> dict[str, Any]:

@@ -5,14 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import os
-import select
 import signal
-import socket
 import struct
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from isolation.backends.microvm.snapshot import Key, Snapshot
 from isolation.backends.microvm.vm import State, Vm
 from isolation.errors import FeatureMissing, LaunchError, SandboxClosed, SpecError, WireError
 from isolation.guest import warm
+from isolation.plain import json, select, socket, threading, time
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire

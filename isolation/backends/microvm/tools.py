@@ -7,7 +7,6 @@ import platform
 import re
 import shutil
 import struct
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from isolation.backends.microvm.apt import Apt
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT, Progress
 from isolation.errors import LaunchError
+from isolation.plain import subprocess
 
 KIND = "tools"
 _LIBRARIES_OF_SQUASHFS = r"lib(lz4-1|lzo2-2|lzma5|zstd1|z1g|lzma)"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +12,7 @@ from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.qemu import Boot, Descriptors, Hardware
 from isolation.backends.microvm.qmp import Qmp, QmpError
 from isolation.errors import LaunchError, SandboxClosed
+from isolation.plain import socket, threading, time
 from isolation.sandbox import PIPE, Process, Sandbox
 from isolation.spec import Limits, Mount, SandboxSpec
 from isolation.wire import Message

@@ -7,12 +7,9 @@ So the template can refuse, or lie of it, and harm nobody but its own forks.
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import select
 import signal
-import socket
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +24,7 @@ from isolation.backends.namespace.sleeper import Sleeper
 from isolation.backends.namespace.vacant import ENTERED, VacantBuilder
 from isolation.errors import WireError
 from isolation.guest import Guest
+from isolation.plain import json, select, socket
 from isolation.wire import Wire
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred

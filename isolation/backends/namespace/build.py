@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import signal
-import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from isolation.backends.namespace import identity, lockdown, network, syscalls, 
 from isolation.backends.namespace.operations import FreshOperation, Overlay
 from isolation.backends.namespace.plan import Plan, compiled_leaf_filter, compiled_template_filter
 from isolation.backends.namespace.script import Memory, Script
+from isolation.plain import socket
 
 Answer = Callable[[int], object]  # of a keeper, to the process with this pid
 _FORKS_OF_TEMPLATE = 16  # whose limits of processes may be used up at the same time

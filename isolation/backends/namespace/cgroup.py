@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from dataclasses import dataclass
 
+from isolation.plain import time
 from isolation.spec import Limits
 
 _NAME = re.compile(r"isolation-(\d+)-(\d+)")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from isolation.backends.namespace import syscalls
+from isolation.plain import time
 
 _INTERVAL = 1.0  # s between two looks
 _LOOKS = 10  # so many in a row must find the same

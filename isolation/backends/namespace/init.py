@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
-import socket
 import struct
-import subprocess
 import termios
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.hookspecs import FIRST_PASSED
+from isolation.plain import select, socket, subprocess
 from isolation.wire import Message, Wire
 
 # Made by itself, once it has joined its cgroup, which so is the root that is seen. Offsets of the time namespace are for

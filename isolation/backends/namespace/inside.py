@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from isolation.backends.namespace.plan import make_plan
 from isolation.backends.showing import python_environment
 from isolation.errors import IsolationError
 from isolation.guest import Guest
+from isolation.plain import socket
 from isolation.spec import Mount, SandboxSpec
 from isolation.wire import Wire
 

@@ -10,14 +10,13 @@ import contextlib
 import errno
 import os
 import signal
-import socket
-import time
 from dataclasses import dataclass
 
 from isolation.backends.namespace import layering, refreshing, syscalls
 from isolation.backends.namespace.layering import Held, Wish
 from isolation.backends.namespace.layers import Change, Layers
 from isolation.backends.namespace.plan import Plan
+from isolation.plain import socket, time
 from isolation.wire import Message, wait_readable
 
 PATIENCE = 30.0  # s; a guest can fill its store with more than can be removed in that time

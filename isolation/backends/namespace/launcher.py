@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -18,6 +17,7 @@ from isolation.backends.namespace import adoption, keeper
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan, make_plan
 from isolation.backends.showing import python_environment
+from isolation.plain import threading
 from isolation.spec import SandboxSpec
 
 _KEEPERS_AT_MOST = 4

@@ -27,7 +27,6 @@ import errno
 import fcntl
 import os
 import signal
-import socket
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,6 +50,7 @@ from isolation.backends.namespace.operations import (
     store_of,
 )
 from isolation.backends.namespace.plan import Plan
+from isolation.plain import socket
 
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 _ROOM = f"{KEPT[1:]}/room"

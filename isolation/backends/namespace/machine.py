@@ -6,10 +6,7 @@ import contextlib
 import errno
 import os
 import signal
-import socket
 import stat
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -19,6 +16,7 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.refusal import not_started
 from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
 from isolation.hookspecs import Machine
+from isolation.plain import socket, threading, time
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message, Wire, wait_readable
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import struct
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
+from isolation.plain import socket
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import struct
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ from isolation.backends.namespace.syscall_table import (
 )
 from isolation.backends.namespace.syscalls import CLONE_NEWUSER, MACHINE
 from isolation.errors import IsolationError
+from isolation.plain import json
 
 # Instructions, from <linux/bpf_common.h>; each is a class | a size or operation | a mode or source.
 _BPF_LOAD_WORD = 0x20  # BPF_LD | BPF_W | BPF_ABS
@@ -141,7 +141,7 @@ def load_profile() -> Profile:
     """The profile that comes with this package."""
     # importlib.resources would take longer to import than all the rest here.
     with open(os.path.join(os.path.dirname(__file__), "seccomp.json"), encoding="utf-8") as file:
-        return parse_profile(json.load(file))
+        return parse_profile(json.loads(file.read()))
 
 
 def parse_profile(document: object) -> Profile:

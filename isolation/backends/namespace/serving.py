@@ -7,10 +7,7 @@ import errno
 import fcntl
 import os
 import resource
-import select
 import signal
-import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +21,7 @@ from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.guest import Guest
+from isolation.plain import select, socket, time
 from isolation.wire import Message, Wire, encode, wait_readable
 
 STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from typing import NoReturn
 
 from isolation.backends.namespace import fds, sharing, syscalls
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
+from isolation.plain import socket
 
 
 def streams(

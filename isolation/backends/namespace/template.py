@@ -6,10 +6,8 @@ import collections
 import fcntl
 import itertools
 import os
-import socket
 import struct
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +18,7 @@ from isolation.backends.namespace.serving import STACKS_MARK
 from isolation.errors import FeatureMissing, LaunchError, WireError
 from isolation.guest import Guest
 from isolation.hookspecs import Machine
+from isolation.plain import socket, time
 from isolation.result import Account, Change, Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire, wait_readable

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -20,6 +18,7 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.serving import Child, Keeper, Order, error_in, host_pid
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.guest import Guest
+from isolation.plain import json, socket
 from isolation.wire import Wire
 
 # What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.

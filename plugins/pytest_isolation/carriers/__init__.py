@@ -6,12 +6,12 @@ checks that, and does what the plug-in itself would have done. Nothing is unpick
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
+from isolation.plain import json
 from pytest_isolation.carriers.benchmark import BenchmarkCarrier
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.carriers.coverage import CoverageCarrier

@@ -1,0 +1,42 @@
+"""What we use of the standard library as it was before any project was imported.
+
+Suites replace parts of it, for a test (`monkeypatch.setattr(json, "dumps", …)`) or for good (`gevent.monkey.patch_all()`):
+that must not reach what reports for a test, nor who supervises it. A module whose code runs after a project's imports takes
+these from here: `from isolation.plain import json, select, socket`. They are copies of the modules' namespaces, made when
+this is imported for the first time, which the pytest plug-in does when pytest loads it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import json as json
+    import select as select
+    import socket as socket
+    import subprocess as subprocess
+    import threading as threading
+    import time as time
+else:
+    import select
+    import socket
+    import subprocess
+    import threading
+    import time
+
+    from isolation.plain import jsontext as json
+    from isolation.plain.pairs import socketpair
+
+    def _copy(module: ModuleType, **more: object) -> ModuleType:
+        copy = ModuleType(module.__name__)
+        copy.__dict__.update(vars(module), **more)
+        return copy
+
+    select = _copy(select)
+    socket = _copy(socket, socketpair=socketpair)
+    subprocess = _copy(subprocess)
+    threading = _copy(threading)
+    time = _copy(time)
+
+__all__ = ["json", "select", "socket", "subprocess", "threading", "time"]
