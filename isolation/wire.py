@@ -23,6 +23,7 @@ Message = dict[str, Any]
 
 MAX_JSON = 32 << 20
 MAX_DATA = 64 << 20
+_VALUES_AT_MOST = 1_000_000
 _MAX_FDS = 32
 _HEADER = struct.Struct(">II")
 _CHUNK = 1 << 16
@@ -69,6 +70,8 @@ class Decoder:
         text = bytes(self._buffer[_HEADER.size : _HEADER.size + json_size])
         data = bytes(self._buffer[_HEADER.size + json_size : end])
         del self._buffer[:end]
+        if json.values(text) > _VALUES_AT_MOST:
+            raise WireError(f"the other end sent more than {_VALUES_AT_MOST} values in one message")
         try:
             message = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from isolation.plain import jsontext as json
+
 if TYPE_CHECKING:
-    import json as json
     import select as select
     import socket as socket
     import subprocess as subprocess
@@ -25,7 +26,6 @@ else:
     import threading
     import time
 
-    from isolation.plain import jsontext as json
     from isolation.plain.pairs import socketpair
 
     def _copy(module: ModuleType, **more: object) -> ModuleType:

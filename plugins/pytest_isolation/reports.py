@@ -21,6 +21,7 @@ from pytest_isolation.text import clean, clean_all, clean_name
 _OUTCOMES = ("passed", "failed", "skipped")
 _PHASES = ("setup", "call", "teardown")
 _TEXTS = ("_hypothesis_stats",)  # other plug-ins' attributes of a report that they print
+_VALUES_AT_MOST = 200_000
 _SECTIONS_AT_MOST = 1000
 _PROPERTIES_AT_MOST = 10_000
 _WARNING_NAMES = frozenset(
@@ -97,6 +98,8 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
     try:
         if not isinstance(payload, bytes):
             raise BadReport("a report without content")
+        if json.values(payload) > _VALUES_AT_MOST:
+            raise BadReport(f"more than {_VALUES_AT_MOST} values in one report")
         data = json.loads(payload)
         checked = _check(item, data)
         report = config.hook.pytest_report_from_serializable(config=config, data=checked)

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import pytest
 
 from isolation.errors import IsolationError, LaunchError, WireError
-from isolation.plain import time
+from isolation.plain import json, time
 from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
 from isolation.wire import Message
-from pytest_isolation import crash, reports
+from pytest_isolation import crash, reports, tmp
 from pytest_isolation.carriers import Carriers, Refused
 from pytest_isolation.deferred import Deferred
 from pytest_isolation.rerun import reruns_allowed
@@ -26,6 +26,7 @@ from pytest_isolation.units import Unit
 _MESSAGES_AT_ONCE = 256
 _MESSAGES_AT_MOST = 200_000
 _BYTES_AT_MOST = 128 << 20
+_VALUE = 64  # bytes, of the smallest that is decoded
 _CHUNKS_AT_MOST = 64  # of output in one turn: a flood must not keep the rest waiting
 _SANDBOXES_AT_MOST = 16
 _XML_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,199}")
@@ -110,16 +111,16 @@ class Run:
 
     def look(self, ready: set[int]) -> list[int]:
         """Take what there is. Returns descriptors that have come to their end."""
-        if self._deadline is not None and time.monotonic() >= self._deadline and not self.over:
-            self.fork.end(Verdict(Ended.TIMED_OUT))
-            self._die(Verdict(Ended.TIMED_OUT))
-            return []
         finished = [
             fd for fd, number in ((self.fork.stdout, 1), (self.fork.stderr, 2))
             if fd in ready and not self._relay(fd, number)
         ]  # fmt: skip
-        if self._more or ready.intersection(self.fork.filenos()):
-            self._take_messages()
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        if self._more or late or ready.intersection(self.fork.filenos()):
+            self._take_messages()  # a test that was done in time, while this process was busy with others, says so here
+        if self._deadline is not None and time.monotonic() >= self._deadline and not self.over:
+            self.fork.end(Verdict(Ended.TIMED_OUT))
+            self._die(Verdict(Ended.TIMED_OUT))
         return finished
 
     @property
@@ -228,7 +229,8 @@ class Run:
     def _charge(self, message: Message) -> None:
         """A test may say much, but not without end: what it says is kept until the end of the run."""
         self._messages += 1
-        size = size_of(message)
+        data = message.get("data", b"")
+        size = size_of(message) + _VALUE * json.values(data)
         self._told.size += size
         if self._messages > _MESSAGES_AT_MOST * len(self.unit.items) or self._told.size > _BYTES_AT_MOST:
             raise reports.BadReport(f"more than {_MESSAGES_AT_MOST} messages or {_BYTES_AT_MOST >> 20}M of them")
@@ -240,6 +242,8 @@ class Run:
             if type(report) is pytest.TestReport:
                 if not self._told.phases.note(str(report.when)):
                     raise reports.BadReport(f"a second report of its {report.when}")
+            if report.failed:
+                item.stash[tmp.failed] = True
             self._keep("report", report)
             if message.get("wait") is True:
                 self.fork.send({"taken": True})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-failed = pytest.StashKey[bool]()  # of an item, inside
+failed = pytest.StashKey[bool]()  # of an item, inside and on the host: a report of it says so
 
 
 class TmpPaths:

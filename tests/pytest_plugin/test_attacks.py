@@ -75,7 +75,7 @@ def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytest
         {"next": 1}, {"next": None}, {"next": [[]]},
         {"carried": "tmp_path"}, {"carried": ["tmp_path"]}, {"carried": "coverage"}, {"carried": None}, {"carried": {}},
         {"xml_attribute": 1}, {"xml_attribute": [1, 2]}, {"report": True}, {"report": 1, "wait": True}, {"unshared": 1}, {},
-        {"setup": 1}, {"teardown": True}, {"wide": 1}, {"sandbox": "x" * 100, "report": 1},
+        {"setup": 1}, {"teardown": True}, {"wide": 1}, {"sandbox": "x" * 100, "report": 1}, {"capture": [[]] * 1_100_000},
     ]
     @pytest.mark.parametrize("number", range(len(bad)))
     def test_bad(request, number): send(request, bad[number])
@@ -86,6 +86,7 @@ def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytest
         {"longrepr": {"reprcrash": None, "reprtraceback": {"reprentries": [{"type": "os", "data": {}}]}}, "outcome": "failed"},
         {"wasxfail": 1}, {"_report_type": "SubTestReport"}, {"_report_type": "SubTestReport", "_subtest.context": {"msg": 1}},
         {"isolation_after": {"outcome": "passed"}}, {"outcome": "rerun", "longrepr": "x"}, {"when": "???"}, {"location": None, "when": 1},
+        {"user_properties": [["name", [[]] * 250_000]]}, {"sections": [["a", {str(n): [] for n in range(110_000)}]]},
     ])
     def test_bad_report(request, fields): send(request, {"report": True}, report(request.node.nodeid, **fields))
     @pytest.mark.parametrize("files", [[["..", "x"]], [[]], [["/etc/x"]], [["a" * 300]], [["a\\0"]], [1], None, [[["a"]]]])
@@ -95,9 +96,36 @@ def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytest
     def test_fine(): pass
     """)
     result = run(pytester, "--isolation", "-rA", "--junitxml=out.xml")
-    result.assert_outcomes(passed=1, failed=49)
+    result.assert_outcomes(passed=1, failed=52)
     assert "INTERNALERROR>" not in result.stdout.str() + result.stderr.str()
-    assert ElementTree.parse(pytester.path / "out.xml").getroot()[0].get("failures") == "49"
+    assert ElementTree.parse(pytester.path / "out.xml").getroot()[0].get("failures") == "52"
+
+
+def test_what_is_told_in_time_counts_when_it_is_heard_late(pytester: pytest.Pytester) -> None:
+    """The process that reads may be busy with another test when a time limit passes."""
+    pytester.makeconftest("import time\ndef pytest_runtest_logreport(report):\n    if report.when == 'setup': time.sleep(3)\n")
+    pytester.makepyfile("import pytest\n@pytest.mark.parametrize('n', range(2))\ndef test_it(n): pass\n")
+    result = run(pytester, "--isolation", "--isolation-jobs=2", "--isolation-timeout=5s")
+    result.assert_outcomes(passed=2)
+
+
+def test_a_run_keeps_no_more_than_it_has_room_for(pytester: pytest.Pytester) -> None:
+    """What a test sends for other plug-ins is bounded in all, and of tests that pass no files are kept."""
+    pytester.makepyfile(SENDS + """
+    @pytest.fixture
+    def flood(request, tmp_path):
+        yield
+        first = 3 * (request.node.name == "test_fails")
+        for number in range(first, first + 3):
+            files = [[[f"{number}-{n}"], ""] for n in range(1500)]
+            send(request, {"carried": "tmp_path"}, json.dumps({"files": files, "cut": False}).encode())
+    def test_passes(flood): pass
+    def test_fails(flood): assert False
+    """)
+    result = run(pytester, "--isolation", "--basetemp=base", "-o", "tmp_path_retention_policy=failed")
+    result.assert_outcomes(passed=1, failed=1)
+    made = sorted({path.name.partition("-")[0] for path in (pytester.path / "base").glob("*/*")})
+    assert made == ["3"]
 
 
 def test_a_flood_of_what_is_kept_is_bounded(pytester: pytest.Pytester) -> None:

@@ -25,6 +25,8 @@ _KINDS: tuple[type[Carrier], ...] = (
     CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier,
 )  # fmt: skip
 
+_VALUES_AT_MOST = 1_000_000  # in one message
+
 __all__ = ["Carriers", "Refused"]
 
 
@@ -62,8 +64,11 @@ class Carriers:
         """Raises Refused."""
         for carrier in self._found():
             if carrier.name == name:
+                text = payload if isinstance(payload, bytes) else b""
+                if json.values(text) > _VALUES_AT_MOST:
+                    raise Refused(f"{name}: more than {_VALUES_AT_MOST} values")
                 try:
-                    return carrier, carrier.check(item, json.loads(payload if isinstance(payload, bytes) else b""))
+                    return carrier, carrier.check(item, json.loads(text))
                 except Refused:
                     raise
                 except Exception as error:

@@ -18,9 +18,9 @@ import pytest
 from pytest_isolation.carriers.carrier import Carrier, Refused, text_of
 
 _FILES_AT_MOST = 20_000
-_NUMBERS_AT_MOST = 10_000_000  # of one test
+_NUMBERS_PER_LINE = 10  # of a file, in one context
 _LINE_AT_MOST = 1_000_000
-_CONTEXTS_AT_MOST = 10_000
+_CONTEXTS_AT_MOST = 1000  # of one test
 
 Numbers = dict[tuple[str, str], set[Any]]  # by context and file: lines, or arcs as pairs
 
@@ -75,6 +75,8 @@ class CoverageCarrier(Carrier):
         self._recorder = _Recorder()
         self._files_before: frozenset[str] = frozenset()
         self._seen: dict[tuple[str, str], bool] = {}  # by file and tracer: whether it is to be measured
+        self._most: dict[str, int] = {}  # by file: how many numbers it can have
+        self._contexts: dict[str, set[str]] = {}  # by test
         self._found: Numbers = {}
         self._tracers: dict[str, str] = {}
         self._unknown = ""
@@ -165,21 +167,30 @@ class CoverageCarrier(Carrier):
         tracers = {str(file): str(tracer) for file, tracer in sent["tracers"].items()}
         check = _arcs if sent["branch"] else _lines
         found: Numbers = {}
-        room = _NUMBERS_AT_MOST
-        if len(sent["contexts"]) > _CONTEXTS_AT_MOST:
-            raise Refused("coverage: too many contexts")
         for context, files in sent["contexts"].items():
             if len(files) > _FILES_AT_MOST:
                 raise Refused("coverage: too many files")
             named = text_of(context, 1000)
+            if named:
+                self._contexts.setdefault(item.nodeid, set()).add(named)
+                if len(self._contexts[item.nodeid]) > _CONTEXTS_AT_MOST:
+                    raise Refused("coverage: too many contexts")
             for file, numbers in files.items():
-                if not isinstance(numbers, list) or len(numbers) > room:
-                    raise Refused("coverage: too many lines")
-                room -= len(numbers)
                 checked = check(numbers)
                 if self._is_measured(measured, file, tracers.get(file, "")):
+                    self._charge(named, file, checked)
                     found.setdefault((named, file), set()).update(checked)
         return found, {file: tracer for file, tracer in tracers.items() if any(file == name for _, name in found)}
+
+    def _charge(self, context: str, file: str, numbers: set[Any]) -> None:
+        """A file has no more lines, or arcs, than its length allows for: what is believed is kept to the end of the run."""
+        if file not in self._most:
+            from coverage.files import relative_directory
+
+            with open(os.path.join(relative_directory(), file), "rb") as source:
+                self._most[file] = _NUMBERS_PER_LINE * (source.read().count(b"\n") + 10)
+        if len(numbers) + len(self._found.get((context, file), ())) > 2 * self._most[file]:
+            raise Refused(f"coverage: more lines than {os.path.basename(file)} has")
 
     def apply(self, item: pytest.Item, value: tuple[Numbers, dict[str, str]]) -> None:
         """Kept until the end: every addition to the database is a transaction."""

@@ -6,6 +6,7 @@ Only the database that is the default there, and only if it is a directory: wher
 from __future__ import annotations
 
 import base64
+import collections
 import sys
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 
 from pytest_isolation.carriers.carrier import Carrier, Refused
 
-_CHANGES_AT_MOST = 10_000  # by one test
+_CHANGES_AT_MOST = 2000  # by one test
 _KEY_AT_MOST = 4096
 _VALUE_AT_MOST = 1 << 20
-_BYTES_AT_MOST = 256 << 20  # in one run
+_BYTES_AT_MOST = 128 << 20  # in one run, on the disk
+_BLOCK = 4096  # bytes, which an example has there at least
 
 Change = tuple[bool, bytes, bytes]  # saved (or deleted), key, value
 
@@ -30,6 +32,7 @@ class HypothesisCarrier(Carrier):
         self._database = database
         self._changes: list[Change] = []
         self._room = _BYTES_AT_MOST
+        self._counted: collections.Counter[str] = collections.Counter()
         self._watching = False
         self._full = False
 
@@ -109,8 +112,9 @@ class HypothesisCarrier(Carrier):
                 continue
             if not saved:
                 self._database.delete(key, example)
-            elif len(key) + len(example) <= self._room:
-                self._room -= len(key) + len(example)
+            elif self._counted[item.nodeid] < 2 * _CHANGES_AT_MOST and (size := len(example) + 2 * _BLOCK) <= self._room:
+                self._room -= size
+                self._counted[item.nodeid] += 1
                 self._database.save(key, example)
             else:
                 self._full = True

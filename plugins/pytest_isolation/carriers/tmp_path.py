@@ -14,8 +14,10 @@ import pytest
 from pytest_isolation import tmp
 from pytest_isolation.carriers.carrier import Carrier, Refused
 
-_FILES_AT_MOST = 2000
+_FILES_AT_MOST = 2000  # of one test
 _BYTES_AT_MOST = 16 << 20
+_FILES_IN_ALL = 100_000  # of one run
+_BYTES_IN_ALL = 1 << 30
 _NAME_AT_MOST = 255
 _DEEPEST = 50
 
@@ -31,6 +33,10 @@ class TmpPathCarrier(Carrier):
         self._config = config
         self._paths: tmp.TmpPaths | None = None
         self._cut: list[str] = []
+        self._only_failed = config.getini("tmp_path_retention_policy") == "failed"
+        self._files, self._bytes = _FILES_IN_ALL, _BYTES_IN_ALL
+        self._kept: set[str] = set()
+        self._full = False
 
     @classmethod
     def of(cls, config: pytest.Config) -> TmpPathCarrier | None:
@@ -74,7 +80,14 @@ class TmpPathCarrier(Carrier):
     def apply(self, item: pytest.Item, value: tuple[list[File], bool]) -> None:
         files, cut = value
         top = self._of(item).path_of(item)
-        if top is None:
+        wanted = item.stash.get(tmp.failed, False) or not self._only_failed
+        if top is None or not wanted or item.nodeid in self._kept:
+            return
+        self._kept.add(item.nodeid)
+        self._files -= len(files)
+        self._bytes -= sum(len(content or b"") for _parts, content in files)
+        if min(self._files, self._bytes) < 0:
+            self._full = True
             return
         if cut:
             self._cut.append(item.nodeid)
@@ -93,7 +106,8 @@ class TmpPathCarrier(Carrier):
                 continue  # a second run of the same test, or no place left
 
     def notes(self) -> list[str]:
-        return [f"of the files of {nodeid}, the first {_BYTES_AT_MOST >> 20}M were kept" for nodeid in self._cut]
+        full = [f"no more than {_FILES_IN_ALL} files, or {_BYTES_IN_ALL >> 30}G, were kept"] if self._full else []
+        return full + [f"of the files of {nodeid}, the first {_BYTES_AT_MOST >> 20}M were kept" for nodeid in self._cut]
 
     def _of(self, item: pytest.Item) -> tmp.TmpPaths:
         if self._paths is None:
