@@ -30,7 +30,7 @@ from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
 from pytest_isolation.settings import Reader, Settings
 from pytest_isolation.strays import Strays
-from pytest_isolation.text import clean, clean_name
+from pytest_isolation.text import clean, clean_name, clean_output
 from pytest_isolation.tmp import TmpPaths
 from pytest_isolation.worker import PAYLOAD, Worker, order_for
 
@@ -368,7 +368,7 @@ class Controller:
             if "wide" in message:
                 nodeid, nth = message["wide"]
                 told = message["sections"][:_SECTIONS_AT_MOST]
-                sections = [(clean_name(str(name), 200), clean(str(text))) for name, text in told]
+                sections = [(clean_name(str(name), 200), clean_output(str(text))) for name, text in told]
                 warned, self._warned = self._warned, []
                 item = self._item_of(level, nodeid, nth)
                 self._emission.remember_setup(item, level.node, float(message["duration"]), sections)
@@ -461,7 +461,7 @@ class Controller:
         streams.flush(self._config)
         if os.isatty(fd):
             decoder = self._decoders.setdefault(fd, codecs.getincrementaldecoder("utf-8")("replace"))
-            data = clean(decoder.decode(data)).encode()
+            data = clean_output(decoder.decode(data)).encode()
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
@@ -483,5 +483,5 @@ class Controller:
         for name, index in zip(("stdout", "stderr"), self._captures[settings], strict=True):
             content = fork.scratch(index) if index >= 0 else b""
             if content:
-                sections.append((f"Captured {name} call", clean(content.decode("utf-8", "replace"), _OUTPUT_AT_MOST)))
+                sections.append((f"Captured {name} call", clean_output(content.decode("utf-8", "replace"), _OUTPUT_AT_MOST)))
         return sections

@@ -16,7 +16,7 @@ import pytest
 
 from isolation.plain import json
 from pytest_isolation import rerun
-from pytest_isolation.text import clean, clean_all, clean_name
+from pytest_isolation.text import clean, clean_all, clean_name, clean_output
 
 _OUTCOMES = ("passed", "failed", "skipped")
 _PHASES = ("setup", "call", "teardown")
@@ -176,7 +176,7 @@ def _expect(value: Any, kind: type) -> Any:
 
 def _pair(value: Any) -> tuple[str, str]:
     title, content = _expect(value, list)
-    return clean_name(_expect(title, str)), clean(_expect(content, str))
+    return clean_name(_expect(title, str)), clean_output(_expect(content, str))
 
 
 def _number(value: Any) -> float:

@@ -7,20 +7,27 @@ from typing import Any
 
 _COLOUR = r"\x1b\[(?!(?:[0-9;:]*;)?0*8[;:m])[0-9;:]*m"  # any but "conceal"
 _NO_TEXT = "\ud800-\udfff\ufffe\uffff"  # cannot be encoded, or stand in XML
-# Control characters but tab, newline and return, and the C1 range. Colours (SGR sequences) are kept: they can do nothing
-# but colour, and pytest shows captured colours.
-_CONTROL = re.compile(rf"({_COLOUR})|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_NO_TEXT}]")
-_ANY_CONTROL = re.compile(rf"[\x00-\x1f\x7f-\x9f{_NO_TEXT}]")
+_DIRECTION = "\u202a-\u202e\u2066-\u2069"  # the rest of the line is shown in another order (CVE-2021-42574)
+# Control characters but tab and newline, and the C1 range. Colours (SGR sequences) are kept: they can do nothing but colour,
+# and pytest shows captured colours. A return that ends no line would let the text overwrite what pytest has put before it.
+_CONTROL = re.compile(rf"({_COLOUR}|\r(?=\n))|[\x00-\x08\x0b-\x1f\x7f-\x9f{_NO_TEXT}{_DIRECTION}]")
+_CONTROL_OF_OUTPUT = re.compile(rf"({_COLOUR})|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_NO_TEXT}{_DIRECTION}]")
+_ANY_CONTROL = re.compile(rf"[\x00-\x1f\x7f-\x9f{_NO_TEXT}{_DIRECTION}]")
 _TEXT_AT_MOST = 8 << 20
 
 
-def clean(text: str, limit: int = _TEXT_AT_MOST) -> str:
+def clean(text: str, limit: int = _TEXT_AT_MOST, *, control: re.Pattern[str] = _CONTROL) -> str:
     """`text` with control sequences made visible, and cut to `limit` characters, which is said."""
     if len(text) > limit:
         text = f"{text[:limit]}\n[… {len(text) - limit} more characters cut by pytest-isolation]"
     if text.isprintable():
         return text
-    return _CONTROL.sub(lambda match: match[1] or _visible(match[0]), text)
+    return control.sub(lambda match: match[1] or _visible(match[0]), text)
+
+
+def clean_output(text: str, limit: int = _TEXT_AT_MOST) -> str:
+    """For what a program has printed, which has lines of its own, and may go back in them (a progress bar)."""
+    return clean(text, limit, control=_CONTROL_OF_OUTPUT)
 
 
 def clean_name(text: str, limit: int = 4096) -> str:

@@ -386,5 +386,8 @@ def test_a_template_speaks_of_its_own_fixtures_only(pytester: pytest.Pytester) -
 
 def test_no_text_from_inside_moves_the_terminal() -> None:
     """Names in objects are text, too: who iterates over a list takes an object as well, and prints them."""
+    assert text.clean("a\rb\r\nc\td \u202egnp.txt\u2066") == "a\\x0db\r\nc\td \\u202egnp.txt\\u2066"
+    assert text.clean_output("10 %\r20 %\n\u202e\x1b[A") == "10 %\r20 %\n\\u202e\\x1b[A"
+    assert text.clean_name("a\r\nb\u202e") == "a\\x0d\\x0ab\\u202e"
     cleaned = text.clean_all({"lines": {"\x1b]52;c;eA==\x07": 1, "\x9b6n": ["\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"})
     assert cleaned == {"lines": {"\\x1b]52;c;eA==\\x07": 1, "\\x9b6n": ["\\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_isolation.carriers.carrier import Carrier, Refused
-from pytest_isolation.text import clean
+from pytest_isolation.text import clean_output
 
 _TEXT_AT_MOST = 1 << 20  # characters, of one test
 
@@ -48,7 +48,7 @@ class LogFileCarrier(Carrier):
     def check(self, item: pytest.Item, sent: Any) -> tuple[str, bool]:
         if not isinstance(sent["text"], str) or len(sent["text"]) > _TEXT_AT_MOST:
             raise Refused("log-file: no text, or too much")
-        return clean(sent["text"]), bool(sent["cut"])
+        return clean_output(sent["text"]), bool(sent["cut"])
 
     def apply(self, item: pytest.Item, value: tuple[str, bool]) -> None:
         text, cut = value
