@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from isolation.backends.microvm import qemu
 from isolation.backends.microvm.cache import Cache
-from isolation.errors import BackendUnavailable
+from isolation.errors import BackendUnavailable, LaunchError
 from isolation.plain import json
 
 VARIABLE = "ISOLATION_ACCEL"
@@ -61,8 +61,8 @@ def describe(name: str) -> str:
 
 def _recall(cache: Cache) -> dict[str, object]:
     try:
-        found = json.loads((cache.root / _REMEMBERED).read_bytes())
-    except (OSError, ValueError):
+        found = json.loads(cache.read(_REMEMBERED))
+    except (OSError, ValueError, LaunchError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -5,7 +5,7 @@
     <root>/<kind>/.<key>.tmp      being built; what a killed build left behind is removed by the next one
 
 Nothing is fsynced: what a crash of the whole machine leaves half-written is found by its reader's own check (the
-layers' superblock, the kernel's digest), and built again.
+layers' superblock, the kernel's digest), and built again. Nothing is used where another user can write.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from isolation.backends.microvm import stamp
 from isolation.backends.microvm.progress import SILENT, Progress
 from isolation.errors import LaunchError
 
@@ -49,6 +51,7 @@ class Cache:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(os.path.abspath(root))
+        self._checked = False
 
     @classmethod
     def default(cls) -> Cache:
@@ -59,10 +62,37 @@ class Cache:
         return cls(os.path.join(base, "isolation-kit", "microvm"))
 
     def path(self, kind: str, key: str) -> Path:
-        """Where an entry is, or would be."""
+        """Where an entry is, or would be. Raises CacheError when somebody else can write there."""
+        self.check()
         if not _NAME.fullmatch(key) or not _NAME.fullmatch(kind):
             raise ValueError(f"not a name for a cache entry: {kind}/{key}")
         return self.root / kind / key
+
+    def check(self) -> None:
+        """What is in the cache is run, on the host, too: only this user (or root) may have written it. Raises CacheError."""
+        if self._checked:
+            return
+        for path in (self.root, self.root.parent, self.root.parent.parent):
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise self.error(error) from error
+            if status.st_uid not in (0, os.geteuid()):
+                raise CacheError(
+                    f"{path} belongs to another user ({_name(status.st_uid)}), who may have put anything into it: "
+                    "with sudo, use 'sudo -H'; or set XDG_CACHE_HOME to a directory of your own"
+                )
+            others = 0o022 if path == self.root else 0o002
+            if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
+                raise CacheError(f"other users can write to {path}: chmod go-w it, or set XDG_CACHE_HOME to another one")
+            self._checked = path == self.root or self._checked
+
+    def read(self, name: str) -> bytes:
+        """One of the cache's own files. Raises CacheError, and OSError."""
+        self.check()
+        return (self.root / name).read_bytes()
 
     def get(self, kind: str, key: str) -> Path | None:
         """A finished entry, marked as just used; None when there is none."""
@@ -97,6 +127,8 @@ class Cache:
                 _remove(building)
                 try:
                     build(building)
+                    if building.is_dir():
+                        stamp.write(building)
                     if refresh and os.path.lexists(path):
                         old = path.with_name(f".{key}{_OLD}")
                         _remove(old)
@@ -242,6 +274,7 @@ class Cache:
             raise self.error(error) from error
 
     def _directory(self, path: Path) -> None:
+        self.check()
         missing = []
         while not path.is_dir():
             missing.append(path)
@@ -297,6 +330,13 @@ def _is_at(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _names(path: Path) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isolation.backends.microvm import modules, vmlinux
+from isolation.backends.microvm import modules, stamp, vmlinux
 from isolation.backends.microvm.apt import Apt
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import Progress, megabytes
@@ -124,12 +124,9 @@ def load(cache: Cache, key: str) -> Kernel:
         if data["format"] != _FORMAT:
             raise ValueError("it is of another version of isolation-kit")
         image = path / str(data["image"])
-        if image.stat().st_size != int(data["size"]):
-            raise ValueError(f"{image} is cut off")
         files = tuple(path / "modules" / str(name) for name in data["modules"])
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{file} is gone")
+        if changed := stamp.changed(path):
+            raise ValueError(f"{changed} is not as it was put there")
         return Kernel(image, bool(data["pvh"]), str(data["release"]), files, str(data["digest"]), str(data["source"]), key)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackendUnavailable(f"the kernel in {path} is damaged ({error}): {_AGAIN}") from error

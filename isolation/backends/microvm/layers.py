@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from isolation.backends import showing
-from isolation.backends.microvm import squashfs, tools
+from isolation.backends.microvm import squashfs, stamp, tools
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT, Progress, megabytes
 from isolation.backends.microvm.trees import Report, Rules, Tar, digest
@@ -226,13 +226,16 @@ def load(cache: Cache, kind: str, key: str) -> Layer:
         raise BackendUnavailable(f"the {kind} image is gone from the cache: run 'isolation microvm setup'")
     size = squashfs.check(place / "image")
     try:
+        if changed := stamp.changed(place):
+            raise ValueError(f"{changed} is not as it was put there")
         about: Any = json.loads((place / "about.json").read_bytes())
         content = str(about["digest"])[:40]
         return Layer(
             place / "image", size, content, str(about["name"]), int(about["entries"]), int(about["unreadable"]), key
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackendUnavailable(f"the image in {place} is damaged ({error}): run 'isolation microvm clean'") from error
+        again = "run 'isolation microvm setup --refresh'"
+        raise BackendUnavailable(f"the image in {place} is damaged ({error}): {again}") from error
 
 
 def check(layer: Layer) -> None:

@@ -125,7 +125,7 @@ def make(
 def read(cache: Cache) -> Settings | None:
     """None when nothing was set up. Raises BackendUnavailable for settings that cannot be read."""
     try:
-        raw = (cache.root / SETTINGS).read_bytes()
+        raw = cache.read(SETTINGS)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from isolation.backends.microvm.cache import Cache
 from isolation.backends.showing import SYSTEM, python_environment
 from isolation.errors import IsolationError, LaunchError
 from isolation.sandbox import Sandbox
@@ -29,10 +30,11 @@ _KEPT: Final = 4  # saved machines, of some 200 MB each
 
 
 def root() -> Path:
-    """Where they are: a directory of this user's alone."""
+    """Where they are: a directory of this user's alone. Raises LaunchError when somebody else can write there."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(base) / "isolation-kit" / "kernels"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    Cache(path).check()
     return path
 
 

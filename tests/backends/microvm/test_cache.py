@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from isolation.backends.microvm import stamp
 from isolation.backends.microvm.cache import Cache, CacheError
 from isolation.backends.microvm.progress import SILENT, Progress
 from isolation.errors import LaunchError
@@ -188,6 +189,52 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         (tmp_path / "closed").mkdir(mode=0o500)
         with pytest.raises(CacheError, match=r"cannot write .*XDG_CACHE_HOME"):
             Cache(tmp_path / "closed/cache").make("kind", "key", write("x"))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("use", ["get", "make", "read", "write", "exclusive"])
+def test_nothing_is_used_where_others_can_write(tmp_path: Path, level: int, use: str) -> None:
+    """What is in it is run, by the host, too: a cache that another user has made would be his way in."""
+    cache = Cache(tmp_path / "cache/isolation-kit/microvm")
+    cache.make("kind", "key", write("x"))
+    cache.write("name", b"x")
+    directory = (cache.root, *cache.root.parents)[level]
+
+    def used() -> None:
+        again = Cache(cache.root)
+        if use == "make":
+            again.make("kind", "other", write("x"))
+        elif use == "exclusive":
+            with again.exclusive("name"):
+                pass
+        else:
+            {"get": lambda: again.get("kind", "key"), "read": lambda: again.read("name"), "write": lambda: again.write("n", b"")}[use]()
+
+    used()
+    directory.chmod(0o777)
+    with pytest.raises(CacheError, match=r"other users can write .*XDG_CACHE_HOME"):
+        used()
+    directory.chmod(0o700)
+    if os.geteuid() == 0:
+        os.chown(directory, 65534, 0)
+        with pytest.raises(CacheError, match=r"belongs to another user .*sudo -H"):
+            used()
+
+
+def test_what_has_changed_since_is_noticed(cache: Cache) -> None:
+    def build(target: Path) -> None:
+        (target / "below").mkdir(parents=True)
+        (target / "below/image").write_bytes(bytes(100_000))
+
+    path = cache.make("kind", "key", build)
+    assert cache.get("kind", "key") == path  # and marks it as used
+    assert stamp.changed(path) is None
+    with open(path / "below/image", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    assert stamp.changed(path) == "below/image"
+    (path / "below/image").unlink()
+    assert stamp.changed(path) == "below/image"
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
