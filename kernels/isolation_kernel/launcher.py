@@ -55,9 +55,11 @@ def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
     doors = Doors(connection.paths() if connection.transport == "ipc" else None)
     if line.options.in_machine:
         from isolation_kernel.machine.hosting import MachineHosting
+        from isolation_kernel.machine.starting import Starting
 
         with MachineHosting(line.options, listeners or doors.listeners) as machine:
-            machine.start(os.getcwd(), os.environ, connection, line.forwarded)
+            with Starting(signals, parent):
+                machine.start(os.getcwd(), os.environ, connection, line.forwarded)
             return machine.serve(signals, parent)
     with Hosting(line.options, doors) as hosting:
         hosting.start(os.getcwd(), os.environ)
