@@ -135,7 +135,7 @@ class Hosting:
                             return 128 + number
                 elif fd == parent.fileno():
                     return 128 + signal.SIGHUP
-            services.look_at_the_clock()
+            services.go_on()
         self._finish(relay, output)
         self._explain(verdict, relay)
         return verdict.shell_code
@@ -191,6 +191,8 @@ class Hosting:
         if self._proxy is not None:
             self._proxy.close()
             self._proxy = None
+        if self._services is not None:
+            self._services.close()
         if self._box is not None:
             self._box.close()
             self._box = None

@@ -22,15 +22,15 @@ from isolation.spec import SandboxSpec, is_path
 from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.box import KernelBox
+from isolation_kernel.export import Copy, Partial, Room
 from isolation_kernel.options import Options
 
 RUNTIME: Final = "/tmp/.isolation-kernel"  # the kernel's own files, inside
 _ANSWER: Final = 2.0  # s
 _CHANGES_AT_MOST: Final = 500
-EXPORT_AT_MOST: Final = 1 << 30
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
-_ASKED: Final = ("status", "changes", "export", "checkpoint", "keep", "rollback", "restore", "refresh")
+_ASKED: Final = ("status", "changes", "checkpoint", "keep", "rollback", "restore", "refresh")
 CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
 _NAME_AT_MOST: Final = 100
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
@@ -68,6 +68,11 @@ def checkpoint_of(message: Message, kept: Mapping[str, T]) -> T:
     return found
 
 
+def exported(target: str, size: int) -> dict[str, Any]:
+    """The answer."""
+    return {"target": target, "size": format_size(size)}
+
+
 class Services:
     """Answers one kernel.
 
@@ -90,6 +95,8 @@ class Services:
         self._kept: dict[str, _Kept] = {}
         self._wished: tuple[str, int] | None = None
         self._refreshed = False
+        self.room = Room()
+        self._copy: tuple[Copy, str] | None = None
         self.listen()
 
     def listen(self) -> None:
@@ -119,6 +126,11 @@ class Services:
             self.warm = True
         elif op == "cell":
             self._cell(message.get("parent"))
+        elif op == "export":
+            try:
+                self._start_export(message)
+            except (IsolationError, OSError) as error:
+                return {"error": str(error)}
         elif op in _ASKED:
             try:
                 found: Any = getattr(self, f"_{op}")(message)
@@ -138,10 +150,35 @@ class Services:
         self._deadline = time.monotonic() + seconds if parent is not None and seconds is not None else None
 
     def patience(self) -> float | None:
-        """Seconds until the clock has to be looked at; None (or -1, as epoll has it) when there is no hurry."""
+        """Seconds until `go_on` is to be called; None (or -1, as epoll has it) when there is no hurry."""
+        if self._copy is not None:
+            return 0
         return -1 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def look_at_the_clock(self) -> None:
+    def go_on(self) -> None:
+        """A slice of what is exported, so that all else goes on, too; and a look at the clock."""
+        if self._copy is not None:
+            copy, target = self._copy
+            try:
+                size = copy.go_on()
+                answer: Message = {} if size is None else {"answer": exported(target, size)}
+            except (IsolationError, OSError) as error:
+                answer = {"error": f"{os.path.basename(target)} was not exported: {error}"}
+            if answer:
+                self._copy = None
+                try:
+                    self._box.wire.send(answer)
+                except WireError:
+                    self._box.wire.sock.shutdown(socket.SHUT_RDWR)
+        self._look_at_the_clock()
+
+    def close(self) -> None:
+        """Break off what is not done."""
+        if self._copy is not None:
+            self._copy[0].close()
+            self._copy = None
+
+    def _look_at_the_clock(self) -> None:
         """Interrupt a cell whose time is up; end the kernel where that does not help."""
         if self._deadline is None or time.monotonic() < self._deadline:
             return
@@ -219,10 +256,17 @@ class Services:
         self._box.sandbox.refresh_files()
         return True
 
-    def _export(self, message: Message) -> dict[str, Any]:
+    def _start_export(self, message: Message) -> None:
+        """It is answered when all has been copied."""
         path, target = self._export_paths(message)
-        size = self._box.sandbox.copy_out(path, target, limit=EXPORT_AT_MOST)
-        return {"target": target, "size": format_size(size)}
+        if self._copy is not None:
+            raise GuestError("one export at a time")
+        source = self._box.sandbox.machine.open(path, "rb")
+        try:
+            self._copy = Copy(source, Partial(target, self.room)), target
+        except BaseException:
+            source.close()
+            raise
 
     def _export_paths(self, message: Message) -> tuple[str, str]:
         """What to copy, and to which place on the host. Raises GuestError."""

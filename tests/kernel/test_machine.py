@@ -21,6 +21,7 @@ from typing import Any
 import jupyter_kernel_test
 import pytest
 from conftest import alive, machines
+from isolation_kernel.export import Room
 from isolation_kernel.inside.bridge import Lines, line
 from isolation_kernel.machine import box, files, saved
 from isolation_kernel.options import Options
@@ -398,7 +399,7 @@ def test_lines_arrive_in_any_pieces() -> None:
 
 def test_nothing_is_left_of_a_file_that_was_on_its_way(faked: tuple[box.MachineBox, FakeBranch], tmp_path: Path) -> None:
     made, branch = faked
-    made.fetch("/x", str(tmp_path / "x"), 1000, lambda told: None)
+    made.fetch("/x", str(tmp_path / "x"), Room(each=1000), lambda told: None)
     branch.guest.sendall(frame(box.CONTROL, line({"size": 10, "of": box.FIRST})) + frame(box.FIRST, b"half"))
     steps(made, 5)
     assert len(os.listdir(tmp_path)) == 1
@@ -410,7 +411,7 @@ def test_nothing_is_left_of_a_file_that_was_on_its_way(faked: tuple[box.MachineB
 def test_a_file_that_is_not_what_was_said_is_not_kept(faked: tuple[box.MachineBox, FakeBranch], tmp_path: Path, size: str) -> None:
     made, branch = faked
     told: list[int | str] = []
-    made.fetch("/x", str(tmp_path / "x"), 1000, told.append)
+    made.fetch("/x", str(tmp_path / "x"), Room(each=1000), told.append)
     said, data = {"more": (10, b"x" * 20), "less": (10, b"x")}.get(size.split()[0], (0, b""))
     if "allowed" in size:
         said, data = 5000, b"x" * 5000

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Final
 
-from isolation.errors import SandboxClosed
+from isolation.errors import IsolationError, SandboxClosed
 from isolation.hookspecs import Backend
 from isolation.mux import Mux, MuxError
 from isolation.result import Change, Ended, Verdict
@@ -17,6 +17,7 @@ from isolation.spec import SandboxSpec
 from isolation.template import Branch, Template
 from isolation.wire import Wire
 from isolation_kernel.box import REQUEST_AT_MOST, send_order
+from isolation_kernel.export import Partial, Room
 from isolation_kernel.inside.bridge import CONTROL, EXITS, FIRST, WIRE, Lines, line
 from isolation_kernel.machine import saved
 
@@ -128,10 +129,10 @@ class MachineBox:
     def changes(self) -> list[Change]:
         return self.branch.changes()
 
-    def fetch(self, path: str, target: str, limit: int, done: Callable[[int | str], None]) -> None:
+    def fetch(self, path: str, target: str, room: Room, done: Callable[[int | str], None]) -> None:
         """Copy a file out, while all goes on; `done` is called with its size, or with why it was not."""
         number, self._next = self._next, self._next + 1
-        incoming = self._reads[number] = _Incoming(target, limit, done)
+        incoming = self._reads[number] = _Incoming(target, room, done)
         self.say({"read": number, "path": path})  # first: what it has not heard of, it does not expect
         self.mux.open(number, deliver=incoming.take, ended=lambda: self._arrived(number))
         self.mux.finish(number)
@@ -160,47 +161,41 @@ class MachineBox:
 
 
 class _Incoming:
-    """A file on its way out: beside its place until all of it has come."""
+    """A file on its way out."""
 
-    def __init__(self, target: str, limit: int, done: Callable[[int | str], None]) -> None:
+    def __init__(self, target: str, room: Room, done: Callable[[int | str], None]) -> None:
         self._target = target
-        self._partial = f"{target}.{os.getpid()}.part"
-        self._limit = limit
+        self._room = room
         self._done: Callable[[int | str], None] | None = done
         self._expected = -1
-        self._size = 0
-        self._file: BinaryIO | None = None
+        self._partial: Partial | None = None
 
     def begin(self, size: int) -> None:
         self._expected = size
         try:
-            self._file = open(self._partial, "xb")
-        except OSError as error:
+            self._partial = Partial(self._target, self._room)
+        except (OSError, IsolationError) as error:
             self.fail(str(error))
 
     def take(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self._limit:
-            self.fail(f"it is larger than {self._limit} bytes")
-        elif self._file is not None:
+        if self._partial is not None:
             try:
-                self._file.write(data)
-            except OSError as error:
+                self._partial.write(data)
+            except (OSError, IsolationError) as error:
                 self.fail(str(error))
 
     def finish(self) -> None:
-        if self._file is None:
+        if self._partial is None:
+            return
+        if self._partial.size != self._expected:
+            self.fail("it changed while it was copied")
             return
         try:
-            self._file.close()
-            if self._size != self._expected:
-                self.fail("it changed while it was copied")
-                return
-            os.replace(self._partial, self._target)
+            size = self._partial.finish()
         except OSError as error:
             self.fail(str(error))
             return
-        self._tell(self._size)
+        self._tell(size)
 
     def fail(self, why: str) -> None:
         self.abandon()
@@ -208,10 +203,9 @@ class _Incoming:
 
     def abandon(self) -> None:
         """Nobody waits for it any more."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            os.unlink(self._partial)
+        if self._partial is not None:
+            self._partial.abandon()
+            self._partial = None
 
     def _tell(self, what: int | str) -> None:
         done, self._done = self._done, None

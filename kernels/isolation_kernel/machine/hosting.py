@@ -136,7 +136,7 @@ class MachineHosting:
                         box.signal(number)
             elif fd == parent.fileno():
                 return 128 + signal.SIGHUP
-        services.look_at_the_clock()
+        services.go_on()
         if self._move is not None:
             self._go_on_elsewhere()
         self._answer_when_they_are_back()

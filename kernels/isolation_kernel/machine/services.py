@@ -9,11 +9,10 @@ from typing import Any
 from isolation.errors import IsolationError
 from isolation.spec import SandboxSpec
 from isolation.template import Template
-from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.machine.box import MachineBox
 from isolation_kernel.options import Options
-from isolation_kernel.services import EXPORT_AT_MOST, Services, checkpoint_name, checkpoint_of
+from isolation_kernel.services import Services, checkpoint_name, checkpoint_of, exported
 
 
 class MachineServices(Services):
@@ -29,10 +28,10 @@ class MachineServices(Services):
 
     def _answer(self, message: Message) -> Message | None:
         op = message.get("op")
-        if op not in ("export", "checkpoint", "rollback"):
+        if op not in ("checkpoint", "rollback"):
             return super()._answer(message)
         try:
-            {"export": self._start_export, "checkpoint": self._save, "rollback": self._roll_back}[op](message)
+            {"checkpoint": self._save, "rollback": self._roll_back}[op](message)
         except (IsolationError, OSError) as error:
             return {"error": str(error)}
         return None  # it is answered later
@@ -48,12 +47,12 @@ class MachineServices(Services):
 
         def done(what: int | str) -> None:
             if isinstance(what, int):
-                answer: Message = {"answer": {"target": target, "size": format_size(what)}}
+                answer: Message = {"answer": exported(target, what)}
             else:
                 answer = {"error": f"{os.path.basename(target)} was not exported: {what}"}
             self._machine.wire.send(answer)
 
-        self._machine.fetch(path, target, EXPORT_AT_MOST, done)
+        self._machine.fetch(path, target, self.room, done)
 
     def _save(self, message: Message) -> None:
         name = checkpoint_name(message, self._checkpoints)
