@@ -112,8 +112,9 @@ class Options:
         network = Network.parse(self.network)
         if network.mode == "allow":
             env |= proxy_environment(network.hosts)
-        if network.mode != "none":
-            env.setdefault("PIP_TARGET", PACKAGES)  # the environment itself is read-only
+        env.setdefault("PIP_TARGET", PACKAGES)  # the environment itself is read-only
+        if network.mode == "none":
+            env.setdefault("PIP_RETRIES", "0")  # nobody will answer later either
         return SandboxSpec(
             backend=self.backend,
             mounts=mounts,
@@ -123,6 +124,14 @@ class Options:
             network=Network.none() if network.mode == "allow" else network,
             limits=Limits(self.memory, self.pids, self.cpus, self.disk, self.timeout),
         )
+
+    @property
+    def machine_environment(self) -> dict[str, str]:
+        """Of the machine that kernels are forked from. Where the proxy is, each kernel is told: with and without one, they
+        are forked from the same."""
+        proxy = proxy_environment(self.allowed_hosts) if self.allowed_hosts else {}
+        env = dict(self.spec(None, {}).env)
+        return {name: value for name, value in env.items() if proxy.get(name) != value and name != "PIP_RETRIES"}
 
     @property
     def in_machine(self) -> bool:

@@ -30,7 +30,7 @@ _ANSWER: Final = 2.0  # s
 _CHANGES_AT_MOST: Final = 500
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
-_ASKED: Final = ("status", "changes", "checkpoint", "keep", "rollback", "restore", "refresh")
+_ASKED: Final = ("status", "changes", "checkpoint", "keep", "rollback", "restore", "forget", "refresh")
 CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
 _NAME_AT_MOST: Final = 100
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
@@ -202,6 +202,7 @@ class Services:
             "workdir": spec.workdir,
             "mounts": [str(mount) for mount in spec.mounts],
             "export": options.export,
+            "checkpoints": self._names(),
             "wall": time.monotonic() - self._began,
         }
 
@@ -241,6 +242,16 @@ class Services:
         if before is not None:
             with contextlib.suppress(GuestError):  # more than can be removed in time: the rest goes with the next
                 self._box.sandbox.forget_files(before.files)
+
+    def _names(self) -> list[str]:
+        return list(self._kept)
+
+    def _forget(self, message: Message) -> dict[str, Any]:
+        kept = checkpoint_of(message, self._kept)
+        self._kept = {name: other for name, other in self._kept.items() if other is not kept}
+        with contextlib.suppress(GuestError):  # more than can be removed in time: the rest goes with the next
+            self._box.sandbox.forget_files(kept.files)
+        return {"slot": kept.slot}
 
     def _rollback(self, message: Message) -> dict[str, Any]:
         return {"slot": checkpoint_of(message, self._kept).slot}

@@ -153,7 +153,9 @@ def test_checkpoints_have_names_and_an_end(kernel: Kernel) -> None:
         assert kernel.run(f"n = {number}\n%isolation checkpoint c{number}").status == "ok"
     assert "is all that one kernel may have" in kernel.run("%isolation checkpoint more").error
     assert kernel.run("n = 77\n%isolation checkpoint c0").status == "ok"
-    for name, value in (("c2", "2"), ("c1", "1"), ("c0", "77"), ("c3", "3")):
+    assert kernel.run("%isolation forget c2").status == "ok"
+    assert "kept      c1, c3, c0\n" in kernel.run("%isolation").text
+    for name, value in (("c1", "1"), ("c0", "77"), ("c3", "3")):
         kernel.run(f"%isolation rollback {name}")
         assert kernel.value("n") == value
     assert "%isolation checkpoint NAME" in kernel.run("%isolation checkpoint").error
@@ -227,10 +229,7 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(kernel: Kernel) -> None:
         time.sleep(0.1)
 
 
-def test_only_the_allowed_hosts_are_reached(
-    kernels: Kernels, machine_kernel: str, index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(frontend, "PATIENCE", FIRST_START)  # the proxy's variables make another warm machine of it
+def test_only_the_allowed_hosts_are_reached(kernels: Kernels, machine_kernel: str, index: Index) -> None:
     kernel = kernels("argv", "--backend", "microvm", "--network", "allow:localhost")
     get = GET.format(f"http://localhost:{index.port}/page")
     for _ in range(2):

@@ -10,6 +10,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from isolation_kernel import proxy
@@ -81,6 +82,19 @@ def test_pip_install_from_an_allowed_host(kernels: Kernels, index: Index) -> Non
     assert reply.status == "ok", reply.text
     assert kernel.value("__import__('hello_sandbox').ANSWER") == "42", reply.text
     assert "/simple/hello-sandbox/" in index.asked
+
+
+def test_pip_install_without_a_network(kernels: Kernels, tmp_path: Path) -> None:
+    """A wheel that is there can be installed; for all else it is said what is missing."""
+    (tmp_path / "notebook").mkdir(exist_ok=True)
+    (tmp_path / "notebook/hello_sandbox-1.0-py3-none-any.whl").write_bytes(wheel())
+    kernel = kernels("argv", cwd=tmp_path / "notebook")
+    reply = kernel.run("%pip install --quiet --disable-pip-version-check ./hello_sandbox-1.0-py3-none-any.whl", timeout=600)
+    assert kernel.value("__import__('hello_sandbox').ANSWER") == "42", reply.text
+    missing = kernel.run("%pip install there-is-no-such-thing", timeout=600).text
+    assert "No matching distribution" in missing
+    assert "Retrying" not in missing
+    assert "isolation: this kernel has no network" in missing
 
 
 def test_a_tunnel(kernels: Kernels, index: Index) -> None:

@@ -99,6 +99,24 @@ def test_output_before_a_rollback_arrives(kernel: Kernel) -> None:
         assert reply.text.endswith("back at checkpoint a\n")
 
 
+def test_checkpoints_are_listed_and_forgotten(one: Kernel) -> None:
+    assert "no checkpoint" in one.run("%isolation").text
+    one.run("x = 1")
+    for name in "abcd":
+        assert one.run(f"%isolation checkpoint {name}").status == "ok"
+    assert "kept      a, b, c, d\n" in one.run("%isolation").text
+    assert one.run("%isolation forget b").status == "ok"
+    assert "there is no checkpoint 'b'; there is: a, c, d" in one.run("%isolation rollback b").error
+    assert "there is no checkpoint 'b'" in one.run("%isolation forget b").error
+    assert "%isolation forget NAME" in one.run("%isolation forget").error
+    assert one.run("x = 2\n%isolation checkpoint e").status == "ok"
+    for name, value in (("a", "1"), ("e", "2")):
+        back(one, name)
+        assert one.value("x") == value
+    assert one.run("%isolation forget a").status == "ok"  # by a kernel that has come back
+    assert "kept      c, d, e\n" in one.run("%isolation").text
+
+
 @pytest.mark.parametrize("line", ["checkpoint b", "rollback a"])
 def test_interrupts_meanwhile(one: Kernel, line: str) -> None:
     """They come too early, and stop the cell; or too late, and stop nothing. Never half-way."""

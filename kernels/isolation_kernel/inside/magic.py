@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from IPython.core.error import UsageError
@@ -22,7 +25,8 @@ _USAGE = """\
 %isolation changes         which files were added, changed or deleted in it
 %isolation export PATH     copy a file out, into the directory that the kernel was installed with (--export)
 %isolation checkpoint NAME keep everything as it is now: variables and files; in a virtual machine threads and processes, too
-%isolation rollback NAME   go back to that"""
+%isolation rollback NAME   go back to that
+%isolation forget NAME     forget it: there is room for four"""
 
 
 class Magic:
@@ -37,9 +41,20 @@ class Magic:
         """Offer it in `shell`."""
         self._shell = shell
         shell.register_magic_function(self.isolation, "line", "isolation")
+        shell.register_magic_function(self._pip_of(shell.find_line_magic("pip")), "line", "pip")
+
+    def _pip_of(self, plain: Callable[[str], object]) -> Callable[[str], None]:
+        @functools.wraps(plain)
+        def pip(line: str) -> None:
+            plain(line)
+            with contextlib.suppress(Refused, WireError, TimeoutError):
+                if line.split()[:1] == ["install"] and self._host.ask("status")["network"] == "none":
+                    print("isolation: this kernel has no network; 'isolation kernel install --network …' gives one")
+
+        return pip
 
     def isolation(self, line: str) -> None:
-        """Ask about this kernel's sandbox: `%isolation [status | changes | export PATH]`."""
+        """Ask about this kernel's sandbox: `%isolation [status | changes | export PATH | …]`."""
         try:
             words = shlex.split(line)
         except ValueError as error:
@@ -47,7 +62,7 @@ class Magic:
         name, arguments = (words[0], words[1:]) if words else ("status", [])
         command = {
             "status": self._status, "changes": self._changes, "export": self._export,
-            "checkpoint": self._checkpoint, "rollback": self._roll_back,
+            "checkpoint": self._checkpoint, "rollback": self._roll_back, "forget": self._forget,
         }.get(name)  # fmt: skip
         if command is None:
             raise UsageError(f"there is no '%isolation {name}'; there is:\n{_USAGE}")
@@ -69,6 +84,7 @@ class Magic:
             ("network", network),
             ("notebook", f"{said['workdir']} ({said['notebook']})"),
             *(("mount", mount) for mount in said["mounts"]),
+            ("kept", ", ".join(said["checkpoints"]) or "no checkpoint"),
             ("export", said["export"] or "nothing (installed without --export)"),
         ]
         print("\n".join(f"{name:9} {text}" for name, text in rows))
@@ -105,6 +121,11 @@ class Magic:
             print(f"back at checkpoint {name}")
         else:
             print(f"checkpoint {name} in {said['seconds']} s")
+
+    def _forget(self, arguments: list[str]) -> None:
+        said = self._host.ask("forget", name=_one(arguments, "%isolation forget NAME"))
+        if "slot" in said:
+            self._undo.forget(said["slot"])
 
     def _roll_back(self, arguments: list[str]) -> None:
         name = _one(arguments, "%isolation rollback NAME")

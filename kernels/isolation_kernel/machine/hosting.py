@@ -66,7 +66,7 @@ class MachineHosting:
             )
         self._connection = connection
         spec = self._options.spec(cwd, environ)
-        machine_spec, copied = saved.spec_for(spec.replace(env=self._options.spec(None, {}).env), cwd)
+        machine_spec, copied = saved.spec_for(spec.replace(env=self._options.machine_environment), cwd)
         self._box = box = boxes.make(machine_spec, arguments)
         self._services = MachineServices(box, self._options, spec, self._plan_move)
 

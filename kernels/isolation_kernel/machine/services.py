@@ -79,6 +79,15 @@ class MachineServices(Services):
         back = {"rolled_back": message["name"], **{name: message.get(name) for name in ("request", "idents", "waiting")}}
         self._moved(restore, {"answer": back})
 
+    def _names(self) -> list[str]:
+        return list(self._checkpoints)
+
+    def _forget(self, message: Message) -> dict[str, Any]:
+        template = checkpoint_of(message, self._checkpoints)
+        self._checkpoints = {name: other for name, other in self._checkpoints.items() if other is not template}
+        template.close()
+        return {}
+
     def close(self) -> None:
         """Forget all checkpoints."""
         for template in self._checkpoints.values():

@@ -116,6 +116,11 @@ class Undo:
                 "first. (A kernel in a virtual machine keeps it all: isolation kernel install --backend microvm)"
             )
 
+    def forget(self, slot: int) -> None:
+        """The host knows of a checkpoint no more."""
+        if self._lineage is not None:
+            self._lineage.forget(slot)
+
     def roll_back(self, name: str, slot: int) -> None:
         """Does not return, but to raise UsageError."""
         from isolation_kernel.inside.undo import holder
