@@ -113,6 +113,16 @@ class Template(abc.ABC):
         Raises LaunchError when it cannot be made, FeatureMissing.
         """
 
+    @property
+    def held(self) -> int:
+        """Bytes of the host's memory that it keeps beside what its limits count."""
+        return 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that each of its forks has, if that is a machine; 0 otherwise."""
+        return 0
+
     def branch(self, job: Any = None) -> Branch:
         """A fork that becomes a template one level deeper: its payload gets `job`, and asks for forks again.
 

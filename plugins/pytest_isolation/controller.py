@@ -206,7 +206,7 @@ class Controller:
         backend = self.backend_of(settings)
         return backend.launch(settings.spec.replace(inherit_env=False)), backend.name
 
-    def debug(self, fork: Fork, deadline: float | None = None) -> list[Message]:
+    def debug(self, fork: Fork, name: str, deadline: float | None = None) -> list[Message]:
         """A test has come to a debugger. Returns what else it says until it leaves it, or until `deadline`."""
         if self._reader.run.jobs > 1 or self._told_what_to_run:
             debugger.refuse(fork, "tests run at the same time, and there is one terminal: leave out --isolation-jobs and -n")
@@ -214,6 +214,9 @@ class Controller:
         self._emit()
         self._emission.show_at_once()
         streams.flush(self._config)
+        if os.isatty(0) and not (self._config.getoption("usepdb", False) or self._config.getoption("trace", False)):
+            told = f"\n[isolation: {name} has come to a debugger: what you type is its own, until it leaves that]\n"
+            self.print_raw(1, clean(told).encode())  # a test may say so when nobody debugs it
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
             return self._lender.interact(fork, deadline)
@@ -383,7 +386,8 @@ class Controller:
             elif "debugger" in message:
                 wall = level.settings.spec.limits.wall
                 if level.branch is not None:
-                    self.debug(level.branch, None if wall is None or os.isatty(0) else time.monotonic() + wall)
+                    whose = f"a fixture of {getattr(level.node, 'nodeid', '') or 'the session'}"
+                    self.debug(level.branch, whose, None if wall is None or os.isatty(0) else time.monotonic() + wall)
             elif "unshared" in message:
                 names = self._fixtures_of(level).intersection(map(str, message["unshared"]))
                 self._schedule.unshared |= names

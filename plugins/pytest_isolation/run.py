@@ -47,7 +47,7 @@ class Host(Protocol):
     def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None: ...
     def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]: ...
     def launch_beside(self, settings: Settings) -> tuple[Any, str]: ...
-    def debug(self, fork: Fork, deadline: float | None = None) -> list[Message]: ...
+    def debug(self, fork: Fork, name: str, deadline: float | None = None) -> list[Message]: ...
 
 
 @dataclass
@@ -259,7 +259,7 @@ class Run:
             self._lend_sandbox()
         elif "debugger" in message:
             begun = time.monotonic()
-            others = self._host.debug(self.fork, None if os.isatty(0) else self._deadline)
+            others = self._host.debug(self.fork, item.nodeid, None if os.isatty(0) else self._deadline)
             if os.isatty(0) and self._deadline is not None:
                 self._deadline += time.monotonic() - begun  # people think longer than tests
             for other in others:

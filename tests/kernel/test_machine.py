@@ -161,6 +161,21 @@ def test_checkpoints_have_names_and_an_end(kernel: Kernel) -> None:
     assert "%isolation checkpoint NAME" in kernel.run("%isolation checkpoint").error
 
 
+def test_checkpoints_take_no_more_than_the_machine_has(kernel: Kernel) -> None:
+    """They are copies of its memory in the host's: with four of them, all that a machine is limited to, five times."""
+    kernel.run("kept = bytearray()")
+    told = ""
+    for name in "abcd":
+        kernel.run("import os; kept += os.urandom(1 << 20) * 160")
+        told = kernel.run(f"%isolation checkpoint {name}").error
+        if told != "None: None":
+            break
+    assert "its checkpoints take" in told
+    assert "%isolation forget" in told
+    assert kernel.value("len(kept) >> 20") in ("320", "480", "640")
+    assert kernel.run("%isolation forget a").status == "ok"
+
+
 def test_cells_in_the_queue_behind_a_rollback_are_run(kernel: Kernel) -> None:
     kernel.run("x = 1")
     kernel.run("%isolation checkpoint a")

@@ -141,7 +141,8 @@ def test_a_real_terminal(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(SUITE)
     screen = Screen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--isolation", "-k", "loops or fine"])
     try:
-        at = screen.until("(Pdb) ")
+        # Nobody asked for a debugger on the command line: it is said whose the keys are before they are.
+        at = screen.until("(Pdb) ", screen.until("::test_loops has come to a debugger: what you type is its own"))
         screen.type("p 6 * 8\x7f7\r")
         at = screen.until("42", at)
         screen.type("p __import__('os').get_terminal_size()\r")

@@ -155,6 +155,15 @@ class MicrovmTemplate(Template):
                 self._spares.append(spare)
         return fork
 
+    @property
+    def held(self) -> int:
+        """The pages of its memory: a sealed memfd."""
+        return os.fstat(self._state.memory).st_blocks * 512
+
+    @property
+    def memory(self) -> int:
+        return os.fstat(self._state.memory).st_size
+
     def branch(self, job: Any = None) -> MicrovmBranch:
         parts = dict(self._key.parts)
         parts["payload"] += " " + json.dumps(job, sort_keys=True)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from isolation.errors import IsolationError
+from isolation.errors import GuestError, IsolationError
 from isolation.spec import SandboxSpec
 from isolation.template import Template
+from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.machine.box import MachineBox
 from isolation_kernel.options import Options
@@ -56,6 +57,12 @@ class MachineServices(Services):
 
     def _save(self, message: Message) -> None:
         name = checkpoint_name(message, self._checkpoints)
+        held = sum(template.held for other, template in self._checkpoints.items() if other != name)
+        if held > self._machine.template.memory:
+            raise GuestError(
+                f"its checkpoints take {format_size(held)} of the host's memory, and the machine itself has "
+                f"{format_size(self._machine.template.memory)}: forget one (%isolation forget NAME)"
+            )
 
         def save() -> None:
             made, seconds = self._machine.checkpoint()
