@@ -11,6 +11,7 @@ import pytest
 
 from isolation import plain
 
+pytestmark = pytest.mark.once
 VALUES = [
     None, True, 1.5, float("inf"), "é\ud800\n\"\\", [1, [2, {"a": {}}]], {"a": 1, "b": [None]}, {2: 1, None: 3, True: 4, 1.5: 5},
     (1, 2), {}, [], "", {"b": [1, {"x": 2}], "a": 1},

@@ -16,6 +16,9 @@ from isolation.errors import GuestError
 
 Kernels = Callable[..., Kernel]
 
+pytestmark = pytest.mark.once("user")
+
+
 def copied(data: bytes, target: Path, room: Room) -> int:
     copy = Copy(io.BytesIO(data), Partial(str(target), room))
     while (size := copy.go_on()) is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once("user")
 LAUNCHER = """
 import signal, time
 from isolation.signals import Signals

@@ -16,7 +16,7 @@ from kernel.frontend import PATIENCE, Kernel
 from kernel.test_frontends import descendants
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("user")
 
 Kernels = Callable[..., Kernel]
 

@@ -16,7 +16,7 @@ import coverage  # here, since an extension module cannot be loaded again in a l
 import pytest
 from pytest_isolation.carriers import Carriers, Refused
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("user")
 
 ISOLATION = "--isolation"
 

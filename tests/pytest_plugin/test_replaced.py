@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.once("user")
 REPLACE = """
 import json, select, socket, subprocess, threading, time
 
