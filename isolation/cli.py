@@ -201,6 +201,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from isolation import registry
     from isolation.sandbox import Sandbox
 
     command: list[str] = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -214,6 +215,8 @@ def _run(options: argparse.Namespace) -> int:
 
     for note in box.backend.notes(spec):
         say(note)
+    if spec.backend == "auto" and box.backend.name != registry.PREFERRED[0]:
+        say(f"note: this runs in {box.backend.describe()}; not in others ({'; '.join(registry.passed_over(spec))})")
 
     from isolation.terminal import Interrupted, Relay
 

@@ -9,7 +9,17 @@ from collections.abc import Iterable, Iterator
 import pluggy
 
 from isolation.errors import BackendUnavailable, FeatureMissing, UnknownBackend
-from isolation.hookspecs import Backend, Hooks
+from isolation.hookspecs import (
+    CPU_LIMIT,
+    DISK_LIMIT,
+    MEMORY_LIMIT,
+    NESTING,
+    NETWORK_HOST,
+    NETWORK_NAT,
+    PIDS_LIMIT,
+    Backend,
+    Hooks,
+)
 from isolation.spec import SandboxSpec
 
 # Where our own are. To look through everything that is installed takes longer than to make a sandbox.
@@ -55,6 +65,8 @@ def get(name: str) -> Backend:
 @functools.cache
 def _works(name: str) -> tuple[bool, str]:
     probe = get(name).probe()
+    if not probe.works:
+        probe = get(name).probe()  # what ends a first sandbox from outside, once, is no reason to do without
     return probe.works, probe.reason
 
 
@@ -64,8 +76,23 @@ def _preferred() -> Iterator[Backend]:
     yield from (backend for name, backend in backends().items() if name not in PREFERRED)
 
 
+def needs(spec: SandboxSpec) -> frozenset[str]:
+    """The features without which it cannot be made, but those that every backend has."""
+    limits = spec.limits
+    wanted = {
+        NETWORK_HOST: spec.network.mode == "host",
+        NETWORK_NAT: spec.network.mode == "nat",
+        CPU_LIMIT: limits.cpus is not None,
+        DISK_LIMIT: limits.disk is not None,
+        MEMORY_LIMIT: limits.memory is not None,
+        PIDS_LIMIT: limits.pids is not None,
+        NESTING: spec.nesting,
+    }
+    return frozenset(name for name, wants in wanted.items() if wants)
+
+
 def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:
-    """The backend for `spec`: the one it names, or the first that works here and has `features`.
+    """The backend for `spec`: the one it names, or the first that works here, and has `features` and what the spec needs.
 
     Raises UnknownBackend, FeatureMissing, or BackendUnavailable with each backend's reason.
     """
@@ -76,15 +103,30 @@ def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:
         if missing:
             raise FeatureMissing(f"the {backend.name} backend cannot do this here: {', '.join(sorted(missing))}")
         return backend
-    reasons = []
+    passed_over: list[str] = []
+    found = _first(wanted | needs(spec), passed_over) or _first(wanted, [])  # which will say what it cannot do, and why
+    if found is None:
+        raise BackendUnavailable("no backend works here ('isolation doctor' tells more):\n  " + "\n  ".join(passed_over))
+    return found
+
+
+def passed_over(spec: SandboxSpec, features: Iterable[str] = ()) -> list[str]:
+    """Why it is not a backend that comes before the one that `choose` finds: a line each, with its name."""
+    found: list[str] = []
+    if spec.backend == "auto":
+        _first(frozenset(features) | needs(spec), found)
+    return found
+
+
+def _first(wanted: frozenset[str], passed_over: list[str]) -> Backend | None:
     for backend in _preferred():
         name = backend.name
         missing = wanted and wanted - backend.features()
         if missing:
-            reasons.append(f"{name}: has no {', '.join(sorted(missing))} here")
+            passed_over.append(f"{name}: has no {', '.join(sorted(missing))} here")
             continue
         works, reason = _works(name)
         if works:
             return backend
-        reasons.append(f"{name}: {reason}")
-    raise BackendUnavailable("no backend works here ('isolation doctor' tells more):\n  " + "\n  ".join(reasons))
+        passed_over.append(f"{name}: {reason}")
+    return None

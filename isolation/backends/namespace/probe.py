@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Final
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.cgroup import Hierarchy
@@ -18,6 +19,9 @@ from isolation.hookspecs import Check, Probe
 from isolation.spec import SandboxSpec
 
 _LEAST_KERNEL = (5, 12)  # mount_setattr(2); overlayfs in user namespaces came with 5.11
+
+
+_PATIENCE: Final = 60.0  # s; on a busy machine
 
 
 def probe(features: frozenset[str]) -> Probe:
@@ -41,7 +45,7 @@ def _make_one() -> tuple[bool, str]:
             number, _ = machine.start(["/bin/true"], env={}, cwd="/", stdio=[null, null, null])
         finally:
             os.close(null)
-        ended = machine.wait(number, 10)
+        ended = machine.wait(number, _PATIENCE)
     finally:
         machine.close()
     if ended is None or not ended[0].ok:
