@@ -200,6 +200,8 @@ class Sandbox:
     Raises what `registry.choose` and the backend raise: every failure says what to do.
     """
 
+    _lent = False
+
     def __init__(self, spec: SandboxSpec | None = None) -> None:
         self.spec = spec if spec is not None else SandboxSpec()
         self.backend = registry.choose(self.spec)
@@ -218,6 +220,7 @@ class Sandbox:
         box = cls.__new__(cls)
         box.spec = SandboxSpec(workdir=machine.workdir)
         box._machine = machine
+        box._lent = True
         return box
 
     def popen(
@@ -388,12 +391,16 @@ class Sandbox:
 
         The function gets a `isolation.guest.Guest`, warms up, and then loops over `guest.forks()`.
         """
+        if self._lent:
+            raise FeatureMissing("the host has lent this sandbox for commands: it cannot be forked")
         if FORK not in self.backend.features():
             raise FeatureMissing(f"the {self.backend.name} backend cannot fork a warm sandbox here")
         return self.backend.template(self.spec, payload, config)
 
     def load_template(self, directory: str | os.PathLike[str], payload: str, config: Any = None) -> Template:
         """A template of this spec that `Template.save` has kept. Raises LaunchError, saying what differs, if any."""
+        if self._lent:
+            raise FeatureMissing("the host has lent this sandbox for commands: it cannot be forked")
         if SNAPSHOT not in self.backend.features():
             raise FeatureMissing(f"the {self.backend.name} backend cannot keep a warm sandbox on disk")
         return self.backend.load(self.spec, payload, config, os.fspath(directory))

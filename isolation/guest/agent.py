@@ -303,10 +303,6 @@ class Agent:
         seed = bytes.fromhex(message["seed"]) if message["seed"] else None
         renew.machine(seed, (message["time"][0], message["time"][1]), self._tree)
 
-    def _op_time(self, message: Message) -> None:
-        """The host's clock again: what was sent before the machine ran was late by the time of its start."""
-        time.clock_settime_ns(time.CLOCK_REALTIME, message["time"][0] * 1_000_000_000 + message["time"][1])
-
     def _op_stacks(self, message: Message) -> None:
         """What faulthandler wrote; with `now`, ask for it first."""
         if self._template is None:

@@ -16,10 +16,11 @@ def make_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """Inside a sandbox no other can be made, so the host makes it, and lends the wire to it."""
     worker = request.config.pluginmanager.getplugin("isolation-worker")
     if worker is None or not worker.lends:
+        from pytest_isolation.plugin import wanted_backend
         from pytest_isolation.settings import Reader
 
         # In a virtual machine, which no descriptor reaches, a container can be made as well as here.
-        backend = "namespace" if worker is not None else request.config.getoption("isolation") or "auto"
+        backend = "namespace" if worker is not None else wanted_backend(request.config) or "auto"
         assert isinstance(request.node, pytest.Item)
         spec = Reader(request.config, backend).of_item(request.node).spec.replace(inherit_env=False)
         if worker is not None:

@@ -84,12 +84,18 @@ def _is_wanted(backend: str) -> bool:
     return backend not in ("", "no", "off", "false", "0")
 
 
+def wanted_backend(config: pytest.Config) -> str:
+    """What tests are to be isolated with; "" for not at all."""
+    named = _backend(config, config.getoption("isolation"))
+    return named if _is_wanted(named) else ""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _MARKER)
-    wanted = _backend(config, config.getoption("isolation"))
+    wanted = wanted_backend(config)
     worker = config.pluginmanager.hasplugin("isolation-controller")  # this is the pytest in the sandbox
-    if _is_wanted(wanted) and not worker and not config.getoption("collectonly", False):
+    if wanted and not worker and not config.getoption("collectonly", False):
         from pytest_isolation.controller import Controller
 
         config.pluginmanager.register(Controller(config, wanted), "isolation-controller")

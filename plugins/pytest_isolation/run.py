@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -380,6 +380,3 @@ def _counts(value: object) -> dict[str, int]:
         name: number for name in ("processes", "refused")
         if isinstance(number := value.get(name), int) and not isinstance(number, bool) and 0 <= number < 1 << 32
     }  # fmt: skip
-
-
-Deliver = Callable[[str, Any], None]

@@ -264,6 +264,24 @@ def test_bad_markers(pytester: pytest.Pytester, marker: str) -> None:
     result.stderr.fnmatch_lines(["*test_bad_markers.py::test_x*"])
 
 
+@pytest.mark.parametrize("off", ["no", "off", "0"])
+def test_a_sandbox_where_tests_have_none(pytester: pytest.Pytester, off: str) -> None:
+    pytester.makeini("[pytest]\nisolation = namespace")
+    pytester.makepyfile("def test_it(sandbox): assert sandbox.run(['true']).returncode == 0")
+    pytester.runpytest_subprocess(f"--isolation={off}").assert_outcomes(passed=1)
+
+
+def test_a_sandbox_that_was_lent_is_for_commands(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+    import pytest
+    from isolation.errors import FeatureMissing
+    def test_it(sandbox):
+        with pytest.raises(FeatureMissing, match="lent"): sandbox.template("json:dumps")
+        with pytest.raises(FeatureMissing, match="lent"): sandbox.load_template("/x", "json:dumps")
+    """)
+    pytester.runpytest_subprocess("--isolation").assert_outcomes(passed=1)
+
+
 def test_mount_option(pytester: pytest.Pytester, tmp_path: Path) -> None:
     (tmp_path / "seen").mkdir()
     (tmp_path / "seen" / "f").write_text("hello")

@@ -160,11 +160,3 @@ def write(cache: Cache, settings: Settings) -> None:
         "exclude": list(settings.exclude),
     }
     cache.write(SETTINGS, json.dumps(data, indent=1).encode() + b"\n")
-
-
-class Setup:
-    """The interface for the machine side."""
-
-    load = staticmethod(load)
-    make = staticmethod(make)
-    qemu = staticmethod(qemu)

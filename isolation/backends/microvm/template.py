@@ -57,14 +57,6 @@ class _Streams:
         self._stdout = self._stderr = -1
         link.say(message, ends, outputs=_STREAMS, mark=mark)
 
-    def close_unused(self) -> None:
-        """The other ends, if no machine ever got them."""
-        if not self._connected:
-            self._connected = True
-            self._theirs.close()
-            os.close(self._stdout)
-            os.close(self._stderr)
-
     @staticmethod
     def patience(sock: socket.socket, seconds: int) -> None:
         """How long a message may wait to be sent."""

@@ -53,7 +53,6 @@ MS_PRIVATE = 1 << 18
 MS_RDONLY = 1
 MS_REC = 16384
 MS_REMOUNT = 32
-MS_SLAVE = 1 << 19
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 OPEN_TREE_CLONE = 1
 PR_CAPBSET_DROP = 24
@@ -61,7 +60,6 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 PR_CAP_AMBIENT_RAISE = 2
 PR_SET_DUMPABLE = 4
-PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_PDEATHSIG = 1
@@ -291,12 +289,6 @@ def signalfd(signals: int) -> int:
     return fd
 
 
-def join_session_keyring() -> None:
-    """keyctl(KEYCTL_JOIN_SESSION_KEYRING, NULL): a new, empty, anonymous session keyring."""
-    if _syscall(_NR["keyctl"], KEYCTL_JOIN_SESSION_KEYRING, 0, 0, 0, 0) < 0:
-        raise _fail("keyctl", "JOIN_SESSION_KEYRING")
-
-
 class _LandlockRuleset(ctypes.Structure):
     _fields_ = (("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
 
@@ -318,13 +310,6 @@ def landlock_create_ruleset(handled_fs: int, scoped: int, *, size: int) -> int:
     if fd < 0:
         raise _fail("landlock_create_ruleset", hex(handled_fs))
     return fd
-
-
-def landlock_add_path(ruleset: int, parent_fd: int, allowed: int) -> None:
-    """landlock_add_rule(2) of type LANDLOCK_RULE_PATH_BENEATH."""
-    attr = _LandlockPathBeneath(allowed, parent_fd)
-    if _syscall(_NR_LANDLOCK_ADD_RULE, ruleset, 1, ctypes.byref(attr), 0):
-        raise _fail("landlock_add_rule")
 
 
 def landlock_restrict_self(ruleset: int) -> None:
