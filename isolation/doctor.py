@@ -17,7 +17,8 @@ def as_text(probes: Mapping[str, Probe], *, color: bool = False, width: int = 10
     """One paragraph per backend: does it work, why (not), its checks with their remedies, its features."""
     if not probes:
         return "No backend is installed: reinstall isolation-kit, which brings one."
-    return "\n\n".join(_paragraph(name, probe, color, width) for name, probe in probes.items())
+    said: set[str] = set()
+    return "\n\n".join(_paragraph(name, probe, color, width, said) for name, probe in probes.items())
 
 
 def as_data(probes: Mapping[str, Probe]) -> dict[str, Any]:
@@ -42,12 +43,22 @@ def as_data(probes: Mapping[str, Probe]) -> dict[str, Any]:
 def line(name: str, probe: Probe, *, color: bool = False) -> str:
     """For `isolation backends`."""
     state = _paint("works", _GREEN, color) if probe.works else _paint("does not work here", _RED, color)
-    return f"{name}: {state} ({', '.join(sorted(probe.features)) or 'no features'})"
+    features = f" ({', '.join(sorted(probe.features)) or 'no features'})" if probe.works else ""
+    return f"{name}: {state}{features}"
 
 
-def _paragraph(name: str, probe: Probe, color: bool, width: int) -> str:
+def _paragraph(name: str, probe: Probe, color: bool, width: int, said: set[str]) -> str:
+    """`said`: remedies that stand above, and are not told again."""
+    remedies = {check.remedy for check in probe.checks if check.remedy} | said
+
+    def once(text: str) -> str:
+        """A reason, and what is found, may name the remedies, too."""
+        for remedy in remedies:
+            text = text.replace(f"; {remedy}", "")
+        return text
+
     state = _paint("works", _GREEN, color) if probe.works else _paint("does not work here", _RED, color)
-    lines = [f"{_paint(name, _BOLD, color)}: {state}", *_wrap(probe.reason, "  ", width)]
+    lines = [f"{_paint(name, _BOLD, color)}: {state}", *_wrap(once(probe.reason), "  ", width)]
     longest = max((len(check.name) for check in probe.checks), default=0)
     # A long name gets its line to itself, rather than pushing every other one to the right.
     column = min(longest, 24)
@@ -55,14 +66,16 @@ def _paragraph(name: str, probe: Probe, color: bool, width: int) -> str:
         bad = _paint(_CAUTION, _YELLOW, color) if check.optional else _paint(_FAIL, _RED, color)
         mark = _paint(_PASS, _GREEN, color) if check.ok else bad
         if len(check.name) > column:
-            lines += [f"  {mark}  {check.name}", *_wrap(check.found, " " * (column + 10), width)]
+            lines += [f"  {mark}  {check.name}", *_wrap(once(check.found), " " * (column + 10), width)]
         else:
             head = f"  {mark}  {check.name:<{column}}  "
-            found = _wrap(check.found, " " * (column + 10), width) or [""]
+            found = _wrap(once(check.found), " " * (column + 10), width) or [""]
             lines += [head + found[0].lstrip(), *found[1:]]
         if not check.ok and check.remedy:
-            lines += _wrap(f"→ {check.remedy}", " " * (column + 10), width)
-    lines += _wrap(f"features: {', '.join(sorted(probe.features)) or 'none'}", "  ", width)
+            lines += _wrap("→ as above" if check.remedy in said else f"→ {check.remedy}", " " * (column + 10), width)
+            said.add(check.remedy)
+    if probe.works:
+        lines += _wrap(f"features: {', '.join(sorted(probe.features)) or 'none'}", "  ", width)
     return "\n".join(line.rstrip() for line in lines)
 
 

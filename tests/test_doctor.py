@@ -24,6 +24,17 @@ def test_text_says_what_works_what_failed_and_the_remedy() -> None:
     assert "\033" not in text
 
 
+def test_a_remedy_is_told_once() -> None:
+    remedy = "ask for another container"
+    one = Probe(False, f"it may not; {remedy}", (Check("/proc", False, "covered", remedy),), frozenset({"fork"}))
+    other = Probe(False, "needs one", (Check("one", False, f"does not work: it may not; {remedy}", remedy),), frozenset({"fork"}))
+    text = doctor.as_text({"one": one, "other": other})
+    assert text.count(remedy) == 1
+    assert "→ as above" in text
+    assert "features" not in text
+    assert doctor.line("one", one) == "one: does not work here"
+
+
 def test_color_only_when_asked() -> None:
     assert "\033[32mworks\033[0m" in doctor.as_text({"good": GOOD}, color=True)
     assert "\033[31mdoes not work here\033[0m" in doctor.line("bad", BAD, color=True)
