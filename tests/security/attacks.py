@@ -259,12 +259,16 @@ for path in ("/etc/shadow", "/etc/gshadow", "/etc/ssh/ssh_host_ed25519_key", "/r
         pass
 """
 
-KEYS = """
-try:
-    if {key!r} in open("/proc/keys").read():
-        print("BREACH a key of the host's is listed")
-except OSError:
-    pass
+PROC = """
+import os
+for name in {masked!r}:
+    path = "/proc/" + name
+    try:
+        found = os.listdir(path) if os.path.isdir(path) else open(path, "rb").read(1)
+    except OSError:
+        continue
+    if found:
+        print("BREACH", path)
 """
 
 DEVICES = """

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from isolation.backends.namespace import plan as plans
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
 from isolation.backends.namespace.template import NamespaceTemplate
@@ -57,7 +58,7 @@ class Host:
             "secret": SECRET,
             "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in names},
             "host_uid": os.getuid(),
-            "key": "isolation-test-key",
+            "masked": plans.MASKED,
             "areas": self.areas,
             "inotify": int(Path("/proc/sys/fs/inotify/max_user_instances").read_text()),
             "executable": os.path.realpath(sys.executable),

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("microvm_ready")
 # Of the attacks on a namespace sandbox, those that mean something to a machine with a kernel and processes of its own.
 ATTACKS = (
     "HOST_FILE HOST_DIRECTORY_BY_FD TCP UDP ABSTRACT PATHNAME INHERITED_SOCKET ENVIRONMENT MEMORY INIT_IS_OPEN KILL_INIT "
-    "CAPABILITIES NO_NEW_PRIVILEGES SHADOW KEYS DEVICES WRITE_HOST SHARED_MEMORY"
+    "CAPABILITIES NO_NEW_PRIVILEGES SHADOW DEVICES WRITE_HOST SHARED_MEMORY"
 ).split()
 _SETFCAP = 31
 

@@ -37,7 +37,7 @@ from isolation.spec import Limits, SandboxSpec
 
 _DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
 # What the OCI runtime specification masks (config-linux, default of runc and crun), and what tells of keys.
-_MASKED = (
+MASKED = (
     "acpi", "asound", "kcore", "key-users", "keys", "latency_stats", "sched_debug", "scsi", "sysrq-trigger",
     "timer_list",
 )  # fmt: skip
@@ -218,7 +218,7 @@ def _writable_places(shown: view.View, env: dict[str, str]) -> None:
 
 
 def _kernel_places(shown: view.View, spec: SandboxSpec, defences: frozenset[str]) -> None:
-    masked = _MASKED if not spec.nesting and "proc-masks" in defences else ()
+    masked = MASKED if not spec.nesting and "proc-masks" in defences else ()
     shown.add(Proc(masked, frozenset(name for name in masked if os.path.isdir(f"/proc/{name}"))))
     shown.add(Directory("/dev"))
     shown.add(DevPts())
