@@ -1,9 +1,12 @@
 """The streams of `isolation run`: which descriptors the command gets, and the relay of all the others.
 
     terminal                        the sandbox's own terminal, relayed; the host's is raw meanwhile
-    pipe, FIFO, /dev/null           the very descriptor: nothing can be done with it but read and write
+    /dev/null                       the very descriptor
+    pipe, FIFO as standard input    the very descriptor: a relay would take from it what was meant for whoever reads next
+                                    (`while read x; do isolation run …; done`); a command of the same user's can write to it
     file, socket, device, anything  a pipe, relayed: whoever holds a file can reopen or truncate it, whoever holds a socket
-                                    may reach the network through it, and a directory is a way out of the root
+                                    may reach the network through it, a directory is a way out of the root, and a pipe for
+                                    output can be opened by /proc/self/fd, and read: what others have written, too
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ def classify(fd: int) -> Kind:
         return Kind.CLOSED
     if os.isatty(fd):
         return Kind.TERMINAL
-    if stat.S_ISFIFO(status.st_mode):
+    if stat.S_ISFIFO(status.st_mode) and fd == 0:
         return Kind.HARMLESS
     if stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL_DEVICE:
         return Kind.HARMLESS
@@ -115,6 +118,8 @@ class _Pump:
         if isinstance(sink, int):
             if stat.S_ISSOCK(os.fstat(sink).st_mode):
                 self._socket = socket.socket(fileno=os.dup(sink))
+            if stat.S_ISFIFO(os.fstat(sink).st_mode):
+                self._most = select.PIPE_BUF  # pipe(7): what has room, when it has any
             if self._socket or stat.S_ISREG(os.fstat(sink).st_mode) or not os.get_blocking(sink):
                 self._most = _BOUND
 

@@ -86,7 +86,7 @@ def eventually(condition: Any, seconds: float = 20.0) -> bool:
         (["/etc/passwd"], 126),
         (["--workdir", "/nowhere", "true"], 125),
         (["--mount", "nowhere:/x", "true"], 125),
-        (["--network", "nat", "true"], 125),
+        (["--backend", "namespace", "--network", "nat", "true"], 125),
     ],
 )
 def test_exit_code(args: list[str], code: int) -> None:
@@ -552,3 +552,27 @@ def test_values_of_variables_are_in_nobody_s_command_line() -> None:
         process.stdin.close()
     assert word not in inside
     assert "isolation" not in inside
+
+
+STEAL = """
+import os, sys
+try:
+    sys.stderr.write(repr(os.read(os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK), 100)))
+except OSError as error:
+    sys.stderr.write(repr(error))
+"""
+
+
+@pytest.mark.parametrize("sandboxed", [True, False])
+def test_nobody_reads_what_others_have_written_to_a_pipe(sandboxed: bool) -> None:
+    read, write = os.pipe()
+    try:
+        os.write(write, b"for the consumer only")
+        command = [*CLI, "run", "python3", "-c", STEAL] if sandboxed else [sys.executable, "-c", STEAL]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=True, timeout=PATIENCE)
+        assert (b"consumer" in done.stderr) is not sandboxed
+        if sandboxed:
+            assert os.read(read, 100) == b"for the consumer only"
+    finally:
+        os.close(read)
+        os.close(write)

@@ -110,6 +110,8 @@ class Cgroup:
             else:
                 self._write("memory", "memory.limit_in_bytes", limits.memory)
                 self._write("memory", "memory.memsw.limit_in_bytes", limits.memory, optional=True)
+                # What waits in TCP's buffers is counted apart there (cgroup-v1/memory.rst, 2.7.2).
+                self._write("memory", "memory.kmem.tcp.limit_in_bytes", limits.memory, optional=True)
         if limits.cpus is not None:
             quota = max(1000, int(limits.cpus * _PERIOD))
             if self.version == 2:
