@@ -115,11 +115,13 @@ class _Pump:
         self._screen = screen  # what it makes of the bytes is passed on
         self._most = _SURE
         self._socket: socket.socket | None = None
+        self._pipes = False  # from one to another: bytes need not come here
         if isinstance(sink, int):
             if stat.S_ISSOCK(os.fstat(sink).st_mode):
                 self._socket = socket.socket(fileno=os.dup(sink))
             if stat.S_ISFIFO(os.fstat(sink).st_mode):
                 self._most = select.PIPE_BUF  # pipe(7): what has room, when it has any
+                self._pipes = screen is None and stat.S_ISFIFO(os.fstat(source).st_mode)
             if self._socket or stat.S_ISREG(os.fstat(sink).st_mode) or not os.get_blocking(sink):
                 self._most = _BOUND
 
@@ -154,7 +156,24 @@ class _Pump:
                 self._end()
         return bool(self._waiting)
 
+    def _splice(self, sink: int) -> bool | None:
+        """As `_read`; None where it has to be done by hand."""
+        try:
+            count = os.splice(self.source, sink, _BOUND, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            return None  # nothing to read, or no room
+        except OSError as error:
+            self._lose(error)
+            return False
+        if not count:
+            self._end()
+        return count > 0
+
     def _read(self) -> bool:
+        if self._pipes and not self._waiting and self._budget is None and isinstance(self.sink, int):
+            done = self._splice(self.sink)
+            if done is not None:
+                return done
         room = _BOUND - len(self._waiting)
         try:
             data = os.read(self.source, room if self._budget is None else min(room, self._budget))
@@ -185,16 +204,20 @@ class _Pump:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EIO):
-                self.error = error
-            self._waiting = b""
-            self._end()
-            if self._at_loss is not None:
-                self._at_loss()
+            self._lose(error)
             return
         self._waiting = self._waiting[count:]
         if not self._waiting and not self._reading:
             self._finish()
+
+    def _lose(self, error: OSError) -> None:
+        """Nobody takes it any more."""
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EIO):
+            self.error = error
+        self._waiting = b""
+        self._end()
+        if self._at_loss is not None:
+            self._at_loss()
 
     def _end(self) -> None:
         self._reading = False
