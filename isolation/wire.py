@@ -114,8 +114,7 @@ class Wire:
         frame = memoryview(encode(message, data))
         try:
             if fds:
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-                frame = frame[self.sock.sendmsg([frame], rights) :]
+                frame = frame[socket.send_fds(self.sock, [frame], fds) :]
             if frame:
                 self.sock.sendall(frame)
         except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import select
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -62,3 +64,28 @@ def test_modules_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         poller = plain.select.poll()
         poller.register(other, select.POLLIN)
         assert poller.poll(0)
+
+
+def test_descriptors_are_sent_while_others_have_many_on_their_way() -> None:
+    """As an ordinary user's: for real root there is no such limit."""
+    code = """
+import os, resource, sys
+from isolation.plain import socket
+if os.geteuid() == 0:
+    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+one, other = socket.socketpair()
+more, its_other = socket.socketpair()
+for end in (one, more):
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+for _ in range(20):
+    socket.send_fds(one, [b"x"], [0] * 100)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+try:
+    more.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"\\0\\0\\0\\0")])
+except OSError as error:
+    print(error.strerror)
+socket.send_fds(more, [b"x"], [0])
+print(len(socket.recv_fds(its_other, 1, 1)[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
+    assert done.stdout.splitlines() == ["Too many references: cannot splice", "1 1000"], done.stderr

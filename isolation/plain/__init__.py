@@ -26,7 +26,7 @@ else:
     import threading
     import time
 
-    from isolation.plain.pairs import socketpair
+    from isolation.plain.pairs import send_fds, socketpair
 
     def _copy(module: ModuleType, **more: object) -> ModuleType:
         copy = ModuleType(module.__name__)
@@ -34,7 +34,7 @@ else:
         return copy
 
     select = _copy(select)
-    socket = _copy(socket, socketpair=socketpair)
+    socket = _copy(socket, socketpair=socketpair, send_fds=send_fds)
     subprocess = _copy(subprocess)
     threading = _copy(threading)
     time = _copy(time)

@@ -41,13 +41,19 @@ class Lines:
 
     def __init__(self, handle: Callable[[dict[str, Any]], None]) -> None:
         self._handle = handle
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> None:
         """Raises MuxError for what is no such object, or too long."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        first, *more = data.split(b"\n")
+        self._rest += first  # which copies nothing of what was there: it may come a byte at a time
         if len(self._rest) > _LINE_AT_MOST:
             raise MuxError("the other end sent a line without an end")
+        if not more:
+            return
+        *lines, rest = more
+        lines.insert(0, bytes(self._rest))
+        self._rest = bytearray(rest)
         for line in lines:
             try:
                 message = json.loads(line)

@@ -110,7 +110,8 @@ class MachineBox:
             if "exit" in message:
                 self.exit = int(message["exit"])
             elif "unpacked" in message:
-                self.on_unpacked()
+                told, self.on_unpacked = self.on_unpacked, lambda: None  # once, however often it says so
+                told()
             elif "size" in message:
                 self._reads[message["of"]].begin(int(message["size"]))
             elif "gone" in message:
