@@ -30,6 +30,10 @@ class _Place:
     path: str
     lineno: int
 
+    def __str__(self) -> str:
+        """As pytest's own: --tb=line prints a failure with this."""
+        return f"{self.path}:{self.lineno}: {self.message.partition(chr(10))[0]}"
+
 
 class CrashRepr:
     """A failure's representation, as pytest's terminal and junitxml expect one (reprcrash, toterminal, str)."""
@@ -37,6 +41,12 @@ class CrashRepr:
     def __init__(self, message: str, text: str, path: str, lineno: int) -> None:
         self.reprcrash = _Place(message, path, lineno)
         self._text = text
+
+    @classmethod
+    def of(cls, item: pytest.Item, message: str, text: str) -> CrashRepr:
+        """At the test's own place, as there is none of an exception."""
+        path, line, _domain = item.location
+        return cls(message, text, str(item.config.rootpath / path), (line or 0) + 1)
 
     def toterminal(self, tw: Any) -> None:
         """pytest prints a failure with this."""
@@ -125,7 +135,6 @@ def crash_reports(
 
     A test that dies in its set-up has failed, too: an "error" would hide it from who counts failures.
     """
-    path, line, _domain = item.location
     failed = "call" if phases.running == "setup" else phases.running
     now = time.time()
     made = []
@@ -138,7 +147,7 @@ def crash_reports(
         )  # fmt: skip
         if phase == failed:
             report.outcome = "failed"
-            report.longrepr = CrashRepr(message, text, path, (line or 0) + 1)  # type: ignore[assignment]
+            report.longrepr = CrashRepr.of(item, message, text)  # type: ignore[assignment]
             report.sections = list(sections)
             report.start, report.stop, report.duration = started, now, now - started
             reason = _xfail_reason(item)
@@ -151,10 +160,9 @@ def crash_reports(
 
 def teardown_report(item: pytest.Item, message: str, text: str) -> pytest.TestReport:
     """The end of wide fixtures, for the last test that used them, when it could not be reported."""
-    path, line, _domain = item.location
     return pytest.TestReport(
         nodeid=item.nodeid, location=item.location, keywords={str(name): 1 for name in item.keywords}, outcome="failed",
-        longrepr=CrashRepr(message, text, path, (line or 0) + 1), when="teardown",  # type: ignore[arg-type]
+        longrepr=CrashRepr.of(item, message, text), when="teardown",  # type: ignore[arg-type]
     )  # fmt: skip
 
 

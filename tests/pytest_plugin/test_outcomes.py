@@ -216,6 +216,35 @@ def test_deaths(pytester: pytest.Pytester) -> None:
     assert output.count("Thread 0x") >= 1
 
 
+@pytest.mark.parametrize("style", ["auto", "long", "short", "line", "native", "no"])
+def test_a_death_is_shown_as_a_failure_is_in_each_style(pytester: pytest.Pytester, style: str) -> None:
+    pytester.makepyfile("""
+        import os
+        import pytest
+
+        def test_dies():
+            print("its output")
+            os._exit(7)
+        @pytest.fixture(scope="module")
+        def late():
+            yield
+            os._exit(8)
+        def test_late(late): pass
+    """)
+    result = pytester.runpytest_subprocess("--isolation", f"--tb={style}", "-rA", "-p", "no:cacheprovider")
+    text = result.stdout.str()
+    where = f"{pytester.path}/test_a_death_is_shown_as_a_failure_is_in_each_style.py"
+    said = [line for line in result.outlines if line.startswith(f"{where}:")]
+    of_line = [f"{where}:4: the test's process ended with status 7 before the test was over"]
+    assert [line.partition(" (")[0] for line in said] == (of_line if style == "line" else [])
+    shown = sum(line.startswith("the test's process ended with status") for line in result.outlines)
+    assert shown == (0 if style == "no" else 2)
+    assert ("its output" in text) == (style != "no")
+    assert "FAILED test_a_death_is_shown" in text
+    assert "ERROR test_a_death_is_shown" in text
+    assert "_Place" not in text
+
+
 def test_isolated_from_one_another_and_from_the_host(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         helper="state = 0",
