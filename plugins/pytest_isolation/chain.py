@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from pytest_isolation.settings import Settings
 from pytest_isolation.units import Unit
 from pytest_isolation.wide import Wide
 
+_attempts = itertools.count(1)
+
 Work = Callable[[Branch, "Level"], Template | None]
 
 
@@ -20,6 +23,7 @@ class Level:
     """One template of the chain: of a node, or (node None) the one that all others of these settings come from.
 
     done     what is set up in it
+    attempt  a number of its own for each time that something is set up in it
     running  forks of it that are not done
     """
 
@@ -30,11 +34,13 @@ class Level:
         self.template = template
         self.branch: Branch | None = None
         self.done: dict[str, Wide] = {}
+        self.attempt = 0
         self.running = 0
         self.children: list[Level] = []
         self.last: pytest.Item | None = None  # that was started in it
         self.tearing: pytest.Item | None = None  # the test that it is torn down after
         self.told = False  # how that went
+        self.warned: list[Any] = []  # what it has told, before it tells on account of which test
         self.broken = False
         self.fixtures: frozenset[str] | None = None  # all that it may ever be asked for, once somebody wanted to know
 
@@ -96,6 +102,7 @@ class Chain:
                 found.branch = level.template.branch(job)
             else:
                 found.branch = found.template.advance(job)
+            found.attempt = next(_attempts)
             template = work(found.branch, found)
         except IsolationError:
             pass  # then the tests set all up themselves, and show what is wrong

@@ -23,7 +23,7 @@ from pytest_isolation.carriers import Carriers
 from pytest_isolation.carry import Held, initially
 from pytest_isolation.chain import Chain, Level
 from pytest_isolation.deferred import Deferred
-from pytest_isolation.emission import Emission
+from pytest_isolation.emission import Emission, Setup
 from pytest_isolation.here import Here
 from pytest_isolation.rerun import count_rerun, reruns_made
 from pytest_isolation.run import Run
@@ -36,6 +36,7 @@ from pytest_isolation.worker import PAYLOAD, Worker, order_for
 
 _OUTPUT_AT_MOST = 256 << 10
 _SECTIONS_AT_MOST = 100
+_WARNINGS_AT_MOST = 10_000  # of one set-up, or teardown
 
 
 class Controller:
@@ -68,7 +69,7 @@ class Controller:
             on_death=self._on_death, on_remake=self._on_remake,
         )  # fmt: skip
         self._schedule.job_of = self._job_of
-        self._emission = Emission(config, run, self.print_raw)
+        self._emission = Emission(config, run, self.print_raw, self._tell_warnings)
         self.carriers = Carriers(config)
         config.pluginmanager.register(self.carriers, "isolation-carriers")
         self.deferred = Deferred(self._is_isolated)
@@ -86,8 +87,7 @@ class Controller:
         self._current: tuple[pytest.Item, Run] | None = None
         self._basetemp: Path | None = None
         self._lender = debugger.Lender()
-        self._teardowns: list[pytest.TestReport] = []
-        self._warned: list[Any] = []
+        self._ended: list[tuple[Level, pytest.TestReport, list[dict[str, Any]]]] = []  # how that went, with its warnings
         self._unshared: dict[str, str] = {}
         self._late: list[str] = []
         self._end: dict[str, Any] = {}
@@ -324,12 +324,20 @@ class Controller:
 
     def _end_levels(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:
         """Tear down what the next test does not need, as pytest would now. Returns what went wrong, or was said."""
-        self._teardowns = []
         for chain, level in self._open_levels():
             if self._ends(level, item, nextitem):
                 self._schedule.tear_down(chain, level, item)
-        made, self._teardowns = self._teardowns, []
-        return made
+        return self._tell_ended()
+
+    def _tell_ended(self) -> list[pytest.TestReport]:
+        ended, self._ended = self._ended, []
+        for _level, _report, warned in ended:
+            self._tell_warnings(warned)
+        return [report for _level, report, _warned in ended]
+
+    def _tell_warnings(self, warned: Iterable[dict[str, Any]]) -> None:
+        for arguments in warned:
+            self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
 
     @staticmethod
     def _ends(level: Level, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
@@ -340,11 +348,10 @@ class Controller:
 
     def _end_open_levels(self, session: pytest.Session) -> None:
         """The run is over before its last test (-x, a test of another process at the end, …)."""
-        self._teardowns = []
         for chain, level in self._open_levels():
             if level.last is not None and chain.find(level.node) is level:  # type: ignore[arg-type]
                 self._schedule.tear_down(chain, level, level.last)
-        for report in self._teardowns:
+        for report in self._tell_ended():
             if report.failed:
                 self._late.append(f"error at teardown, after {report.nodeid}: {report.longreprtext}")
 
@@ -359,11 +366,13 @@ class Controller:
         verdict = branch.wait(1.0) or Verdict(Ended.LOST)
         stacks = crash.tidy_stacks(branch.stacks(), whole=self._config.getoption("fulltrace", False))
         limits = level.settings.spec.limits
-        self._teardowns.append(crash.teardown_report(level.tearing, crash.explain(verdict, limits, self.lost), stacks))
+        report = crash.teardown_report(level.tearing, crash.explain(verdict, limits, self.lost), stacks)
+        self._ended.append((level, report, []))
 
     def _on_remake(self, level: Level) -> None:
         """A template has ended, to be made anew without a fixture that a fork cannot carry."""
-        self._emission.forget_setup(level.node)
+        self._emission.forget_setup(level.node, level.attempt)
+        self._ended = [each for each in self._ended if level not in each[0].above()]
 
     def _hear(self, level: Level, message: Mapping[str, Any]) -> None:
         """What a template says. It is as little believed as a test."""
@@ -372,17 +381,16 @@ class Controller:
                 nodeid, nth = message["wide"]
                 told = message["sections"][:_SECTIONS_AT_MOST]
                 sections = [(clean_name(str(name), 200), clean_output(str(text))) for name, text in told]
-                warned, self._warned = self._warned, []
                 item = self._item_of(level, nodeid, nth)
-                self._emission.remember_setup(item, level.node, float(message["duration"]), sections)
-                for each in warned:
-                    arguments = reports.decode_warning(item, each)
-                    self._config.hook.pytest_warning_recorded.call_historic(kwargs=arguments)
+                warned = self._warnings_of(level, item)
+                setup = Setup(level.node, level.attempt, float(message["duration"]), sections, warned)
+                self._emission.remember_setup(item, setup)
             elif "carried" in message:
                 item = self._item_of(level, message["of"], 0)
                 self.carriers.apply(item, self.carriers.check(message["carried"], item, message.get("data")))
             elif "warning" in message:
-                self._warned = [*self._warned[:_SECTIONS_AT_MOST], message["warning"]]
+                if len(level.warned) < _WARNINGS_AT_MOST:
+                    level.warned.append(message["warning"])
             elif "debugger" in message:
                 wall = level.settings.spec.limits.wall
                 if level.branch is not None:
@@ -394,13 +402,21 @@ class Controller:
                 if names and len(self._unshared) < _SECTIONS_AT_MOST:
                     name = clean_name(str(message["name"]), 200)
                     self._unshared.setdefault(name, clean_name(str(message["left"]), 200))
-            elif "teardown" in message and level.tearing is not None:
-                self._teardowns.append(reports.decode(self._config, level.tearing, message.get("data")))
+            elif "teardown" in message and level.tearing is not None and not level.told:
+                warned = self._warnings_of(level, level.tearing)
+                report = reports.decode(self._config, level.tearing, message.get("data"))
+                self._ended.append((level, report, warned))
                 level.told = True
             elif "done" in message and isinstance(message["done"], dict):
                 self._end = message["done"] if "exit" in message["done"] else {}
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
             return
+
+    @staticmethod
+    def _warnings_of(level: Level, item: pytest.Item) -> list[dict[str, Any]]:
+        """Those of wide fixtures are of the test that these were set up for, or end with. Raises BadReport."""
+        warned, level.warned = level.warned, []
+        return [reports.decode_warning(item, each) for each in warned]
 
     def _fixtures_of(self, level: Level) -> frozenset[str]:
         """The names of those that its template may set up: what it says of others is not its to say."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import getpass
+import itertools
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,31 +25,59 @@ from pytest_isolation.run import Run
 from pytest_isolation.settings import RunSettings
 
 
+@dataclass
+class Setup:
+    """Of a node's wide fixtures, on behalf of a test. `attempt`: those of one are made in one go, in their template."""
+
+    node: object
+    attempt: int
+    duration: float
+    sections: list[tuple[str, str]]
+    warned: list[dict[str, Any]]
+
+
 class Emission:
     """Of one session. Tests come one after the other: `begin`, `take` each report, `end`."""
 
-    def __init__(self, config: pytest.Config, settings: RunSettings, show: Callable[[int, bytes], None]) -> None:
+    def __init__(
+        self,
+        config: pytest.Config,
+        settings: RunSettings,
+        show: Callable[[int, bytes], None],
+        warn: Callable[[Iterable[dict[str, Any]]], None],
+    ) -> None:
         self._config = config
         self._settings = settings
         self._show = show
+        self._warn = warn
         self._at_once = False
         self._shown: list[tuple[int, int, bytes]] = []  # what comes behind so many of the reports that wait
         self._held: list[pytest.TestReport] = []
         self._told: list[pytest.TestReport] = []
         self._before: list[tuple[str, str]] = []  # what was captured while wide fixtures were set up for the test
-        self._setups: dict[pytest.Item, list[tuple[object, float, list[tuple[str, str]]]]] = {}
+        self._setups: dict[pytest.Item, list[Setup]] = {}
+        self._warned: dict[object, Counter[str]] = {}  # by node: what has been told of its set-ups
+        self._again: dict[object, Counter[str]] = {}  # what will come once more
         self._records: list[TestRecord] = []
         self._begun = time.time()
 
-    def remember_setup(self, item: pytest.Item, node: object, duration: float, sections: list[tuple[str, str]]) -> None:
+    def remember_setup(self, item: pytest.Item, setup: Setup) -> None:
         """Wide fixtures of a node were set up on behalf of a test, which so took that much longer."""
-        if 0 <= duration < 1e9:
-            self._setups.setdefault(item, []).append((node, duration, sections))
+        again = self._again.get(setup.node)
+        if again:
+            setup.warned = [each for each in setup.warned if not _take_one(again, _key(each))]
+        if 0 <= setup.duration < 1e9:
+            self._setups.setdefault(item, []).append(setup)
 
-    def forget_setup(self, node: object) -> None:
-        """They are set up once more: it took its time, but what was captured will be captured again."""
-        for item, setups in self._setups.items():
-            self._setups[item] = [(of, time, [] if of is node else told) for of, time, told in setups]
+    def forget_setup(self, node: object, attempt: int) -> None:
+        """They are set up once more: it took its time, but what was captured will be captured again. And what was told of
+        warnings before will not be told twice."""
+        told = self._again[node] = Counter(self._warned.get(node, Counter()))
+        for setup in itertools.chain.from_iterable(self._setups.values()):
+            if setup.node is node and setup.attempt == attempt:
+                setup.sections, setup.warned = [], []
+            elif setup.node is node:
+                told.update(map(_key, setup.warned))
 
     def begin(self, item: pytest.Item) -> None:
         self._held, self._told, self._before, self._shown = [], [], [], []
@@ -116,10 +146,12 @@ class Emission:
             run.told[item].events.clear()
 
     def _add_setup(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        for _node, duration, sections in self._setups.pop(item, ()):
-            report.duration += duration
-            report.start -= duration
-            self._before = _joined(self._before, sections)
+        for setup in self._setups.pop(item, ()):
+            report.duration += setup.duration
+            report.start -= setup.duration
+            self._before = _joined(self._before, setup.sections)
+            self._warn(setup.warned)
+            self._warned.setdefault(setup.node, Counter()).update(map(_key, setup.warned))
 
     def _details(self, run: Run, item: pytest.Item) -> Details:
         told = run.told[item]
@@ -139,10 +171,9 @@ class Emission:
         leak = found.leak() if self._settings.strict else ""
         for report in self._held:
             if leak and report.when == "call" and report.passed and not hasattr(report, "wasxfail"):
-                path, line, _domain = item.location
                 report.outcome = "failed"
                 what = "the test left something behind (--isolation-strict)"
-                report.longrepr = CrashRepr(what, leak, path, (line or 0) + 1)  # type: ignore[assignment]
+                report.longrepr = CrashRepr.of(item, what, leak)  # type: ignore[assignment]
             if report.failed:
                 report.sections = [*report.sections, ("isolation", "\n".join(found.lines()) + "\n")]
             if self._settings.names_details:
@@ -184,6 +215,16 @@ class Emission:
             ),
             self._settings.report,
         )  # fmt: skip
+
+
+def _key(warned: dict[str, Any]) -> str:
+    return str(warned["warning_message"])
+
+
+def _take_one(found: Counter[str], key: str) -> bool:
+    """Whether there is one more of it."""
+    found[key] -= 1
+    return found[key] >= 0
 
 
 def _joined(first: list[tuple[str, str]], then: list[tuple[str, str]]) -> list[tuple[str, str]]:

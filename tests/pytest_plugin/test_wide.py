@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -534,6 +536,58 @@ def test_a_warning_and_an_assertion_of_a_wide_fixture(pytester: pytest.Pytester)
     plain, isolated = run(pytester), run(pytester, "--isolation")
     assert isolated.parseoutcomes() == plain.parseoutcomes() == {"passed": 1, "errors": 1, "warnings": 1}
     isolated.stdout.fnmatch_lines(["*assert 1 == 2*", "*UserWarning: of the session*"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=class"]], ids=" ".join)
+def test_warnings_are_told_at_the_test_that_plain_pytest_tells_them_at(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    """Those of a set-up at the first test, those of a teardown at the last: none is another test's, none lost, none told twice
+    where a template is made anew (`threaded`)."""
+    pytester.makeconftest("""
+        import threading, warnings
+        import pytest
+
+        @pytest.fixture(scope="session", autouse=True)
+        def of_session():
+            for number in range(150): warnings.warn(f"session up {number}")
+            yield
+            warnings.warn("session down")
+        @pytest.fixture(scope="module")
+        def wide(request):
+            warnings.warn(f"up in {request.module.__name__}")
+            yield
+            warnings.warn(f"down in {request.module.__name__}")
+        @pytest.fixture(scope="class")
+        def per_class():
+            yield
+            warnings.warn("class down")
+        @pytest.fixture(scope="module")
+        def threaded(request):
+            done = threading.Event()
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            yield
+            done.set()
+            thread.join()
+    """)
+    pytester.makepyfile(
+        test_1="def test_a(wide): pass\ndef test_b(wide, threaded): pass\n",
+        test_2="def test_c(wide): pass\nclass TestD:\n    def test_d(self, per_class): pass\n    def test_e(self, per_class): pass\n",
+        test_3="import warnings\ndef test_f(): warnings.warn('own')\ndef test_fails(wide): assert 0\n",
+    )
+    code = """
+import json, sys, pytest
+class Told:
+    def pytest_warning_recorded(self, warning_message, when, nodeid): told.append([str(warning_message.message), when, nodeid])
+told = []
+status = pytest.main(sys.argv[1:], plugins=[Told()])
+json.dump([int(status), sorted(told)], open("told.json", "w"))
+"""
+    seen = []
+    for more in ([], ["--isolation", *arguments]):
+        pytester.run(sys.executable, "-c", code, "-p", "no:cacheprovider", "-W", "always", "-W", "ignore:.*fork.*", *more)
+        seen.append(json.loads((pytester.path / "told.json").read_text()))
+    assert len(seen[0][1]) > 150
+    assert seen[1] == seen[0]
 
 
 def test_a_fixture_is_not_set_up_before_a_test_asks_for_it(pytester: pytest.Pytester) -> None:
