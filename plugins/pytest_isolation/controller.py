@@ -320,6 +320,7 @@ class Controller:
                     if reporter_of is not None:
                         reporter_of(getattr(item, "id", item.nodeid)).add_attribute(*value)
             else:
+                self.carriers.leave_out(value.__dict__.pop("_isolation_left", ()))
                 self._emission.take(item, run, value)
 
     def _end_levels(self, item: pytest.Item, nextitem: pytest.Item | None) -> list[pytest.TestReport]:

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from isolation.plain import json
-from pytest_isolation import rerun
+from pytest_isolation import attributes, rerun
+from pytest_isolation.origin import is_pytests_own
 from pytest_isolation.text import clean, clean_all, clean_name, clean_output
 
 _OUTCOMES = ("passed", "failed", "skipped")
 _PHASES = ("setup", "call", "teardown")
-_TEXTS = ("_hypothesis_stats",)  # other plug-ins' attributes of a report that they print
 _VALUES_AT_MOST = 200_000
 _SECTIONS_AT_MOST = 1000
 _PROPERTIES_AT_MOST = 10_000
@@ -45,6 +45,7 @@ def encode(config: pytest.Config, report: pytest.TestReport) -> bytes:
             report.outcome = before
             report.longrepr = None
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
+    data["isolation_attributes"], data["isolation_left"] = attributes.take(report, data)
     data["isolation_after"] = after
     data["isolation_drawn"] = hasattr(report.longrepr, "toterminal") and isinstance(data["longrepr"], str)
     context = data.get("_subtest.context")
@@ -105,6 +106,10 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
         report = config.hook.pytest_report_from_serializable(config=config, data=checked)
         if not isinstance(report, pytest.TestReport):
             raise BadReport("not a test report")
+        attributes.put(report, data.get("isolation_attributes") or {})
+        left = attributes.left_of(data.get("isolation_left"))
+        if left:
+            report.__dict__["_isolation_left"] = left
         if isinstance(data.get("isolation_after"), dict):
             report.__dict__["_isolation_after"] = _check_after(data["isolation_after"])
         if data.get("isolation_drawn") is True and isinstance(report.longrepr, str):
@@ -112,6 +117,8 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
         _try_to_show(report)
     except BadReport:
         raise
+    except attributes.BadAttribute as error:
+        raise BadReport(str(error)) from error
     except Exception as error:
         raise BadReport(f"malformed: {type(error).__name__}: {clean_name(str(error), 200)}") from error
     return report
@@ -120,32 +127,28 @@ def decode(config: pytest.Config, item: pytest.Item, payload: object) -> pytest.
 def _check(item: pytest.Item, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadReport("not an object")
-    # An item may say of itself what its reports do not: pytest keeps apart the two.
-    if data.get("nodeid") not in (item.nodeid, str(getattr(item, "id", item.nodeid))):
-        raise BadReport(f"a report of another test: {clean_name(str(data.get('nodeid')), 200)}")
-    outcomes = _OUTCOMES + (("rerun",) if rerun.is_used(item.config) else ())
-    if data.get("outcome") not in outcomes or data.get("when") not in _PHASES:
+    outcome: Any = data.get("outcome")
+    when: Any = data.get("when")
+    known = rerun.is_used(item.config) if outcome == "rerun" else outcome in _OUTCOMES or _is_known(item, outcome)
+    if when not in _PHASES or not known:
         raise BadReport("no such outcome or phase")
+    times = {name: _number(data.get(name)) for name in ("start", "stop")}
     checked: dict[str, Any] = {
         "$report_type": "TestReport",
-        "nodeid": data["nodeid"],
+        "nodeid": _nodeid(item, data.get("nodeid")),
         "location": item.location,
         "keywords": {clean_name(name): 1 for name in _expect(data.get("keywords"), dict)},
-        "outcome": data["outcome"],
-        "longrepr": _longrepr(data.get("longrepr"), data["outcome"], expected="wasxfail" in data),
-        "when": data["when"],
+        "outcome": outcome,
+        "longrepr": _longrepr(item, data.get("longrepr"), outcome, expected="wasxfail" in data),
+        "when": when,
         "sections": [_pair(section) for section in _expect(data.get("sections"), list)[:_SECTIONS_AT_MOST]],
         "user_properties": [
             (clean_name(str(name)), clean_all(value))
             for name, value in _expect(data.get("user_properties"), list)[:_PROPERTIES_AT_MOST]
         ],
-        **{name: _number(data.get(name)) for name in ("duration", "start", "stop")},
+        "duration": _number(data.get("duration"), max(0.0, times["stop"] - times["start"])),
+        **times,
     }
-    if type(data.get("rerun")) is int:  # pytest-rerunfailures: how many runs came before
-        checked["rerun"] = data["rerun"]
-    for name in _TEXTS:
-        if isinstance(data.get(name), str):
-            checked[name] = clean(data[name])
     if "wasxfail" in data:
         checked["wasxfail"] = clean(_expect(data["wasxfail"], str))
     if data.get("_report_type") == "SubTestReport":
@@ -179,21 +182,64 @@ def _pair(value: Any) -> tuple[str, str]:
     return clean_name(_expect(title, str)), clean_output(_expect(content, str))
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def _number(value: Any, instead: float = 0.0) -> float:
+    """A plug-in may have set it, to infinity, say: what it was instead. Raises BadReport for what is none at all."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadReport("a time that is no number")
-    return value
+    return value if math.isfinite(value) else instead
 
 
-def _longrepr(value: Any, outcome: str, *, expected: bool) -> Any:
+def _nodeid(item: pytest.Item, sent: object) -> str:
+    """The test's own, whatever the report says; but a plug-in may write it in another way, to have ids of another script
+    readable. An item may say of itself what its reports do not: pytest keeps apart the two."""
+    own = str(getattr(item, "id", item.nodeid))
+    if sent in (own, item.nodeid):
+        return str(sent)
+    if isinstance(sent, str) and sent == _unescaped(own) and sent not in _others(item.session):
+        return clean_name(sent)
+    return own
+
+
+def _unescaped(nodeid: str) -> str:
+    try:
+        return nodeid.encode("utf-8").decode("unicode_escape")
+    except ValueError:
+        return nodeid
+
+
+_nodeids = pytest.StashKey[tuple[int, frozenset[str]]]()
+
+
+def _others(session: pytest.Session) -> frozenset[str]:
+    """All that is the name of a test."""
+    items = getattr(session, "items", ())
+    known = session.stash.get(_nodeids, None)
+    if known is None or known[0] != len(items):
+        known = session.stash[_nodeids] = len(items), frozenset(each.nodeid for each in items)
+    return known[1]
+
+
+def _is_known(item: pytest.Item, outcome: object) -> bool:
+    """Whether a plug-in on the host, or the project's, says how to show an outcome that is none of pytest's own."""
+    if not isinstance(outcome, str) or not outcome.isidentifier() or len(outcome) > 50:
+        return False
+    config = item.config
+    own = [plugin for plugin in config.pluginmanager.get_plugins() if is_pytests_own(plugin)]
+    shown = pytest.TestReport(item.nodeid, item.location, {}, outcome, None, "call")  # type: ignore[arg-type]
+    caller = config.pluginmanager.subset_hook_caller("pytest_report_teststatus", own)
+    return bool(caller(report=shown, config=config))
+
+
+def _longrepr(item: pytest.Item, value: Any, outcome: str, *, expected: bool) -> Any:
     """None, text, a skip's (path, line, reason), or a dictionary that pytest itself rebuilds; tuples again.
 
-    It must fit the outcome, on which pytest's reporters rely.
+    It must fit the outcome, on which pytest's reporters rely. Where a plug-in has changed that alone, it is made to.
     """
     if outcome == "skipped" and not expected and not isinstance(value, list):
-        raise BadReport("a skip without its reason")
+        path, line, _domain = item.location
+        return path, (line or 0) + 1, "" if value is None else _text_of(value)
     if outcome in ("failed", "rerun") and value is None:
-        raise BadReport("a failure without a reason")
+        return f"the outcome was set to {outcome!r}, without a reason"
     if value is None or isinstance(value, str):
         return None if value is None else clean(value)
     if isinstance(value, list):
@@ -205,6 +251,13 @@ def _longrepr(value: Any, outcome: str, *, expected: bool) -> Any:
     if crash is not None:
         _expect(crash.get("message"), str)
     return value
+
+
+def _text_of(value: Any) -> str:
+    """Of a failure, in short."""
+    crash = value.get("reprcrash") if isinstance(value, dict) else None
+    message = crash.get("message") if isinstance(crash, dict) else value
+    return clean(message, 1000) if isinstance(message, str) else ""
 
 
 def _try_to_show(report: pytest.TestReport) -> None:

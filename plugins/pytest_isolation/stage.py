@@ -9,7 +9,6 @@ boundary, too.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from pytest_isolation import reports, wide
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.carry import Held
+from pytest_isolation.origin import is_conftest, is_pytests_own
 
 
 class Boundary(pytest.Item):
@@ -133,7 +133,7 @@ class Stage:
     def _report(self, item: pytest.Item, call: pytest.CallInfo[None]) -> pytest.TestReport:
         """By pytest and the project: others, as pytest-rerunfailures, must have seen the test begin here."""
         manager = self._session.config.pluginmanager
-        others = [each for each in manager.get_plugins() if not _is_pytests_own(each) and not _is_conftest(each)]
+        others = [each for each in manager.get_plugins() if not is_pytests_own(each) and not is_conftest(each)]
         made: pytest.TestReport = manager.subset_hook_caller("pytest_runtest_makereport", others)(item=item, call=call)
         return made
 
@@ -160,7 +160,7 @@ class Stage:
     def _caller(self, hook: str, keep: object = None) -> Any:
         """A hook with pytest's own plug-ins only: others expect a test."""
         manager = self._session.config.pluginmanager
-        others = [plugin for plugin in manager.get_plugins() if plugin is not keep and not _is_pytests_own(plugin)]
+        others = [plugin for plugin in manager.get_plugins() if plugin is not keep and not is_pytests_own(plugin)]
         return manager.subset_hook_caller(hook, others)
 
     def _call(self, hook: str, when: Any, **arguments: Any) -> pytest.CallInfo[None]:
@@ -229,12 +229,3 @@ def _finish(fixtures: list[tuple[Any, Any]]) -> None:
 def _sections(boundary: Boundary, call: pytest.CallInfo[None]) -> list[tuple[str, str]]:
     """What was captured."""
     return pytest.TestReport.from_item_and_call(boundary, call).sections
-
-
-def _is_pytests_own(plugin: object) -> bool:
-    module = plugin.__name__ if isinstance(plugin, types.ModuleType) else type(plugin).__module__
-    return module.startswith("_pytest.")
-
-
-def _is_conftest(plugin: object) -> bool:
-    return isinstance(plugin, types.ModuleType) and (plugin.__file__ or "").endswith("/conftest.py")

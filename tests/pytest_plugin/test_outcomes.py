@@ -498,7 +498,8 @@ def test_forged_messages(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_subprocess(
         "--isolation", "-rA", "-vv", "--junitxml=out.xml", "--isolation-timeout=10s", timeout=600
     )
-    result.assert_outcomes(failed=16, passed=2)
+    # A name of another test's, and an outcome without its reason, are taken as the test's own; its own report is then one too many.
+    result.assert_outcomes(failed=14, passed=3, skipped=1, errors=3)
     assert "FAILED test_forged_messages.py::test_victim" in result.stdout.str()
     assert "INTERNALERROR" not in result.stdout.str()
 

@@ -6,7 +6,7 @@ checks that, and does what the plug-in itself would have done. Nothing is unpick
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ _KINDS: tuple[type[Carrier], ...] = (
 )  # fmt: skip
 
 _VALUES_AT_MOST = 1_000_000  # in one message
+_NAMES_AT_MOST = 20
 
 __all__ = ["Carriers", "Refused"]
 
@@ -37,6 +38,7 @@ class Carriers:
         self._config = config
         self._all: list[Carrier] | None = None
         self._lost: dict[str, str] = {}
+        self._left_out: dict[str, None] = {}
 
     def _found(self) -> list[Carrier]:
         """Whether a plug-in is in use is known after collection, which may import it."""
@@ -83,6 +85,12 @@ class Carriers:
         except OSError as error:  # no place left, say: the tests go on
             self._lost[carrier.name] = clean_name(str(error))
 
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Attributes of reports that were no plain values, and so stay where they were set."""
+        for name in names:
+            if len(self._left_out) < _NAMES_AT_MOST:
+                self._left_out[name] = None
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self) -> None:
         for carrier in self._found():
@@ -107,6 +115,9 @@ class Carriers:
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         notes = [f"{carrier.name}: {note}" for carrier in self._found() for note in carrier.notes()]
+        if self._left_out:
+            names = ", ".join(self._left_out)
+            notes.append(f"attributes of reports that are no plain values stay in the tests' processes: {names}")
         notes += [f"{name}: something could not be kept: {error}" for name, error in self._lost.items()]
         if notes:
             terminalreporter.section("isolation: other plug-ins", sep="-")
