@@ -13,15 +13,13 @@ from isolation.plain import time
 from isolation.result import Ended, Verdict
 from isolation.spec import Limits
 from isolation.units import format_size
+from pytest_isolation.retries import Allowed
 from pytest_isolation.text import clean
 
 _OWN_FRAMES = re.compile(
     r'^  File "[^"\n]*/(?:pytest_isolation|isolation/backends/namespace|isolation/guest)/[^"\n]*", line .*\n?', re.MULTILINE
 )
 _PYTEST_FRAMES = re.compile(r'^  File "[^"\n]*/(?:_pytest|pluggy|pytest)/[^"\n]*", line .*\n?', re.MULTILINE)
-
-
-_RUNS_AT_MOST = 100  # of one test in one sandbox
 
 
 @dataclass
@@ -93,20 +91,29 @@ def tidy_stacks(stacks: str, *, whole: bool) -> str:
 
 
 class Phases:
-    """Which reports of a test have come, and so in which phase it died."""
+    """Which reports of a test have come, and so in which phase it died.
 
-    def __init__(self) -> None:
+    A plug-in, or a conftest, may run a test several times, within what is `allowed`.
+    """
+
+    def __init__(self, allowed: Allowed) -> None:
         self.seen: list[str] = []
-        self._again = _RUNS_AT_MOST
+        self._again = allowed.runs - 1
+        self._hides = allowed.hides
+        self._retries = allowed.retries
 
     @property
     def all_seen(self) -> bool:
         """Nothing more is to be expected, but that the test runs once more."""
         return len(self.seen) == 3
 
-    def note(self, phase: str) -> bool:
-        """One has come; False: it cannot be. A plug-in, or a conftest, may run a test several times."""
-        if phase == "setup" and self.all_seen and self._again:
+    def note(self, phase: str, *, retry: bool = False) -> bool:
+        """One has come; False: it cannot be. `retry`: it says that another one of its phase will come."""
+        if retry and self._retries > 0:
+            self._retries -= 1
+            return True
+        begins = phase == "setup" or (phase == "teardown" and self._hides)  # of the set-up, which failed, was no report
+        if begins and "teardown" in self.seen and self._again > 0:
             self._again -= 1
             self.seen = []
         if phase in self.seen:

@@ -15,7 +15,7 @@ from isolation.plain import json, time
 from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
 from isolation.wire import Message
-from pytest_isolation import crash, reports, tmp
+from pytest_isolation import crash, reports, retries, tmp
 from pytest_isolation.carriers import Carriers, Refused
 from pytest_isolation.deferred import Deferred
 from pytest_isolation.rerun import reruns_allowed
@@ -58,7 +58,7 @@ class Told:
     end     what the test's process said when it was done with it; None before that
     """
 
-    phases: crash.Phases = field(default_factory=crash.Phases)
+    phases: crash.Phases
     events: list[tuple[str, Any]] = field(default_factory=list)
     end: Mapping[str, Any] | None = None
     started: float = 0.0
@@ -86,7 +86,7 @@ class Run:
         self.sandbox = sandbox
         self._config = config
         self._limits = unit.settings.spec.limits
-        self.told = {item: Told() for item in unit.items}
+        self.told = {item: Told(crash.Phases(retries.allowed(item))) for item in unit.items}
         self._at = 0
         self._more = False  # messages have arrived that no poll(2) will tell of
         self._messages = 0
@@ -240,7 +240,7 @@ class Run:
         if "report" in message:
             report = reports.decode(self._config, item, message.get("data"))
             if type(report) is pytest.TestReport:
-                if not self._told.phases.note(str(report.when)):
+                if not self._told.phases.note(str(report.when), retry=retries.is_retry(item, report)):
                     raise reports.BadReport(f"a second report of its {report.when}")
             if report.failed:
                 item.stash[tmp.failed] = True

@@ -312,6 +312,114 @@ def test_each_rerun_is_in_a_fork_of_its_own(pytester: pytest.Pytester) -> None:
     assert done.parseoutcomes() == {"passed": 1, "rerun": 2, "deselected": 4}
 
 
+FLAKY = """
+    import pytest
+    from flaky import flaky
+
+    first, second = [], []
+
+    @flaky
+    def test_second():
+        first.append(1)
+        assert len(first) == 2
+    @flaky(max_runs=3)
+    def test_never(): assert 0
+    @pytest.mark.flaky(max_runs=4, min_passes=2)
+    def test_twice():
+        second.append(1)
+        assert len(second) != 2
+    @pytest.mark.flaky
+    def test_skips(): pytest.skip("not today")
+    @pytest.fixture
+    def bad(): raise ValueError
+    @pytest.mark.flaky
+    def test_setup(bad): pass
+    @pytest.fixture(scope="module")
+    def wide(): return []
+    @flaky
+    class TestAll:
+        def test_method(self, wide):
+            wide.append(1)
+            assert len(wide) == 2
+    def test_plain(): assert 0
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--force-flaky", "--max-runs=3"], ["--no-success-flaky-report"], ["-p", "xdist", "-n2"]], ids=" ".join)
+def test_flaky(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    """A retry is a retry, and told of at the end."""
+    need("flaky", "xdist")
+    pytester.makepyfile(FLAKY)
+    plain, isolated = both(pytester, "-p", "flaky.flaky_pytest_plugin", *arguments)
+    assert isolated.parseoutcomes() == plain.parseoutcomes()
+    told = [sorted(re.findall(r"(?m)^test_.*(?:failed|passed).*$", each.stdout.str())) for each in (plain, isolated)]
+    assert told[0] == told[1]
+    assert any("runs remaining" in line for line in told[0])
+
+
+RETRIES = """
+    import pytest
+
+    count = [0]
+
+    @pytest.fixture(scope="module")
+    def wide(): return []
+    @pytest.mark.flaky(retries=2)
+    def test_third(wide):
+        count[0] += 1
+        assert count[0] == 3
+    @pytest.mark.flaky(retries=1)
+    def test_never(wide): assert 0
+    @pytest.mark.flaky(retries=3, only_on=[KeyError])
+    def test_other_error(): raise ValueError
+    @pytest.fixture
+    def bad(): raise ValueError
+    @pytest.mark.flaky
+    def test_setup(bad): pass
+    @pytest.mark.flaky
+    def test_skips(): pytest.skip("not today")
+    def test_plain(): assert 0
+    def test_fine(): pass
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--retries=2"], ["--retry-outcome=again"], ["-p", "xdist", "-n2"]], ids=" ".join)
+def test_retry(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    need("pytest_retry", "xdist")
+    pytester.makepyfile(RETRIES)
+    plain, isolated = both(pytester, "-p", "pytest_retry.retry_plugin", *arguments)
+    assert isolated.parseoutcomes() == plain.parseoutcomes()
+    told = [sorted(re.findall(r"(?m)^\ttest_.* attempts?.*$", each.stdout.str())) for each in (plain, isolated)]
+    assert told[0] == told[1]
+    assert told[0]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "sent", "said"),
+    [
+        (None, ["retried"], "no such outcome"),
+        ("pytest_retry.retry_plugin", ["retried", "retried"], "a second report of its call"),
+        ("flaky.flaky_pytest_plugin", ["call", "teardown", "setup", "call", "teardown", "setup"], "a second report of its setup"),
+    ],
+)
+def test_no_test_is_retried_more_often_than_its_marker_says(pytester: pytest.Pytester, plugin: str | None, sent: list[str], said: str) -> None:
+    need("flaky", "pytest_retry")
+    pytester.makeini("[pytest]\nmarkers = flaky: runs again\n")
+    pytester.makepyfile(f"""
+        import pytest
+        @pytest.mark.flaky
+        def test_it(request):
+            for each in {sent}:
+                outcome, when = ("retried", "call") if each == "retried" else ("passed", each)
+                report = pytest.TestReport(request.node.nodeid, request.node.location, {{}}, outcome, None, when)
+                request.node.ihook.pytest_runtest_logreport(report=report)
+        def test_fine(): pass
+    """)
+    done = run(pytester, *(["-p", plugin] if plugin else []), ISOLATION)
+    done.stdout.fnmatch_lines([f"*sent a report that pytest cannot use ({said}*"])
+    assert done.ret == 1
+
+
 @pytest.mark.parametrize("method", ["signal", "thread"])
 @pytest.mark.parametrize("mark", ["", ", func_only=True"])
 def test_timeout(pytester: pytest.Pytester, method: str, mark: str) -> None:

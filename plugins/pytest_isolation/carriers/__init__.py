@@ -17,12 +17,14 @@ from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.carriers.coverage import CoverageCarrier
 from pytest_isolation.carriers.hypothesis import HypothesisCarrier
 from pytest_isolation.carriers.log_file import LogFileCarrier
+from pytest_isolation.carriers.retries import FlakyCarrier, RetryCarrier
 from pytest_isolation.carriers.syrupy import SyrupyCarrier
 from pytest_isolation.carriers.tmp_path import TmpPathCarrier
 from pytest_isolation.text import clean_name
 
 _KINDS: tuple[type[Carrier], ...] = (
-    CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier,
+    CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier, FlakyCarrier,
+    RetryCarrier,
 )  # fmt: skip
 
 _VALUES_AT_MOST = 1_000_000  # in one message
