@@ -61,18 +61,21 @@ def pytest_load_initial_conftests(
     """`pytest --isolation tests/`: the value is optional, and argparse would take the path for it."""
     if "--isolation" in args:
         args[:] = ["--isolation=auto" if word == "--isolation" else word for word in args]
-        namespace = copy.copy(early_config.option)
-        early_config.known_args_namespace = parser.parse_known_args(args, namespace=namespace)
+        before = early_config.known_args_namespace
+        known = parser.parse_known_args(args, namespace=copy.copy(early_config.option))
+        if getattr(known, "confcutdir", None) is None:  # pytest has found out: else conftest files above would be loaded
+            known.confcutdir = getattr(before, "confcutdir", None)
+        early_config.known_args_namespace = known
     if not _is_wanted(_backend(early_config, early_config.known_args_namespace.isolation)):
         return (yield)
     import isolation.plain  # noqa: F401 before the project, whose imports may replace it
     from pytest_isolation.carry import Held, initially
 
-    before = Held.now(own=True)
+    held = Held.now(own=True)
     try:
         return (yield)
     finally:
-        early_config.stash[initially] = before, Held.now(before, own=True)
+        early_config.stash[initially] = held, Held.now(held, own=True)
 
 
 def _backend(config: pytest.Config, option: str | None) -> str:

@@ -216,6 +216,18 @@ def test_deaths(pytester: pytest.Pytester) -> None:
     assert output.count("Thread 0x") >= 1
 
 
+@pytest.mark.parametrize("option", ["--isolation", "--isolation=auto"])
+def test_conftest_files_above_the_root_are_not_loaded(pytester: pytest.Pytester, option: str) -> None:
+    """As in plain pytest, in which the tree of what is collected begins there, too."""
+    pytester.makeconftest("raise RuntimeError('above')\n")
+    root = pytester.mkdir("root")
+    (root / "pytest.ini").write_text("[pytest]\n")
+    (root / "test_it.py").write_text("def test_it(request): assert sorted(request.node.keywords) == ['', 'root', 'test_it', 'test_it.py']\n")
+    os.chdir(root)
+    for arguments in ([], [option]):
+        pytester.runpytest_subprocess(*arguments, "-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
 @pytest.mark.parametrize("style", ["auto", "long", "short", "line", "native", "no"])
 def test_a_death_is_shown_as_a_failure_is_in_each_style(pytester: pytest.Pytester, style: str) -> None:
     pytester.makepyfile("""
