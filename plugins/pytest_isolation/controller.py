@@ -63,14 +63,14 @@ class Controller:
             raise pytest.UsageError(f"--isolation-strict: the {name} backend does not tell what a test leaves behind")
         # A worker of pytest-xdist is told what to run; what it runs ahead would be another's.
         self._told_what_to_run = hasattr(config, "workerinput")
+        self.carriers = Carriers(config)
         self._schedule = Schedule(
             self, config, self._chain_of, jobs=1 if self._told_what_to_run else run.jobs, grain=run.grain,
-            emit=self._emit, fork_options=self._fork_options, on_branch=self._on_branch,
+            emit=self._emit, waits=self.carriers.waits, fork_options=self._fork_options, on_branch=self._on_branch,
             on_death=self._on_death, on_remake=self._on_remake,
         )  # fmt: skip
         self._schedule.job_of = self._job_of
-        self._emission = Emission(config, run, self.print_raw, self._tell_warnings)
-        self.carriers = Carriers(config)
+        self._emission = Emission(config, run, self.print_raw, self._tell_warnings, self.carriers.told)
         config.pluginmanager.register(self.carriers, "isolation-carriers")
         self.deferred = Deferred(self._is_isolated)
         config.pluginmanager.register(self.deferred, "isolation-deferred")
@@ -178,6 +178,10 @@ class Controller:
         return self._chains[settings]
 
     def _job_of(self, items: Iterable[pytest.Item]) -> dict[str, Any]:
+        briefs = self.carriers.briefs(list(items))
+        return self._base_job_of(items) | ({"briefs": briefs} if briefs else {})
+
+    def _base_job_of(self, items: Iterable[pytest.Item]) -> dict[str, Any]:
         items = list(items)
         base = {} if self._basetemp is None else {"basetemp": str(self._basetemp)}
         return base | {
@@ -188,7 +192,7 @@ class Controller:
 
     def _setup_job(self, settings: Settings, carries_all: bool, items: Iterable[pytest.Item]) -> dict[str, Any]:
         share = sorted(self._reader.run.share)
-        return self._job_of(items) | {
+        return self._base_job_of(items) | {
             "unshared": sorted(self._schedule.unshared), "share": share, "carries_all": carries_all, "tell_capture": False,
         }  # fmt: skip
 

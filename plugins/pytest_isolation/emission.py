@@ -45,11 +45,13 @@ class Emission:
         settings: RunSettings,
         show: Callable[[int, bytes], None],
         warn: Callable[[Iterable[dict[str, Any]]], None],
+        tell: Callable[[pytest.Item, pytest.TestReport], None],
     ) -> None:
         self._config = config
         self._settings = settings
         self._show = show
         self._warn = warn
+        self._tell_others = tell
         self._at_once = False
         self._shown: list[tuple[int, int, bytes]] = []  # what comes behind so many of the reports that wait
         self._held: list[pytest.TestReport] = []
@@ -130,6 +132,7 @@ class Emission:
 
     def _tell(self, item: pytest.Item, run: Run, report: pytest.TestReport) -> None:
         try:
+            self._tell_others(item, report)
             item.ihook.pytest_runtest_logreport(report=report)
             self._told.append(report)
         except pytest.exit.Exception:
@@ -141,6 +144,7 @@ class Emission:
             )
             self._held = []
             for other in run.spoil(item, what):
+                self._tell_others(item, other)
                 item.ihook.pytest_runtest_logreport(report=other)
                 self._told.append(other)
             run.told[item].events.clear()

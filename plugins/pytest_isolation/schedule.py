@@ -33,7 +33,8 @@ _AT_ONCE = 500  # messages, or pieces of output
 
 
 class Schedule:
-    """The units of a session, in their order. `emit` is told of what arrives for the test that pytest waits for."""
+    """The units of a session, in their order. `emit` is told of what arrives for the test that pytest waits for; `waits`
+    tells which tests have to know of those before."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Schedule:
         jobs: int,
         grain: str,
         emit: Callable[[], None],
+        waits: Callable[[pytest.Item], bool],
         fork_options: Callable[[Unit], dict[str, Any]],
         on_branch: Callable[[Branch, Level], Template | None],
         on_death: Callable[[Level, Branch], object],
@@ -55,6 +57,7 @@ class Schedule:
         self._jobs = jobs
         self._grain = grain
         self._emit = emit
+        self._waits = waits
         self._options = fork_options
         self._on_branch = on_branch
         self._on_death = on_death
@@ -171,6 +174,8 @@ class Schedule:
                 return
             if not unit.settings.enabled and not needed:
                 return  # pytest runs it itself, when its turn comes; others must not be ahead of it
+            if not needed and self._runs and any(self._waits(item) for item in unit.items):
+                return  # until pytest has been told of all before it
             self._next += 1
             try:
                 self._start(unit)

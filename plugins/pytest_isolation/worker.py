@@ -91,6 +91,7 @@ class Worker:
                 return
 
     def _run_all(self, guest: Guest, items: list[pytest.Item], job: dict[str, Any]) -> None:
+        self._carriers.heed(items, job.get("briefs", {}))
         self._tell_capture = job["tell_capture"]
         after = None if self._stage is None else self._stage.boundary()
         end: dict[str, Any] = {}
@@ -153,6 +154,8 @@ class Worker:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         streams.flush(self._config)  # what it printed past the capture belongs before its report
+        if self._item is not None:
+            self._carriers.sent(self._item, report)
         waits = self._shows_at_once and self._terminal is None
         self._send({"report": True, "wait": waits}, reports.encode(self._config, report))
         if waits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import importlib.util
 import json
 import os
@@ -420,6 +421,169 @@ def test_no_test_is_retried_more_often_than_its_marker_says(pytester: pytest.Pyt
     assert done.ret == 1
 
 
+DEPENDENCIES = """
+    import os
+    import pytest
+    from pytest_dependency import depends
+
+    dependency = pytest.mark.dependency
+
+    @dependency
+    def test_a(): pass
+    @dependency(name="named")
+    def test_b(): assert 0
+    @dependency(depends=["test_a"])
+    def test_on_a(): pass
+    @dependency(depends=["named"])
+    def test_on_b(): raise RuntimeError
+    @dependency(depends=["test_on_a", "test_a"])
+    def test_on_both(): pass
+    @dependency(depends=["test_on_b"])
+    def test_on_skipped(): raise RuntimeError
+    @dependency(depends=["test_unknown"])
+    def test_on_unknown(): pass
+    @dependency
+    @pytest.mark.parametrize("n", [0, 1])
+    def test_many(n): assert n
+    @dependency(depends=["test_many[1]"])
+    def test_on_one(): pass
+    @dependency(depends=["test_many[0]"])
+    def test_on_zero(): raise RuntimeError
+    def test_asks(request): depends(request, ["test_a"])
+    def test_asks_in_vain(request):
+        depends(request, ["named"])
+        raise RuntimeError
+    @pytest.fixture(scope="class")
+    def wide(): return 1
+    class TestClass:
+        @dependency
+        def test_one(self, wide): pass
+        @dependency(depends=["TestClass::test_one"])
+        def test_two(self, wide): pass
+        @dependency(depends=["test_one"], scope="class")
+        def test_three(self): pass
+        @dependency(depends=["{module}::test_a", "{module}::TestClass::test_two"], scope="session")
+        def test_four(self): pass
+        @dependency(depends=["{module}::test_b"], scope="session")
+        def test_five(self): raise RuntimeError
+    @pytest.mark.isolation(enabled=False)
+    @dependency(depends=["test_on_a"])
+    def test_here(): pass
+    @dependency(depends=["test_here"])
+    def test_on_here(): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=class"], ["--isolation-per=module"], ["--ignore-unknown-dependency"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_dependency(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    """A dependent test runs, in a fork as elsewhere, when what it depends on has passed."""
+    need("pytest_dependency")
+    pytester.makepyfile(test_one=DEPENDENCIES.replace("{module}", "test_one.py"), test_two="""
+        import pytest
+        @pytest.mark.dependency(depends=["test_one.py::TestClass::test_four"], scope="session")
+        def test_on_other_module(): pass
+        @pytest.mark.dependency(depends=["test_one.py::test_b"], scope="session")
+        def test_on_other_failure(): raise RuntimeError
+        def test_plain(): pass
+    """)
+    mine = [each for each in arguments if "isolation" in each]
+    theirs = [each for each in arguments if each not in mine]
+    plain = run(pytester, "-rA", "-v", "-p", "pytest_dependency", *theirs)
+    isolated = run(pytester, "-rA", "-v", "-p", "pytest_dependency", *theirs, ISOLATION, *mine)
+    assert outcomes(isolated) == outcomes(plain), isolated.stdout.str()
+    assert isolated.parseoutcomes() == plain.parseoutcomes()
+    assert theirs or "RuntimeError" not in isolated.stdout.str()
+
+
+def test_dependency_on_all_tests(pytester: pytest.Pytester) -> None:
+    """Where each is one that others may depend on; and on one that dies."""
+    need("pytest_dependency")
+    pytester.makeini("[pytest]\nautomark_dependency = true\n")
+    pytester.makepyfile("""
+        import os, pytest
+        def test_a(): pass
+        def test_dies():
+            if os.getpid() < 10: os._exit(0)
+            assert 0
+        @pytest.mark.dependency(depends=["test_a"])
+        def test_on_a(): pass
+        @pytest.mark.dependency(depends=["test_dies"])
+        def test_on_death(): raise RuntimeError
+    """)
+    both(pytester, "-p", "pytest_dependency")
+
+
+FEATURE = """
+    @shop
+    Feature: Shopping
+        A description
+
+        Rule: Nobody pays twice
+            @good
+            Scenario: Pay
+                Given a basket
+                When I pay
+                Then I have "nothing"
+
+        Scenario: Fail
+            Given a basket
+            When I fail
+            Then I have "nothing"
+"""
+STEPS = """
+    from pytest_bdd import given, parsers, scenarios, then, when
+
+    scenarios("shop.feature")
+
+    @given("a basket", target_fixture="basket")
+    def basket(): return []
+    @when("I pay")
+    def pay(basket): basket.append("nothing")
+    @when("I fail")
+    def fail(): assert 0
+    @then(parsers.parse('I have "{what}"'))
+    def have(basket, what): assert basket == [what]
+    def test_no_scenario(): pass
+"""
+
+
+@pytest.mark.parametrize("verbose", ["", "-v", "-vv"])
+def test_bdd(pytester: pytest.Pytester, verbose: str) -> None:
+    need("pytest_bdd")
+    pytester.makefile(".feature", shop=FEATURE)
+    pytester.makepyfile(STEPS)
+    seen = []
+    for more in ([], [ISOLATION]):
+        options = ["-p", "pytest-bdd", "--cucumberjson=out.json", "--gherkin-terminal-reporter", *([verbose] if verbose else [])]
+        done = run(pytester, *options, *more)
+        lines = [line.strip() for line in done.outlines if re.match(r"\s*(Feature|Rule|Scenario|Given|When|Then|\* |PASSED|FAILED)", line)]
+        data = json.loads(re.sub(r'(?<="duration": )\d+|0x\w+', "0", (pytester.path / "out.json").read_text()))
+        seen.append((done.ret, done.parseoutcomes(), lines, data))
+    assert seen[1] == seen[0]
+    assert len(seen[0][3][0]["elements"]) == 2
+    assert not verbose or "Feature: Shopping" in seen[0][2]
+
+
+def test_scenario_of_a_liar(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> None:
+    need("pytest_bdd")
+    pytester.makefile(".feature", shop=FEATURE)
+    pytester.makepyfile(STEPS)
+    pytester.makeconftest("""
+        import pytest
+        @pytest.hookimpl(wrapper=True, tryfirst=True)
+        def pytest_runtest_makereport(item, call):
+            report = yield
+            if report.when == "call": report.pytest_bdd_context = {"scenario": {"steps": [1], "feature": []}, "name": []}
+            return report
+    """)
+    done = run(pytester, "-p", "pytest-bdd", "--cucumberjson=out.json", "--gherkin-terminal-reporter", "-v", "-k", "no_scenario", ISOLATION)
+    assert done.parseoutcomes()["passed"] == 1
+    assert json.loads((pytester.path / "out.json").read_text()) == []
+
+
 @pytest.mark.parametrize("method", ["signal", "thread"])
 @pytest.mark.parametrize("mark", ["", ", func_only=True"])
 def test_timeout(pytester: pytest.Pytester, method: str, mark: str) -> None:
@@ -597,6 +761,72 @@ def test_benchmark(pytester: pytest.Pytester) -> None:
         assert [each["stats"]["rounds"] for each in found][3:] == [3]
         about.append([{key: value for key, value in each.items() if key != "stats"} for each in found])
     assert about[1] == about[0]
+
+
+def test_json_report(pytester: pytest.Pytester) -> None:
+    """What it keeps of a test on its reports: metadata, streams, log."""
+    need("pytest_jsonreport")
+    pytester.makeconftest("""
+        import pytest
+        @pytest.hookimpl(optionalhook=True)
+        def pytest_json_runtest_metadata(item, call): return {"of": item.name, call.when: True}
+    """)
+    pytester.makepyfile("""
+    import pytest
+    def test_pass(): pass
+    def test_fail(): assert 0
+    def test_skip(): pytest.skip("not today")
+    @pytest.fixture
+    def broken(): raise ValueError("in setup")
+    def test_error(broken): pass
+    def test_talks(json_metadata, record_property):
+        import logging, sys
+        json_metadata["deep"] = {"list": [1, 2, {"x": None}]}
+        record_property("p", 1)
+        print("to stdout")
+        print("to stderr", file=sys.stderr)
+        logging.getLogger().warning("a %s", "record")
+    """)
+    found = []
+    for more in ([], [ISOLATION]):
+        done = run(pytester, "-p", "metadata", "-p", "pytest_jsonreport", "--json-report", "--json-report-file=out.json", *more)
+        data = json.loads((pytester.path / "out.json").read_text())
+        assert "report saved" in done.stdout.str()
+        for test in data["tests"]:
+            test["user_properties"] = [each for each in test.get("user_properties", ()) if "isolation" not in str(each)]
+            for phase in ("setup", "call", "teardown"):
+                test.get(phase, {}).pop("duration", None)
+                for record in test.get(phase, {}).get("log", ()):
+                    for name in ("created", "msecs", "relativeCreated", "thread", "process", "processName"):
+                        record.pop(name)
+        found.append((data["summary"], data["tests"]))
+    assert found[1] == found[0]
+    assert any(test["metadata"].get("deep") for test in found[0][1])
+
+
+def test_html_extras(pytester: pytest.Pytester) -> None:
+    need("pytest_html")
+    pytester.makepyfile("""
+        import pytest_html
+        def test_ok(extras):
+            extras.append(pytest_html.extras.text("the text of a test"))
+            extras.append(pytest_html.extras.url("http://example.invalid/page?a=b"))
+            extras.append(pytest_html.extras.png("iVBORw0KGgo="))
+        def test_bad(extras):
+            extras.append(pytest_html.extras.json({"key": "the JSON of a test"}))
+            assert 0
+    """)
+    found = []
+    for name, more in (("plain", []), ("isolated", [ISOLATION])):
+        where = pytester.mkdir(name)
+        done = run(pytester, "-p", "metadata", "-p", "html", "-p", "html_fixtures", f"--html={where}/out.html", *more)
+        assert done.parseoutcomes() == {"passed": 1, "failed": 1, "warnings": 1}
+        files = {path.name: path.read_bytes() for path in (where / "assets").iterdir()}
+        blob = html.unescape((where / "out.html").read_text().split('data-jsonblob="')[1].split('"')[0])
+        tests = json.loads(blob)["tests"]
+        found.append((files, {test: [(each["extras"], each["resultsTableRow"][3]) for each in results] for test, results in tests.items()}))
+    assert found[1] == found[0]
+    assert sum(b" of a test" in content for content in found[0][0].values()) == 2
 
 
 def test_html(pytester: pytest.Pytester) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from isolation.plain import json
+from pytest_isolation.carriers.bdd import BddCarrier
 from pytest_isolation.carriers.benchmark import BenchmarkCarrier
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.carriers.coverage import CoverageCarrier
+from pytest_isolation.carriers.dependency import DependencyCarrier
 from pytest_isolation.carriers.hypothesis import HypothesisCarrier
 from pytest_isolation.carriers.log_file import LogFileCarrier
 from pytest_isolation.carriers.retries import FlakyCarrier, RetryCarrier
@@ -24,7 +26,7 @@ from pytest_isolation.text import clean_name
 
 _KINDS: tuple[type[Carrier], ...] = (
     CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier, FlakyCarrier,
-    RetryCarrier,
+    RetryCarrier, DependencyCarrier, BddCarrier,
 )  # fmt: skip
 
 _VALUES_AT_MOST = 1_000_000  # in one message
@@ -62,7 +64,37 @@ class Carriers:
             if found is not None:
                 yield carrier.name, json.dumps(found, separators=(",", ":")).encode()
 
+    def sent(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """A report is about to be sent."""
+        for carrier in self._found():
+            carrier.sent(item, report)
+
+    def heed(self, items: list[pytest.Item], briefs: dict[str, list[Any]]) -> None:
+        """What `briefs` said on the host."""
+        for carrier in self._found():
+            for number, brief in briefs.get(carrier.name, ()):
+                carrier.heed(items[number], brief)
+
     # On the host.
+
+    def told(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Pytest is about to be told of a report."""
+        for carrier in self._found():
+            carrier.told(item, report)
+
+    def waits(self, item: pytest.Item) -> bool:
+        """Whether all tests before must have ended before this one begins."""
+        return any(carrier.waits(item) for carrier in self._found())
+
+    def briefs(self, items: list[pytest.Item]) -> dict[str, list[Any]]:
+        """By carrier: what a sandbox has to know to run these, each with its number."""
+        found: dict[str, list[Any]] = {}
+        for carrier in self._found():
+            for number, item in enumerate(items):
+                brief = carrier.brief(item)
+                if brief is not None:
+                    found.setdefault(carrier.name, []).append([number, brief])
+        return found
 
     def check(self, name: object, item: pytest.Item, payload: object) -> tuple[Carrier, Any]:
         """Raises Refused."""

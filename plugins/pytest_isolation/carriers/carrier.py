@@ -32,15 +32,32 @@ class Carrier:
 
     def collect(self, item: pytest.Item, phase: str) -> object | None:
         """Inside: what is new since, as JSON; None for nothing."""
-        raise NotImplementedError
+        return None
 
     def check(self, item: pytest.Item, sent: Any) -> Any:
         """On the host: what of it can be believed. Raises Refused, or what Python raises for data of the wrong shape."""
-        raise NotImplementedError
+        raise Refused(f"{self.name}: nothing is carried for it")
 
     def apply(self, item: pytest.Item, value: Any) -> None:
         """On the host: do as the plug-in would. `value` has been checked."""
         raise NotImplementedError
+
+    def sent(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """Inside: a report is about to be sent."""
+
+    def told(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """On the host: pytest is about to be told of a report. What plug-ins have put on it has been checked by nobody."""
+
+    def waits(self, item: pytest.Item) -> bool:
+        """On the host: whether all tests before must have ended before this one begins."""
+        return False
+
+    def brief(self, item: pytest.Item) -> object | None:
+        """On the host: what a sandbox has to know of the tests before, to run this one; as JSON, None for nothing."""
+        return None
+
+    def heed(self, item: pytest.Item, brief: Any) -> None:
+        """Inside: know that."""
 
     def finish(self) -> None:
         """On the host: all tests have run. May come twice."""
