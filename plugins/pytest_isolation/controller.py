@@ -6,6 +6,8 @@ import codecs
 import functools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from isolation.plain import time
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message
-from pytest_isolation import crash, debugger, reports, streams, units, wide
+from pytest_isolation import crash, debugger, kept, reports, streams, units, wide
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.carry import Held, initially
 from pytest_isolation.chain import Chain, Level
@@ -92,16 +94,25 @@ class Controller:
         self._late: list[str] = []
         self._end: dict[str, Any] = {}
 
-    def pytest_report_header(self) -> str:
+    def pytest_report_header(self) -> list[str]:
         spec = self._reader.default.spec
         network = "own loopback only" if spec.network.mode == "none" else f"{spec.network} (NOT isolated)"
         limits = spec.limits.describe()
         run = self._reader.run
         per = "test" if run.grain == "function" else run.grain
         jobs = f", {run.jobs} at a time" if run.jobs > 1 else ""
-        return f"isolation: {self._backend.describe()}, a fresh sandbox for every {per}{jobs}; network: {network}; {limits}"
+        what = f"{self._backend.describe()}, a fresh sandbox for every {per}{jobs}; network: {network}; {limits}"
+        return [f"isolation: {each}" for each in (what, *kept.by_config(self._config))]
 
-    def pytest_report_collectionfinish(self) -> str | None:
+    def pytest_report_collectionfinish(self, items: Sequence[pytest.Item]) -> list[str]:
+        """What there is to say before the first test. (With -q, there was no header.)"""
+        found = kept.by_items(self._config, items)
+        if self._config.getoption("verbose", 0) < 0:
+            found = [*kept.by_config(self._config), *found]
+        lost = self._find_lost()
+        return [f"isolation: {each}" for each in (*found, *([lost] if lost else []))]
+
+    def _find_lost(self) -> str | None:
         """What the project has started while its tests were collected, and its tests will not have."""
         if self._of_plugins is None or FORK_HERE not in self._backend.features():
             return None
@@ -110,7 +121,7 @@ class Controller:
         if not self.lost:
             return None
         return (
-            f"isolation: started while tests were collected: {self.lost}. Tests run in forks of this process, which do not "
+            f"started while tests were collected: {self.lost}. Tests run in forks of this process, which do not "
             f"have that; one that waits for it will fail. Start it in a fixture, or use --isolation=microvm."
         )
 

@@ -17,6 +17,21 @@ _MARKER = (
 )
 
 
+class Hooks:
+    """For other plug-ins."""
+
+    @staticmethod
+    def pytest_isolation_keeps(config: pytest.Config) -> str | list[str] | None:
+        """What a plug-in keeps in the process of a test, and so loses where that is a sandbox; said before the first test:
+
+        "my-plugin keeps its figures in the test's process"
+        """
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("isolation", "isolation: every test in its own fresh, sealed sandbox")
     group.addoption(

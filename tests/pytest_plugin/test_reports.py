@@ -282,3 +282,44 @@ def test_html_extras_of_a_liar_are_no_files_and_no_scripts(pytester: pytest.Pyte
     extra = {"content": "evil", "format_type": "text", "name": "Text", "mime_type": "text/plain"}
     attributes.put(report, {"extras": [extra | {"extension": each} for each in ("txt", "/" * 300 + "etc/evil", "../x", 1)]})
     assert [each["extension"] for each in report.extras] == ["txt", None, None, None]
+
+
+# What cannot be carried is said.
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"], ["-p", "xdist", "-n2"]], ids=" ".join)
+def test_what_a_plugin_keeps_is_named_before_the_first_test(pytester: pytest.Pytester, quiet: list[str]) -> None:
+    """Those that are known, where they are in use; and whichever says so of itself."""
+    pytester.makepyfile(
+        **{
+            "inline_snapshot/__init__": "",
+            "inline_snapshot/pytest_plugin": "def pytest_addoption(parser): parser.addoption('--inline-snapshot', dest='inline_snapshot')\n",
+            "pytest_vcr": "def pytest_addoption(parser): parser.addoption('--vcr-record', dest='vcr_record')\n",
+            "mine": "def pytest_isolation_keeps(config): return ['mine keeps\\x1b[2J this', 'mine keeps that']\n",
+            "test_it": "def test_it(): pass\n",
+        }
+    )
+    pytester.syspathinsert()
+    options = ["-p", "inline_snapshot.pytest_plugin", "-p", "pytest_vcr", "-p", "mine", "--inline-snapshot=create", *quiet]
+    result = run(pytester, "--isolation", *options)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([
+        "isolation: inline-snapshot keeps new snapshots in the test's process; run it with --isolation=no for that",
+        "isolation: mine keeps*x1b?2J this",
+        "isolation: mine keeps that",
+        "*1 passed*",
+    ])
+    assert "vcr" not in "".join(line for line in result.outlines if line.startswith("isolation"))
+    assert sum("mine keeps that" in line for line in result.outlines) == 1
+    assert "mine" not in run(pytester, "--isolation=no", *options).stdout.str().replace("-p mine", "")
+
+
+def test_results_that_other_tests_would_ask_for(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(**{
+        "pytest_harvest/__init__": "", "pytest_harvest/plugin": "import pytest\n@pytest.fixture\ndef results_bag(): return {}\n",
+        "test_it": "def test_it(results_bag): pass\n",
+    })
+    pytester.syspathinsert()
+    result = run(pytester, "--isolation", "-p", "pytest_harvest.plugin")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["isolation: pytest-harvest keeps results in the test's process, where no other test finds them*"])
