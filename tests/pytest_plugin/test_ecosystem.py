@@ -763,6 +763,106 @@ def test_benchmark(pytester: pytest.Pytester) -> None:
     assert about[1] == about[0]
 
 
+ALLURE = """
+    import allure, pytest
+
+    @pytest.fixture(scope="module")
+    def wide(tmp_path_factory):
+        with allure.step("in wide"): pass
+        allure.attach("of wide", name="wide text", attachment_type=allure.attachment_type.TEXT)
+        yield 1
+        allure.attach("of the end", name="end text")
+    @pytest.fixture
+    def narrow(): yield 2
+    @allure.title("A title of {n}")
+    @allure.severity(allure.severity_level.CRITICAL)
+    @allure.issue("http://example.invalid/1", "one")
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_steps(wide, narrow, n, tmp_path):
+        allure.dynamic.description("said late")
+        with allure.step(f"first {n}"):
+            with allure.step("within"): allure.attach(b"\\x00\\xff", name="bytes", extension="bin")
+        (tmp_path / "f.txt").write_text("from a file")
+        allure.attach.file(tmp_path / "f.txt", name="file")
+        print("printed")
+        assert n == 1
+    def test_uses(wide): pass
+    def test_skip(): pytest.skip("not today")
+    @pytest.mark.xfail(reason="known")
+    def test_xfail(): assert 0
+    @pytest.fixture
+    def broken(): raise ValueError("in setup")
+    def test_error(broken): pass
+    @pytest.mark.isolation(enabled=False)
+    def test_here(narrow): pass
+"""
+
+
+def allure_of(folder: Path) -> tuple[list[object], list[object]]:
+    """Results, and which fixtures each test has used, without what differs from run to run."""
+    def steps(of: dict[str, object]) -> list[object]:
+        files = [(each["name"], each.get("type", ""), (folder / each["source"]).read_bytes()) for each in of.get("attachments", ())]  # type: ignore[attr-defined]
+        return [of["name"], of.get("status"), files, [steps(each) for each in of.get("steps", ())]]  # type: ignore[attr-defined]
+
+    data = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    results = {each["uuid"]: each for path, each in data.items() if path.name.endswith("-result.json")}
+    found: list[object] = []
+    for each in results.values():
+        labels = sorted((label["name"], label["value"]) for label in each.get("labels", ()) if label["name"] not in ("host", "thread"))
+        rest = [each.get(name) for name in ("fullName", "historyId", "testCaseId", "description", "parameters", "links", "titlePath")]
+        found.append([steps(each), labels, rest, each.get("statusDetails", {}).get("message")])
+    used = [
+        (results[child]["fullName"], results[child]["name"], phase, *steps(fixture))
+        for path, each in data.items() if path.name.endswith("-container.json")
+        for child in each.get("children", ()) for phase in ("befores", "afters") for fixture in each.get(phase, ())
+    ]
+    return sorted(found, key=repr), sorted(used, key=repr)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=module"], ["-p", "xdist", "-n2"]], ids=" ".join)
+def test_allure(pytester: pytest.Pytester, arguments: list[str]) -> None:
+    """Results with their steps and attachments, and the fixtures that tests have used."""
+    need("allure_pytest", "xdist")
+    pytester.makepyfile(ALLURE)
+    found = []
+    for name, more in (("plain", []), ("isolated", [ISOLATION, *arguments])):
+        done = run(pytester, "-p", "allure_pytest.plugin", f"--alluredir={name}", *more)
+        assert done.parseoutcomes() == {"passed": 3, "failed": 1, "skipped": 1, "xfailed": 1, "errors": 1}, done.stdout.str()
+        found.append(allure_of(pytester.path / name))
+    assert found[1][0] == found[0][0]
+    assert len(found[0][0]) == 7
+    assert [each for each in found[1][1] if "tmp_path" not in str(each)] == [each for each in found[0][1] if "tmp_path" not in str(each)]
+
+
+def test_allure_of_the_dead_and_of_liars(pytester: pytest.Pytester) -> None:
+    need("allure_pytest")
+    pytester.makepyfile("""
+        import json, os, sys
+        import allure_commons
+        from allure_commons.utils import md5
+        NAME = "test_allure_of_the_dead_and_of_liars#test_"
+        def recorder(): return next(each for each in allure_commons.plugin_manager.get_plugins() if type(each).__name__ == "_Recorder")
+        def test_dies(): os._exit(3)
+        def test_name(): recorder().entries.append(["attachment", "../../evil", ""])
+        def test_other(): recorder().entries.append(["result", json.dumps({"fullName": "test_it#test_fine", "name": "x"})])
+        def test_victim(): assert 0
+        def test_poses(): recorder().entries.append(["result", json.dumps({"name": "test_poses", "historyId": md5(NAME + "victim"), "testCaseId": md5(NAME + "victim")})])
+        def test_kind(): recorder().entries.append(["evil", "{}"])
+        def test_no_data(): recorder().entries.append(["result", "[]"])
+        def test_fine(): pass
+    """)
+    done = run(pytester, "-p", "allure_pytest.plugin", "--alluredir=out/made", ISOLATION)
+    assert done.parseoutcomes() == {"passed": 6, "failed": 2, "errors": 4}, done.stdout.str()
+    assert [path.name for path in (pytester.path / "out").iterdir()] == ["made"]
+    assert not (pytester.path / "evil").exists()
+    data = [json.loads(path.read_text()) for path in (pytester.path / "out" / "made").glob("*-result.json")]
+    assert {(each["name"], each.get("status")) for each in data} >= {("test_dies", "broken"), ("test_fine", "passed")}
+    assert sum(each.get("fullName", "").endswith("#test_fine") for each in data) == 1
+    victim = next(each for each in data if each["name"] == "test_victim")
+    assert victim["status"] == "failed"
+    assert [each["name"] for each in data if each.get("historyId") == victim["historyId"]] == ["test_victim"]
+
+
 def test_json_report(pytester: pytest.Pytester) -> None:
     """What it keeps of a test on its reports: metadata, streams, log."""
     need("pytest_jsonreport")

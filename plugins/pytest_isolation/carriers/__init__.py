@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from isolation.plain import json
+from pytest_isolation.carriers.allure import AllureCarrier
 from pytest_isolation.carriers.bdd import BddCarrier
 from pytest_isolation.carriers.benchmark import BenchmarkCarrier
 from pytest_isolation.carriers.carrier import Carrier, Refused
@@ -26,7 +27,7 @@ from pytest_isolation.text import clean_name
 
 _KINDS: tuple[type[Carrier], ...] = (
     CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier, FlakyCarrier,
-    RetryCarrier, DependencyCarrier, BddCarrier,
+    RetryCarrier, DependencyCarrier, BddCarrier, AllureCarrier,
 )  # fmt: skip
 
 _VALUES_AT_MOST = 1_000_000  # in one message
