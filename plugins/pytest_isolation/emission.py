@@ -20,6 +20,7 @@ from isolation.result import Account
 from pytest_isolation import details
 from pytest_isolation.crash import CrashRepr
 from pytest_isolation.details import Details
+from pytest_isolation.origin import is_pytests_own
 from pytest_isolation.record import RunRecord, TestRecord
 from pytest_isolation.run import Run
 from pytest_isolation.settings import RunSettings
@@ -131,6 +132,10 @@ class Emission:
             self._record(item, run, found)
 
     def _tell(self, item: pytest.Item, run: Run, report: pytest.TestReport) -> None:
+        if run.has_made(report):
+            self._tell_in_any_case(item, report)
+            self._told.append(report)
+            return
         try:
             self._tell_others(item, report)
             item.ihook.pytest_runtest_logreport(report=report)
@@ -144,10 +149,22 @@ class Emission:
             )
             self._held = []
             for other in run.spoil(item, what):
-                self._tell_others(item, other)
-                item.ihook.pytest_runtest_logreport(report=other)
+                self._tell_in_any_case(item, other)
                 self._told.append(other)
             run.told[item].events.clear()
+
+    def _tell_in_any_case(self, item: pytest.Item, report: pytest.TestReport) -> None:
+        """A report of our own making. Who cannot take that (a conftest, say, that wants an attribute which it has set on all
+        others) is left out: no test ends the run by having died."""
+        try:
+            self._tell_others(item, report)
+            item.ihook.pytest_runtest_logreport(report=report)
+        except pytest.exit.Exception:
+            raise
+        except Exception:
+            manager = self._config.pluginmanager
+            others = [plugin for plugin in manager.get_plugins() if not is_pytests_own(plugin)]
+            manager.subset_hook_caller("pytest_runtest_logreport", others)(report=report)
 
     def _add_setup(self, item: pytest.Item, report: pytest.TestReport) -> None:
         for setup in self._setups.pop(item, ()):

@@ -56,11 +56,13 @@ class Told:
 
     events  not yet told to pytest, in their order
     end     what the test's process said when it was done with it; None before that
+    last    its last report, which pytest is not told of before the end if it is a failure
     """
 
     phases: crash.Phases
     events: list[tuple[str, Any]] = field(default_factory=list)
     end: Mapping[str, Any] | None = None
+    last: pytest.TestReport | None = None
     started: float = 0.0
     wall: float = 0.0
     counted: Mapping[str, int] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class Run:
         self._more = False  # messages have arrived that no poll(2) will tell of
         self._messages = 0
         self._lent: list[Any] = []
+        self._made: list[pytest.TestReport] = []
         self.rest: list[pytest.Item] = []
         self.over = False
         self._verdict: Verdict | None = None
@@ -111,6 +114,12 @@ class Run:
 
     def look(self, ready: set[int]) -> list[int]:
         """Take what there is. Returns descriptors that have come to their end."""
+        if self.over:
+            return []  # ended by who was told of it, in the middle: its descriptors may be closed
+        if self._deadline is not None and time.monotonic() >= self._deadline and not self.over:
+            self.fork.end(Verdict(Ended.TIMED_OUT))
+            self._die(Verdict(Ended.TIMED_OUT))
+            return []
         finished = [
             fd for fd, number in ((self.fork.stdout, 1), (self.fork.stderr, 2))
             if fd in ready and not self._relay(fd, number)
@@ -146,6 +155,10 @@ class Run:
     def runs_again(self, item: pytest.Item) -> bool:
         """Whether what is known of it is not the last word."""
         return "rerun" in (self.told[item].end or {})
+
+    def has_made(self, report: pytest.TestReport) -> bool:
+        """Whether a report is the host's own, on a test that could not report itself."""
+        return any(report is made for made in self._made)
 
     def usage(self) -> Usage | None:
         """What it used, when it has ended."""
@@ -244,9 +257,12 @@ class Run:
                     raise reports.BadReport(f"a second report of its {report.when}")
             if report.failed:
                 item.stash[tmp.failed] = True
+            self._told.last = report
             self._keep("report", report)
             if message.get("wait") is True:
                 self.fork.send({"taken": True})
+        elif "amended" in message:
+            self._amend(reports.decode(self._config, item, message.get("data")))
         elif "warning" in message:
             self._keep("warning", reports.decode_warning(item, message["warning"]))
         elif "capture" in message:
@@ -281,6 +297,14 @@ class Run:
             self._done(message["done"])
         else:
             raise reports.BadReport("a message of no known kind")
+
+    def _amend(self, changed: pytest.TestReport) -> None:
+        """What a failure looks like has changed since its report. (That waits: see emission.py.)"""
+        last = self._told.last
+        if last is None or not last.failed or (last.when, last.outcome) != (changed.when, changed.outcome):
+            raise reports.BadReport("a change of no report")
+        last.longrepr = changed.longrepr
+        last.sections = [*last.sections, *[pair for pair in changed.sections if pair not in last.sections]]
 
     def _done(self, end: Any) -> None:
         end = end if isinstance(end, dict) else {}
@@ -360,6 +384,7 @@ class Run:
         stacks = crash.tidy_stacks(self.fork.stacks(), whole=self._config.getoption("fulltrace", False))
         sections = self._host.captured(self.unit.settings, self.fork)
         for report in crash.crash_reports(item, told.phases, message, stacks, sections, told.started):
+            self._made.append(report)
             self._keep("report", report)
         told.end = {}
         told.wall = time.time() - told.started

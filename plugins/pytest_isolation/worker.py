@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -163,6 +164,17 @@ class Worker:
         if report.failed and self._item is not None:
             self._item.stash[tmp.failed] = True
         self._runs_again |= str(report.outcome) == "rerun"
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_exception_interact(self, report: Any) -> Generator[None, object, object]:
+        """A plug-in may change the report of a failure here, which has been sent, but not been shown."""
+        if self._guest is None or not isinstance(report, pytest.TestReport):
+            return (yield)
+        before = report.longreprtext, list(report.sections)
+        result = yield
+        if before != (report.longreprtext, report.sections):
+            self._send({"amended": True}, reports.encode(self._config, report))
+        return result
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self) -> None:

@@ -73,6 +73,41 @@ def test_attributes_cross(pytester: pytest.Pytester) -> None:
     assert seen[2] == seen[0]
 
 
+def test_who_relies_on_an_attribute_does_not_end_the_run(pytester: pytest.Pytester) -> None:
+    """A test that dies has left none, nor does one that takes it off."""
+    pytester.makeconftest("""
+        import pytest
+        @pytest.hookimpl(wrapper=True)
+        def pytest_runtest_makereport(item, call):
+            report = yield
+            report.owner = "team-a"
+            return report
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_logreport(report):
+            assert report.owner == "team-a"
+    """)
+    pytester.makepyfile("""
+        import os
+        def test_dies(): os._exit(0)
+        def test_takes_it_off(request):
+            class Takes:
+                def pytest_runtest_logreport(self, report): vars(report).pop("owner", None)
+            worker = request.config.pluginmanager.getplugin("isolation-worker")
+            request.config.pluginmanager.unregister(worker)
+            conftest = next(each for each in request.config.pluginmanager.get_plugins() if getattr(each, "__file__", "").endswith("conftest.py"))
+            request.config.pluginmanager.unregister(conftest)
+            request.config.pluginmanager.register(worker)
+        def test_fine(): pass
+    """)
+    result = run(pytester, "--isolation", "--junitxml=out.xml")
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    found = result.parseoutcomes()
+    assert found.pop("passed") == 1
+    assert sum(found.values()) == 2, found  # the second one's call, or its teardown: as far as it had come meanwhile
+    result.stdout.fnmatch_lines(["*ended with status 0*"])
+    assert result.ret == 1
+
+
 def test_what_is_no_plain_value_stays_and_is_named(pytester: pytest.Pytester) -> None:
     pytester.makeconftest("""
         import pytest
@@ -154,6 +189,36 @@ def test_changes_of_a_report_hold(pytester: pytest.Pytester) -> None:
     isolated = run(pytester, "--isolation", "-rA", "--junitxml=out.xml", "--durations=0", "-vv")
     assert "INTERNALERROR" not in isolated.stdout.str() + isolated.stderr.str()
     assert "3.25s call" in isolated.stdout.str()
+
+
+def test_what_is_changed_of_a_failure_while_it_is_handled(pytester: pytest.Pytester) -> None:
+    """Its report has been sent then, but has not been shown: pytest-ruff shows its own message so, others add a section."""
+    pytester.makeconftest("""
+        import pytest
+        def pytest_exception_interact(node, call, report):
+            if "message" in node.name: report.longrepr = f"only {call.excinfo.value}"
+            if "section" in node.name: report.sections.append(("Of a conftest", "what it\\x1b[2J says"))
+    """)
+    pytester.makepyfile("""
+        import pytest
+        def test_message(): raise ValueError("this")
+        def test_section(): print("printed"); raise ValueError("that")
+        @pytest.fixture
+        def bad(): raise ValueError("in setup")
+        def test_message_of_setup(bad): pass
+        @pytest.fixture
+        def late():
+            yield
+            raise ValueError("in teardown")
+        def test_message_of_teardown(late): pass
+        def test_other(): assert 0
+    """)
+    plain, isolated = both(pytester)
+    for result in (plain, isolated):
+        for line in ("only this", "only in setup", "only in teardown", "printed", "*- Of a conftest -*"):
+            result.stdout.fnmatch_lines([line])
+        result.stdout.no_fnmatch_line("*ValueError: this*")
+    isolated.stdout.fnmatch_lines(["what it?x1b?2J says"])
 
 
 def test_a_skip_has_a_reason(pytester: pytest.Pytester) -> None:
