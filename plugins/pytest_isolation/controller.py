@@ -5,8 +5,6 @@ from __future__ import annotations
 import codecs
 import functools
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

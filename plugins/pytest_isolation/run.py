@@ -116,10 +116,6 @@ class Run:
         """Take what there is. Returns descriptors that have come to their end."""
         if self.over:
             return []  # ended by who was told of it, in the middle: its descriptors may be closed
-        if self._deadline is not None and time.monotonic() >= self._deadline and not self.over:
-            self.fork.end(Verdict(Ended.TIMED_OUT))
-            self._die(Verdict(Ended.TIMED_OUT))
-            return []
         finished = [
             fd for fd, number in ((self.fork.stdout, 1), (self.fork.stderr, 2))
             if fd in ready and not self._relay(fd, number)

@@ -7,7 +7,6 @@ or of the form that allure gives to attachments.
 from __future__ import annotations
 
 import base64
-import json
 import re
 import sys
 import uuid
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from isolation.plain import json
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.crash import CrashRepr
 from pytest_isolation.text import clean_all
