@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from isolation.backends.namespace import build, fds, identity, lockdown, memory, seccomp, syscalls
+from isolation.backends.namespace.aside import Aside, decode
 from isolation.backends.namespace.operations import DEEPEST, FreshOperation
 from isolation.backends.namespace.plan import compiled_template_filter
 from isolation.backends.namespace.script import Script
@@ -29,6 +30,7 @@ from isolation.wire import Wire
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _SCRATCH_AT_MOST = 200
+_WORD_AT_MOST = 128 << 10
 _REAPED_LATE = 0.05  # s between two tries
 
 
@@ -72,6 +74,7 @@ class BranchKeeper(Keeper):
         self._mounts, user = given
         self._owner = self._make_owner(user)
         os.close(user)
+        self._aside = Aside(self._plan, self._fresh, self._mounts, self._level - 1)
         self._midwife.send(b"m")
         self._midwife.setblocking(False)  # the template need not read what it is sent
         self._await_template()
@@ -91,13 +94,18 @@ class BranchKeeper(Keeper):
 
     def _read_warm(self) -> int:
         """The template waits to be forked: how many private files a fork wants. Raises WireError when it is gone."""
-        said = self._midwife.recv(64)
+        said = self._midwife.recv(_WORD_AT_MOST)
         if not said:
             raise WireError("the template is gone")
-        if self._warm or said[:1] != b"w" or not said[1:].isdigit() or len(said) > 8:
+        number, *held = said.split(b"\0")
+        if self._warm or number[:1] != b"w" or not number[1:].isdigit() or len(number) > 8:
             raise WireError("the template does not speak as it should")
+        try:
+            self._aside.put(decode(held))
+        except (ValueError, OSError) as error:
+            raise WireError(f"the template does not speak as it should: {error}") from error
         self._warm = True
-        return min(_SCRATCH_AT_MOST, int(said[1:]))
+        return min(_SCRATCH_AT_MOST, int(number[1:]))
 
     def _others(self) -> dict[int, Callable[[], None]]:
         return {self._midwife.fileno(): self._hear}
@@ -107,6 +115,7 @@ class BranchKeeper(Keeper):
 
     def _advance(self) -> None:
         self._warm = False
+        self._aside.put_back()
         self._midwife.send(b'"advance"')
 
     def _clone_payload(self, order: Order) -> Child | Guest:
@@ -168,7 +177,7 @@ class BranchKeeper(Keeper):
     ) -> None:
         named = dict(zip([name for name, _flag in ENTERED], [self._owner, *namespaces], strict=True))
         there = {name: fd for name, fd in named.items() if fd >= 0}
-        about = {"namespaces": list(there), "template": order.template}
+        about = {"namespaces": list(there), "template": order.template, "aside": self._aside.put_aside}
         streams, scratch = order.given[:5], order.given[5:]
         more = [midwife.fileno(), mounts] if midwife is not None else []
         given = [*there.values(), order.theirs.fileno(), *streams, *more, *scratch]

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from isolation.backends.namespace import fds, settle, sharing, syscalls
+from isolation.backends.namespace import aside, fds, settle, sharing, syscalls
 from isolation.backends.namespace.build import Seal
 from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
@@ -65,7 +65,8 @@ class Descent:
         gc.freeze()
         if "sharing" in self._plan.defences:
             self._shared = sharing.look(inherited)
-        self._midwife.send(b"w%d" % sum(item.scratch for item in inherited))
+        held = aside.held(inherited)
+        self._midwife.send(b"w%d%s" % (sum(item.scratch for item in inherited), aside.encode(held)))
         while True:
             request, given, _flags, _ = socket.recv_fds(self._midwife, 1 << 16, _FDS_AT_MOST)
             if not request:
@@ -75,7 +76,7 @@ class Descent:
                 sharing.forget(self._shared)
                 yield guest
                 return
-            made = self._give_birth(order, given, guest, inherited)
+            made = self._give_birth(order, given, guest, aside.mark(inherited, [held[number] for number in order["aside"]]))
             for fd in given:
                 os.close(fd)
             if made is not None:

@@ -4,7 +4,8 @@ There is no execve(2), so close-on-exec does nothing, and every one is the host'
 network namespace, a directory one out of the root, a writable file a way to write the host. But Python objects own
 those numbers, and would later close whatever reused them. So each number stays taken:
 
-    a file that the sandbox's tree has too  → the tree's own, opened again at the same offset
+    a file that the sandbox's tree has too  → the tree's own, opened again at the same offset; with what the template has
+                                              written to it, where its copy was put aside (aside.py)
     an unlinked file (pytest's capture, …)  → a private copy, in memory
     the host's stdout or stderr, duplicated → the sandbox's
     anything else                           → /dev/null
@@ -23,6 +24,7 @@ from isolation.backends.showing import PREFIX
 
 _DELETED = " (deleted)"
 _COPY_AT_MOST = 64 << 20
+_AT_ONCE = 16 << 20
 _REOPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
 
 
@@ -37,6 +39,7 @@ class Inherited(NamedTuple):
     path: str = ""  # to open again
     flags: int = 0
     scratch: bool = False  # to copy
+    aside: bool = False  # the tree's own is to be filled from it
     stdio: int = 0  # 1 or 2: a duplicate of the host's stdout or stderr
 
 
@@ -79,6 +82,13 @@ def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
     return Inherited(fd, identity, path=path.removesuffix(_DELETED), flags=flags)
 
 
+def is_written(item: Inherited) -> bool:
+    """Whether it is of a file in the tree, which its owner may write to."""
+    if not item.path or item.flags & os.O_DIRECTORY or item.flags & os.O_ACCMODE == os.O_RDONLY:
+        return False
+    return os.access(f"/proc/self/fd/{item.fd}", os.R_OK)
+
+
 def adopt(inherited: Sequence[Inherited], stdio: Sequence[int], scratch: Sequence[int], keep: Sequence[int]) -> None:
     """Make the table safe, inside: 0 to 2 become `stdio`, `keep` stays as it is, `inherited` is replaced as the
     module says (unlinked files by `scratch`, in order), and everything else is closed.
@@ -91,6 +101,8 @@ def adopt(inherited: Sequence[Inherited], stdio: Sequence[int], scratch: Sequenc
     dead = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for number, fd in enumerate(stdio):
         os.dup2(fd, number)
+    for path, item in {item.path: item for item, _copy in pairs if item.aside}.items():
+        _fill(path, item.fd)
     for item, copy in pairs:
         _replace(item, dead, copy)
     close_all_but({0, 1, 2, *keep, *(item.fd for item, _copy in pairs)})
@@ -139,3 +151,40 @@ def _copy(source: int, target: int) -> None:
     if size:
         os.pwrite(target, os.pread(source, size, 0), 0)
     os.lseek(target, position, os.SEEK_SET)
+
+
+def _fill(path: str, source: int) -> None:
+    """The file at `path` with what is in the one that `source` is of. Opened in this way, it is copied up empty."""
+    data = os.open(f"/proc/self/fd/{source}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            copy_file(data, target)
+            status = os.fstat(data)
+            os.fchmod(target, stat.S_IMODE(status.st_mode))
+            os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(target)
+    except OSError as error:
+        raise OSError(error.errno, f"a copy of {path}, which a fixture has open: {error.strerror}") from error
+    finally:
+        os.close(data)
+
+
+def copy_file(source: int, target: int) -> None:
+    """All of it but its holes. The position of `source` means nothing, as forks have it in common."""
+    size = os.fstat(source).st_size
+    if os.fstat(target).st_size < size:
+        os.ftruncate(target, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: a hole up to the end
+            return
+        end = os.lseek(source, at, os.SEEK_HOLE)
+        while at < end:
+            data = os.pread(source, min(end - at, _AT_ONCE), at)
+            if not data:
+                return
+            at += os.pwrite(target, data, at)

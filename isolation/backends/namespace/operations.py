@@ -72,6 +72,10 @@ class Ground:
         """Those of the templates above it, the nearest first."""
         return [store_of(level) for level in range(self.level - 1, 0, -1)]
 
+    def upper(self, layer: str) -> str:
+        """Where an overlay's own layer is."""
+        return f"{self.store}{LAYERS}/{layer}/upper"
+
 
 class Operation:
     """One step. `target` is the absolute path inside that it makes."""
@@ -223,12 +227,16 @@ class Private(FreshOperation):
         """The name of what it is in the layers above the first."""
         return f"private{self.number}"
 
+    def beneath(self, ground: Ground) -> list[str]:
+        """Where what the templates above have put into it is, the uppermost first. The first of them has no overlay."""
+        if ground.level == 1:
+            return []
+        *stores, first = ground.stores_above()
+        return [*(f"{store}{LAYERS}/{self.layer}/upper" for store in stores), f"{first}{PRIVATE}/{self.number}"]
+
     def write(self, script: Script, ground: Ground) -> None:
         if ground.level > 1:
-            *stores, first = ground.stores_above()
-            lowers = [f"{store}{LAYERS}/{self.layer}/upper" for store in stores]
-            lowers.append(f"{first}{PRIVATE}/{self.number}")
-            write_overlay(script, self, ground, self.layer, lowers)
+            write_overlay(script, self, ground, self.layer, self.beneath(ground))
             return
         source = f"{ground.store}{PRIVATE}/{self.number}"
         script.call("mkdirat", syscalls.AT_FDCWD, source, self.mode, about=self.describe())
@@ -265,10 +273,13 @@ class Overlay(FreshOperation):
         """The name of what it is in each layer."""
         return str(self.number)
 
+    def beneath(self, ground: Ground) -> list[str]:
+        """Its lower layers, the uppermost first."""
+        return [*(f"{store}{LAYERS}/{self.layer}/upper" for store in ground.stores_above()), *self.lowers]
+
     def write(self, script: Script, ground: Ground) -> None:
-        lowers = [f"{store}{LAYERS}/{self.layer}/upper" for store in ground.stores_above()]
         foreign_mode = self.foreign_mode if ground.level == 1 else None  # what is above has one that may be shown
-        write_overlay(script, self, ground, self.layer, [*lowers, *self.lowers], foreign_mode)
+        write_overlay(script, self, ground, self.layer, self.beneath(ground), foreign_mode)
 
     def mode_for_guest(self) -> int | None:
         """Where the base stands, and one id only is mapped, which is 0 while the sandbox is made: the mode for a lower
@@ -424,10 +435,11 @@ def write_overlay(
     Overlay."""
     about = operation.describe()
     write_directory(script, operation.target, ground.made)
-    top = f"{ground.store}{LAYERS}/{layer}"
-    for path in (top, top + "/work", top + "/upper"):
+    upper = ground.upper(layer)
+    top = os.path.dirname(upper)
+    for path in (top, top + "/work", upper):
         script.call("mkdirat", syscalls.AT_FDCWD, path, 0o755, about=about)
-    _write_status(script, lowers[0], top + "/upper", foreign_mode, about)
+    _write_status(script, lowers[0], upper, foreign_mode, about)
     data = overlay_options(lowers, top)
     flags = syscalls.MS_NODEV | syscalls.MS_NOSUID
     write_mount(script, operation, "overlay", operation.target, "overlay", flags, data)

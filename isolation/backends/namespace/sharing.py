@@ -227,7 +227,7 @@ def _replace(item: Object, inherited: Sequence[fds.Inherited]) -> None:
         fd = _new_file(item)
         os.ftruncate(fd, item.size)
         if item.source >= 0:
-            _copy_file(item.source, fd)
+            fds.copy_file(item.source, fd)
         else:
             for area in item.areas:
                 for start, end in _resident(item, area):
@@ -262,7 +262,7 @@ def _open_own(item: Object, inherited: Sequence[fds.Inherited]) -> int:
 def _fill_inherited(item: Object) -> None:
     """What fds.py has not copied, as it is too long; a page beyond the end could not be touched."""
     if item.source >= 0 and os.fstat(item.inherited).st_size < min(item.size, os.fstat(item.source).st_size):
-        _copy_file(item.source, item.inherited)
+        fds.copy_file(item.source, item.inherited)
 
 
 def _map(item: Object, fd: int, flags: int) -> None:
@@ -309,23 +309,3 @@ def _write(fd: int, start: int, size: int, offset: int) -> None:
 def _stored(fd: int) -> int:
     """Bytes that a file really has."""
     return os.fstat(fd).st_blocks * 512
-
-
-def _copy_file(source: int, target: int) -> None:
-    """All of it but its holes. The position of `source` means nothing, as its forks have it in common."""
-    size = os.fstat(source).st_size
-    if os.fstat(target).st_size < size:
-        os.ftruncate(target, size)
-    at = 0
-    while at < size:
-        try:
-            at = os.lseek(source, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: a hole up to the end
-            return
-        end = os.lseek(source, at, os.SEEK_HOLE)
-        while at < end:
-            data = os.pread(source, min(end - at, _AT_ONCE), at)
-            if not data:
-                return
-            os.pwrite(target, data, at)
-            at += len(data)
