@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 import termios
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -169,6 +169,11 @@ class Backend(abc.ABC):
     def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
         """A warm sandbox to fork; a callable makes the calling process the template. Feature "fork"."""
         raise NotImplementedError
+
+    def carries(self, descriptors: Collection[int]) -> frozenset[int]:
+        """Of descriptors of the calling process that are of no file (sockets, pipes, …): those that its forks have, too.
+        Feature "fork-here"."""
+        return frozenset()
 
     def load(self, spec: SandboxSpec, payload: str, config: Any, directory: str) -> Template:
         """A template that `Template.save` has kept. Feature "snapshot". Raises LaunchError when anything differs."""

@@ -2,7 +2,8 @@
 
 On namespaces a fork is fork(2): one thread of one process, with files of its own tree, and a copy of shared memory. A
 fixture that leaves anything else behind is not the same in a fork, nor is what a module started when it was imported. (Who
-else has that memory is another process, which is counted as such.)
+else has that memory is another process, which is counted as such.) Of what modules have made, forks have some things anew,
+such as a pipe both of whose ends are this process's: the backend knows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,9 +20,13 @@ import pytest
 from isolation.plain import threading
 
 _DEVICES = ("/dev/dri/", "/dev/nvidia", "/dev/kfd", "/dmabuf:", "anon_inode:", "socket:")
-_KINDS = {"socket": "socket", "pipe": "pipe", "anon_inode": "event descriptor"}
+_KINDS = {
+    "socket": "socket", "pipe": "pipe", "anon_inode": "event descriptor", "/dev/ptmx": "pseudoterminal",
+    "/dev/pts/ptmx": "pseudoterminal",
+}  # fmt: skip
 _NAMES_AT_MOST = 5
 _HARMLESS = ("jemalloc_bg_thd",)  # a thread of jemalloc (in pyarrow) that starts again by itself
+Carries = Callable[[Collection[int]], Collection[int]]
 initially = pytest.StashKey[tuple["Held", "Held"]]()  # what was held before conftest files were loaded, and after
 
 
@@ -36,8 +41,11 @@ class Held:
     native: frozenset[int] = field(default_factory=frozenset)
 
     @classmethod
-    def now(cls, before: Held | None = None, *, own: bool = False) -> Held:
-        """`own`: of processes, only those below this one; not all of its PID namespace, which is the host's.
+    def now(
+        cls, before: Held | None = None, *, own: bool = False, carries: Carries | None = None
+    ) -> Held:
+        """`own`: of processes, only those below this one; not all of its PID namespace, which is the host's. `carries` tells
+        which descriptors a fork has nevertheless.
 
         Threads are all that the kernel knows of, Python's or a library's. Those that are new since `before` and not
         Python's are looked at after a fork that is for nothing else: some libraries (OpenBLAS) end theirs before a fork, and
@@ -46,7 +54,7 @@ class Held:
         if native - (set() if before is None else before.native):
             _fork_and_end()
             threads, native = _threads()
-        return cls(threads, _processes(own=own), frozenset(_descriptors()), frozenset(_mappings()), native)
+        return cls(threads, _processes(own=own), frozenset(_descriptors(carries)), frozenset(_mappings()), native)
 
     def since(self, before: Held) -> Held:
         """What is new since then."""
@@ -152,9 +160,9 @@ def _tracker() -> str:
     return str(getattr(getattr(module, "_resource_tracker", None), "_pid", None))
 
 
-def _descriptors() -> list[tuple[str, str]]:
+def _descriptors(carries: Carries | None) -> list[tuple[str, str]]:
     """One that is a duplicate of another does not count: pytest's capture puts those aside that it replaces."""
-    found = []
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
@@ -162,8 +170,9 @@ def _descriptors() -> list[tuple[str, str]]:
             continue
         kind = _KINDS.get(target.partition(":")[0])
         if kind is not None:  # event descriptors have no number of their own
-            found.append((kind, f"{name} {target}" if target.startswith("anon_inode") else target))
-    return found
+            found[int(name)] = kind, f"{name} {target}" if target.startswith(("anon_inode", "/dev/")) else target
+    carried = () if carries is None else carries(found)
+    return [each for number, each in found.items() if number not in carried]
 
 
 def _mappings() -> list[str]:

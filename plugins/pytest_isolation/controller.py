@@ -115,7 +115,9 @@ class Controller:
         if self._of_plugins is None or FORK_HERE not in self._backend.features():
             return None
         begin = self._config.stash[initially][0]
-        self.lost = Held.now(begin, own=True).since(begin).since(self._of_plugins).describe()
+        now = Held.now(begin, own=True, carries=self._backend.carries)
+        self.lost = now.since(begin).since(self._of_plugins).describe()
+        self._emission.lost = self.lost
         if not self.lost:
             return None
         return (

@@ -63,6 +63,7 @@ class Emission:
         self._again: dict[object, Counter[str]] = {}  # what will come once more
         self._records: list[TestRecord] = []
         self._begun = time.time()
+        self.lost = ""  # what tests do not have of the process that collected them
 
     def remember_setup(self, item: pytest.Item, setup: Setup) -> None:
         """Wide fixtures of a node were set up on behalf of a test, which so took that much longer."""
@@ -196,7 +197,10 @@ class Emission:
                 what = "the test left something behind (--isolation-strict)"
                 report.longrepr = CrashRepr.of(item, what, leak)  # type: ignore[assignment]
             if report.failed:
-                report.sections = [*report.sections, ("isolation", "\n".join(found.lines()) + "\n")]
+                lines = found.lines()
+                if self.lost:
+                    lines.append(f"not here, as it was started while tests were collected: {self.lost}")
+                report.sections = [*report.sections, ("isolation", "\n".join(lines) + "\n")]
             if self._settings.names_details:
                 report.user_properties = [*report.user_properties, *found.properties()]
 

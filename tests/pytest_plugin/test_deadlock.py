@@ -124,16 +124,16 @@ def test_nothing_is_said_of_what_plugins_start(pytester: pytest.Pytester) -> Non
 def test_what_a_conftest_starts_is_named(pytester: pytest.Pytester) -> None:
     """All kinds; a pipe of pytest's own output, and what its capture makes of it, is none of them."""
     pytester.makeconftest("""
-        import multiprocessing, os, selectors, socket, subprocess, threading, time
+        import ctypes, multiprocessing, os, socket, subprocess, threading, time
         SERVER = socket.create_server(("127.0.0.1", 0))
         CHILD = subprocess.Popen(["sleep", "100"])
-        PIPE = os.pipe()
-        SELECTOR = selectors.EpollSelector()
+        PIPE = os.pipe(); os.close(PIPE[1])
+        WATCH = ctypes.CDLL(None).inotify_init()
         for number in range(7):
             threading.Thread(target=time.sleep, args=(100,), daemon=True, name=f"t{number}").start()
 
         def pytest_unconfigure():
-            SERVER.close(), SELECTOR.close(), CHILD.kill(), CHILD.wait()
+            SERVER.close(), CHILD.kill(), CHILD.wait()
     """)
     pytester.makepyfile("def test_one(): pass")
     result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider")

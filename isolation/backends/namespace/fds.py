@@ -8,6 +8,7 @@ those numbers, and would later close whatever reused them. So each number stays 
                                               written to it, where its copy was put aside (aside.py)
     an unlinked file (pytest's capture, …)  → a private copy, in memory
     the host's stdout or stderr, duplicated → the sandbox's
+    what can be made anew                   → a new one, in the same state (anew.py)
     anything else                           → /dev/null
 """
 
@@ -16,10 +17,10 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from isolation.backends.namespace import syscalls
+from isolation.backends.namespace import anew, stocktaking, syscalls
 from isolation.backends.showing import PREFIX
 
 _DELETED = " (deleted)"
@@ -41,6 +42,7 @@ class Inherited(NamedTuple):
     scratch: bool = False  # to copy
     aside: bool = False  # the tree's own is to be filled from it
     stdio: int = 0  # 1 or 2: a duplicate of the host's stdout or stderr
+    made: anew.Object | None = None  # what it is one of the descriptors of
 
 
 def inventory(exclude: Sequence[int] = ()) -> list[Inherited]:
@@ -59,7 +61,9 @@ def inventory(exclude: Sequence[int] = ()) -> list[Inherited]:
                 found.append(_classify(fd, stdio))
             except OSError:
                 continue  # the descriptor of the listing itself
-    return sorted(found, key=lambda item: item.fd)
+    others = [item.fd for item in found if not (item.path or item.scratch or item.stdio)]
+    made = {fd: one for one in stocktaking.look(others) for fd in one.numbers}
+    return sorted((item._replace(made=made.get(item.fd)) for item in found), key=lambda item: item.fd)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -105,6 +109,7 @@ def adopt(inherited: Sequence[Inherited], stdio: Sequence[int], scratch: Sequenc
         _fill(path, item.fd)
     for item, copy in pairs:
         _replace(item, dead, copy)
+    _make_anew({item.fd: item.made for item, _copy in pairs if item.made is not None}, {item.fd for item, _copy in pairs})
     close_all_but({0, 1, 2, *keep, *(item.fd for item, _copy in pairs)})
 
 
@@ -143,6 +148,23 @@ def _replace(item: Inherited, dead: int, copy: int) -> None:
             os.close(new)
             return
     os.dup2(dead, item.fd, inheritable=False)
+
+
+def _make_anew(wanted: Mapping[int, anew.Object], inherited: Collection[int]) -> None:
+    """At their numbers, where nothing is now; it stays so for what cannot be had."""
+    objects = list(dict.fromkeys(wanted.values()))
+    for item in objects:
+        try:
+            ends = item.make()
+        except OSError:
+            continue
+        for numbers, fd in ends:
+            for number in numbers:
+                if wanted.get(number) is item:
+                    os.dup2(fd, number, inheritable=False)
+            os.close(fd)
+    for item in objects:
+        item.connect({0, 1, 2, *inherited})
 
 
 def _copy(source: int, target: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from isolation.backends.namespace.cgroup import Hierarchy
@@ -78,6 +78,11 @@ class NamespaceBackend(Backend):
                 "protects, and nesting rules Landlock out; use a template inside a sandbox, or leave nesting out"
             )
         return NamespaceTemplate(launcher.plan_for(spec), payload)
+
+    def carries(self, descriptors: Collection[int]) -> frozenset[int]:
+        from isolation.backends.namespace import stocktaking
+
+        return frozenset(number for item in stocktaking.look(descriptors) for number in item.numbers)
 
     def borrow(self, token: Any, fds: Sequence[int]) -> Machine:
         from isolation.backends.namespace.machine import BorrowedMachine

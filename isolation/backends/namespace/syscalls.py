@@ -289,6 +289,49 @@ def signalfd(signals: int) -> int:
     return fd
 
 
+def tee(source: int, target: int, size: int) -> int:
+    """tee(2), with SPLICE_F_NONBLOCK: how many bytes that wait in one pipe wait in the other, too."""
+    count = int(_libc.tee(ctypes.c_int(source), ctypes.c_int(target), ctypes.c_size_t(size), ctypes.c_uint(2)))
+    if count < 0:
+        raise _fail("tee", source, target)
+    return count
+
+
+class _EpollEvent(ctypes.Structure):
+    _pack_ = 1 if MACHINE == "x86_64" else 8
+    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
+
+
+def epoll_create(flags: int) -> int:
+    """epoll_create1(2)."""
+    fd = int(_libc.epoll_create1(ctypes.c_int(flags)))
+    if fd < 0:
+        raise _fail("epoll_create1")
+    return fd
+
+
+def epoll_add(epoll: int, fd: int, events: int, data: int) -> None:
+    """epoll_ctl(EPOLL_CTL_ADD)."""
+    event = _EpollEvent(events, data)
+    if _libc.epoll_ctl(ctypes.c_int(epoll), 1, ctypes.c_int(fd), ctypes.byref(event)):
+        raise _fail("epoll_ctl", epoll, fd)
+
+
+def timerfd_create(clock: int, flags: int) -> int:
+    """timerfd_create(2)."""
+    fd = int(_libc.timerfd_create(ctypes.c_int(clock), ctypes.c_int(flags)))
+    if fd < 0:
+        raise _fail("timerfd_create", clock)
+    return fd
+
+
+def timerfd_settime(fd: int, value: tuple[int, int], interval: tuple[int, int]) -> None:
+    """timerfd_settime(2), relative; both in seconds and nanoseconds."""
+    times = (ctypes.c_long * 4)(*interval, *value)
+    if _libc.timerfd_settime(ctypes.c_int(fd), 0, ctypes.byref(times), None):
+        raise _fail("timerfd_settime", fd)
+
+
 class _LandlockRuleset(ctypes.Structure):
     _fields_ = (("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
 
