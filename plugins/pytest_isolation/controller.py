@@ -30,6 +30,7 @@ from pytest_isolation.run import Run
 from pytest_isolation.schedule import Schedule
 from pytest_isolation.settings import Reader, Settings
 from pytest_isolation.strays import Strays
+from pytest_isolation.temporaries import temporaries
 from pytest_isolation.text import clean, clean_name, clean_output
 from pytest_isolation.tmp import TmpPaths
 from pytest_isolation.worker import PAYLOAD, Worker, order_for
@@ -144,6 +145,7 @@ class Controller:
         for item in items:
             self._nth[item] = seen.get(item.nodeid, 0)
             seen[item.nodeid] = self._nth[item] + 1
+        self._show_temporaries()
         try:
             self._settings = {item: self._reader.of_item(item) for item in items}
         except IsolationError as error:
@@ -156,6 +158,13 @@ class Controller:
                 self._open_chain(session, settings)
         if not self._told_what_to_run:
             self._schedule.plan(units.group(items, self._settings, self._reader.run.grain))
+
+    def _show_temporaries(self) -> None:
+        """What plug-ins and modules have put aside in directories for temporary files is there in forks of this process."""
+        made = self._config.stash.get(temporaries, None)
+        if made is not None and FORK_HERE in self._backend.features():
+            base = TmpPaths(self._config, ()).base
+            self._reader.show(made.take(None if base is None else str(base), self._reader.shown))
 
     def _open_chain(self, session: pytest.Session, settings: Settings) -> None:
         if settings in self._chains:

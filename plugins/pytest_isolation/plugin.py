@@ -85,7 +85,10 @@ def pytest_load_initial_conftests(
         return (yield)
     import isolation.plain  # noqa: F401 before the project, whose imports may replace it
     from pytest_isolation.carry import Held, initially
+    from pytest_isolation.temporaries import Temporaries, temporaries
 
+    early_config.stash[temporaries] = made = Temporaries()
+    early_config.add_cleanup(made.stop)
     held = Held.now(own=True)
     try:
         return (yield)

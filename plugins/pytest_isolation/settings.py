@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,18 @@ class Reader:
         self._mounts = tuple(_project_mounts(config)) + tuple(Mount.parse(text) for text in mounts)
         self._workdir = os.getcwd()
         self._known: dict[tuple[Any, ...], Settings] = {}
+        self.default = self._settings(self._run)
+
+    @property
+    def shown(self) -> list[str]:
+        """Directories of the host that tests see, and can write to."""
+        return [mount.source for mount in self._mounts if mount.mode != "ro"]
+
+    def show(self, paths: Iterable[str]) -> None:
+        """Let every test see these, too, copy-on-write, at their own places."""
+        targets = {mount.target for mount in self._mounts}
+        self._mounts += tuple(Mount.overlay(path) for path in paths if path not in targets)
+        self._known.clear()
         self.default = self._settings(self._run)
 
     def of_item(self, item: pytest.Item) -> Settings:

@@ -323,7 +323,7 @@ class Rebind(FreshOperation):
 
 @dataclass(frozen=True)
 class CopiedFile(FreshOperation):
-    """Fresh: a small host file, copied; for directories that must be shown entry by entry."""
+    """Fresh: a small host file, copied: where there is no directory to be shown copy-on-write."""
 
     target: str
     base: str
@@ -333,6 +333,7 @@ class CopiedFile(FreshOperation):
         if ground.level > 1:
             return  # it is in a layer below
         here, about = syscalls.AT_FDCWD, self.describe()
+        write_directory(script, os.path.dirname(self.target), ground.made)
         source = script.call("openat", here, self.base, os.O_RDONLY | os.O_CLOEXEC, 0, about=about)
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
         copy = script.call("openat", here, self.target, flags, 0o600, about=about)

@@ -41,6 +41,7 @@ MASKED = (
     "acpi", "asound", "kcore", "key-users", "keys", "latency_stats", "sched_debug", "scsi", "sysrq-trigger",
     "timer_list",
 )  # fmt: skip
+_COPY_AT_MOST = 64 << 20  # of a file that is copied into every sandbox
 _STORE_MOUNT_POINTS = ("/tmp", "/var/tmp", "/mnt", "/")
 _NAMESPACES = {
     "user": syscalls.CLONE_NEWUSER,
@@ -187,8 +188,10 @@ def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
     for mount in spec.mounts:
         if not os.path.exists(mount.source):
             raise SpecError(f"mount source {mount.source!r} does not exist on the host")
-        if mount.target == mount.source and mount.mode == "overlay":
+        if mount.target == mount.source and mount.mode == "overlay" and os.path.isdir(mount.source):
             shown.show(mount.source, writable=True)
+        elif mount.mode == "overlay" and _is_small_file(mount.source):
+            shown.copy(mount.source, mount.target)
         elif mount.mode == "rw" or not os.path.isdir(mount.source):
             device = stat.S_ISCHR(os.stat(mount.source).st_mode)
             shown.bind(mount.source, mount.target, writable=mount.mode == "rw", device=device)
@@ -196,6 +199,11 @@ def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
             shown.show(mount.source, mount.target, writable=mount.mode == "overlay")
     for path in python:
         shown.environment(path)
+
+
+def _is_small_file(path: str) -> bool:
+    status = os.stat(path)
+    return stat.S_ISREG(status.st_mode) and status.st_size <= _COPY_AT_MOST
 
 
 def _fill_everything(shown: view.View) -> None:

@@ -77,6 +77,9 @@ class View:
                     if operation.adopts:
                         base.append(self._adopts[operation.number])
                 elif isinstance(operation, CopiedFile):
+                    if parent is None:
+                        base.append(Bind(target, "", operation.base, directory=False))
+                        continue
                     number = next(self._numbers)
                     base.append(Bind(f"{BASE}/{number}", "", operation.base, directory=False))
                     operation = replace(operation, base=f"{BASE}/{number}")
@@ -170,6 +173,11 @@ class View:
         real = os.path.realpath(source)
         lower = self._lower(real, owned=writable and not device)  # the kernel's file system cannot be id-mapped
         self.add(Bind(target, real, lower, os.path.isdir(real), writable, device))
+
+    def copy(self, source: str, target: str) -> None:
+        """A copy of a file, where the directory that it is in can be written to; else the file, read-only."""
+        real = os.path.realpath(source)
+        self.add(CopiedFile(target, self._lower(real, owned=True), os.stat(real).st_mode & 0o777))
 
     def shows(self, path: str) -> bool:
         """Whether `path` (without symlinks) is part of the view."""

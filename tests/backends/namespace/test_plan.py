@@ -148,6 +148,19 @@ def test_what_lies_beneath_something_fresh_is_bound_there(tmp_path: Path) -> Non
     assert any(operation.target.startswith("/.isolation/base/") for operation in base)
 
 
+def test_a_file_is_copied_where_the_copy_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    view = View(table())
+    view.private("/tmp")
+    view.copy(str(tmp_path / "file"), "/tmp/of/file")
+    view.copy(str(tmp_path / "file"), "/elsewhere")
+    base, fresh = view.operations()
+    assert [(type(operation).__name__, operation.target) for operation in fresh] == [
+        ("Private", "/tmp"), ("CopiedFile", "/tmp/of/file"),
+    ]  # fmt: skip
+    assert ("Bind", "/elsewhere") in [(type(operation).__name__, operation.target) for operation in base]
+
+
 def test_symlinks_on_the_way_are_shown(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

@@ -1,0 +1,141 @@
+"""Temporary files and directories that were made while pytest was configured or collected: in tests, copy-on-write."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+CONFTEST = """
+    import os, pathlib, pytest, shutil, tempfile
+    DIRECTORY = tempfile.mkdtemp(prefix="conftest-")
+    os.chmod(DIRECTORY, 0o750)
+    NAMED = os.path.join("/var/tmp", "isolation-note-%d" % os.getpid())
+
+    def pytest_configure(config):
+        config.work = tempfile.mkdtemp(prefix="configured-")
+        pathlib.Path(config.work, "seed").write_text("seed")
+
+    def pytest_sessionstart(session):
+        pathlib.Path(NAMED).write_text("note")
+        session.config.factory = session.config._tmp_path_factory.mktemp("factory")
+        (session.config.factory / "file").write_text("f")
+
+    def pytest_unconfigure(config):
+        assert os.listdir(DIRECTORY) == [] and os.listdir(config.work) == ["seed"]
+        assert pathlib.Path(NAMED).read_text() == "note" and os.listdir(config.factory) == ["file"]
+        shutil.rmtree(config.work); shutil.rmtree(DIRECTORY); os.unlink(NAMED)
+        print("as it was")
+"""
+TESTS = """
+    import os, pathlib, pytest, sqlite3, stat, tempfile
+    from conftest import DIRECTORY, NAMED
+    MADE = tempfile.TemporaryDirectory()
+    DATABASE = sqlite3.connect(os.path.join(MADE.name, "db")); DATABASE.execute("create table t(x)"); DATABASE.commit()
+    FILE = tempfile.NamedTemporaryFile("w+", suffix=".txt"); FILE.write("hello"); FILE.flush()
+    UNLINKED = tempfile.TemporaryFile("w+"); UNLINKED.write("abc"); UNLINKED.flush()
+    os.makedirs(os.path.join(MADE.name, "deep", "er"))
+    INSIDE = tempfile.mkdtemp(dir=MADE.name)
+    HERE = tempfile.mkdtemp(dir=".")
+
+    @pytest.fixture(scope="module")
+    def wide(): pathlib.Path(MADE.name, "of-the-fixture").write_text("1")
+
+    def check(request, more=()):
+        assert sorted(os.listdir(MADE.name)) == sorted(["db", "deep", os.path.basename(INSIDE), *more])
+        assert stat.S_IMODE(os.stat(DIRECTORY).st_mode) == 0o750 and os.listdir(DIRECTORY) == []
+        assert pathlib.Path(request.config.work, "seed").read_text() == "seed"
+        assert (request.config.factory / "file").read_text() == "f"
+        assert pathlib.Path(NAMED).read_text() == "note"
+        assert os.path.isdir(INSIDE) and os.path.isdir(HERE)
+        for directory in (MADE.name, DIRECTORY, request.config.work, request.config.factory, INSIDE, HERE):
+            pathlib.Path(directory, "of-the-test").write_text("x")
+        os.unlink(os.path.join(request.config.work, "seed"))
+        pathlib.Path(NAMED).write_text("other"); os.unlink(NAMED)
+        assert open(FILE.name).read() == "hello"
+        FILE.seek(0); assert FILE.read() == "hello"
+        FILE.write(" you"); FILE.flush(); assert open(FILE.name).read() == "hello you"
+        UNLINKED.seek(0); assert UNLINKED.read() == "abc"
+        DATABASE.execute("insert into t values(1)"); DATABASE.commit()
+        assert DATABASE.execute("select count(*) from t").fetchall() == [(1,)]
+        FILE.close(); assert not os.path.exists(FILE.name)
+
+    @pytest.mark.parametrize("time", [1, 2])
+    def test_alone(request, time): check(request)
+
+    @pytest.mark.parametrize("time", [1, 2])
+    def test_beneath(request, wide, time): check(request, ["of-the-fixture"])
+"""
+
+
+def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:randomly", "--isolation", *arguments)
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        os.chmod(name, 0o755)
+        (Path(name) / "before").write_text("somebody's")
+        monkeypatch.setenv("TMPDIR", name)
+        yield Path(name)
+
+
+def test_each_test_has_them_as_they_were(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(TESTS)
+    # Without --basetemp, which is shown in any case.
+    result = pytester.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "-s", "--isolation")
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["*as it was*"])
+
+
+def test_wherever_the_directory_is(pytester: pytest.Pytester, elsewhere: Path) -> None:
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(TESTS)
+    result = run(pytester, "-s", "--isolation-strict", "-k", "alone")
+    result.stdout.fnmatch_lines(["*as it was*"])
+    # What a test does to them is told.
+    assert "of-the-test" in result.stdout.str()
+    assert "before" not in result.stdout.str()
+
+
+def test_nothing_else_is_there(pytester: pytest.Pytester, elsewhere: Path) -> None:
+    pytester.makepyfile("""
+        import os, pathlib, subprocess, tempfile
+        TMP = tempfile.gettempdir()
+        MADE = tempfile.mkdtemp(); os.makedirs(os.path.join(TMP, "app"))
+        subprocess.run(["mkdir", os.path.join(TMP, "of-another")], check=True)
+        open(os.path.join(TMP, "before")).close()
+        os.makedirs(os.path.join(TMP, "existing"), exist_ok=True)
+        os.symlink("/etc", os.path.join(TMP, "link")); os.mkfifo(os.path.join(TMP, "fifo"))
+        def test_listing():
+            assert sorted(os.listdir(TMP)) == sorted([os.path.basename(MADE), "app"])
+    """)
+    (elsewhere / "existing").mkdir()
+    run(pytester).assert_outcomes(passed=1)
+
+
+def test_many_are_bounded(pytester: pytest.Pytester, elsewhere: Path) -> None:
+    pytester.makepyfile("""
+        import os, tempfile
+        MADE = [tempfile.mkdtemp() for _ in range(300)]
+        def test_some(): assert 1 < sum(map(os.path.isdir, MADE)) < 300
+    """)
+    run(pytester).assert_outcomes(passed=1)
+
+
+def test_the_fixture_for_sandboxes(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import os, tempfile
+        MADE = tempfile.TemporaryDirectory()
+        def test_it(sandbox):
+            assert sandbox.run(["ls", "-d", MADE.name]).returncode == 0
+    """)
+    run(pytester).assert_outcomes(passed=1)
