@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
+from isolation.backends import linked
 from isolation.spec import SandboxSpec
 
 PREFIX = "isolation-host"  # of the names of memfds that are for the host alone: no fork of its process gets a copy
@@ -51,22 +53,30 @@ def _visible_path(path: str, shows: Callable[[str], bool]) -> str:
 def python_environment() -> list[str]:
     """Every directory and file that this interpreter imports from, wherever it lies.
 
-    Prefixes, `sys.path`, and the roots of modules that were found in some other way (editable installs with an
-    import hook). A home directory, or `/`, that happens to stand on `sys.path` is not an environment, and left out.
+    Prefixes, `sys.path`, what packages are symbolic links to, and the roots of modules that are found in some other way
+    (editable installs with an import hook). A home directory, or `/`, that happens to stand on `sys.path` is not an
+    environment, and left out.
     """
     found = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, sys.executable]
     found += [entry for entry in sys.path if entry]
     found += _module_roots(found)
+    found += linked.places(entry for entry in sys.path if entry)
     virtual_env = os.environ.get("VIRTUAL_ENV")
     if virtual_env:
         found += [virtual_env, *_venv_home(virtual_env)]
-    too_wide = {"/", "/tmp", "/var/tmp", "/home", "/root", os.path.realpath(os.path.expanduser("~"))}
+        if os.path.realpath(virtual_env) != os.path.realpath(sys.prefix):
+            found += linked.places(packages_of(virtual_env), within=linked.caches())
     paths: dict[str, None] = {}
     for path in found:
         absolute = os.path.abspath(path)
-        if os.path.exists(absolute) and os.path.realpath(absolute) not in too_wide:
+        if os.path.exists(absolute) and not linked.too_wide(absolute):
             paths[absolute] = None
     return sorted(paths, key=len)  # a directory before what lies in it, which then needs no mount of its own
+
+
+def packages_of(prefix: str) -> list[str]:
+    """Where an environment has its packages."""
+    return glob.glob(os.path.join(glob.escape(prefix), "lib*", "python3.*", "site-packages"))
 
 
 def _module_roots(known: Iterable[str]) -> list[str]:
@@ -76,6 +86,9 @@ def _module_roots(known: Iterable[str]) -> list[str]:
         if "." in name:
             continue
         locations = list(getattr(module, "__path__", None) or ())
+        if name.startswith("__editable__"):  # an import hook of setuptools', and where it finds what it is for
+            mapping = getattr(module, "MAPPING", None)
+            locations += list(mapping.values()) if isinstance(mapping, dict) else []
         file = getattr(module, "__file__", None)
         for location in locations or ([file] if isinstance(file, str) else []):
             if isinstance(location, str) and os.path.isabs(location) and not location.startswith(prefixes):

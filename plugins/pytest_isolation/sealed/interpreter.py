@@ -1,8 +1,9 @@
 """Which Python the suite runs on, and what of it must be seen inside. It is looked at, and never executed, on the host.
 
 A virtual environment may be the project's own, and so may say anything: what its links and its pyvenv.cfg name is shown
-only where it is the root of a Python installation. Of an environment elsewhere only what environments consist of is
-shown: somebody may have made one in the root of another project, with all that there is beside it.
+only where it is the root of a Python installation, or lies in the cache of an installer. Of an environment elsewhere only
+what environments consist of is shown: somebody may have made one in the root of another project, with all that there is
+beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from isolation.backends.showing import SYSTEM
+from isolation.backends import linked
+from isolation.backends.showing import SYSTEM, packages_of
 from isolation.errors import SpecError
 
 _LINKS_AT_MOST: Final = 40
@@ -54,6 +56,8 @@ def find(named: str | None, virtual_env: str | None, cwd: str) -> Interpreter:
         whole = _is_beneath(prefix, os.path.realpath(cwd))
         parts = [prefix] if whole else [os.path.join(prefix, name) for name in _ENVIRONMENT]
         shown.update((part, part) for part in parts if os.path.exists(part))
+        linked_to = linked.places(packages_of(prefix), within=linked.caches())
+        shown.update((place, os.path.realpath(place)) for place in linked_to)
         places = [*_hops(path), *_home(prefix)]
     else:
         places = list(_hops(path))
