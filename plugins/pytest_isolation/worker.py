@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from isolation.guest import Guest
-from pytest_isolation import reports, streams, tmp
+from pytest_isolation import renaming, reports, streams, tmp
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.counters import Counters
 from pytest_isolation.debugger import Terminal
@@ -57,6 +57,7 @@ class Worker:
             manager.register(self._strays, "isolation-strays")
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
         self._carriers.begin()
+        renaming.install()
         found: dict[str, list[pytest.Item]] = {}
         for item in self._items:
             found.setdefault(item.nodeid, []).append(item)
