@@ -173,7 +173,7 @@ class Controller:
             backend = self.backend_of(settings)
             self._say(backend.notes(settings.spec))
             if FORK_HERE in backend.features():
-                root = backend.template(settings.spec, Worker(session), None)
+                root = backend.template(settings.spec, Worker(session, env=settings.spec.env), None)
             else:
                 root = backend.template(settings.spec, PAYLOAD, order_for(session.config))
         except IsolationError as error:

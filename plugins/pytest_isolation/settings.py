@@ -11,7 +11,7 @@ import pytest
 
 from isolation.errors import SpecError
 from isolation.spec import Limits, Mount, SandboxSpec
-from pytest_isolation import page
+from pytest_isolation import page, repository
 from pytest_isolation.tmp import TmpPaths
 
 GRAINS = ("function", "class", "module")
@@ -86,7 +86,10 @@ class Reader:
         for key in ("network", "memory", "pids", "timeout"):
             self._run[key] = config.getoption(f"isolation_{key}") or config.getini(f"isolation_{key}") or None
         mounts = [*config.getini("isolation_mount"), *config.getoption("isolation_mount")]
-        self._mounts = tuple(_project_mounts(config)) + tuple(Mount.parse(text) for text in mounts)
+        project, above = _project_mounts(config)
+        self._mounts = tuple(project) + tuple(Mount.parse(text) for text in mounts)
+        # Git looks for a repository above a directory in the same file system only; inside, each that is shown is another.
+        self._env = {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"} if above else {}
         self._workdir = os.getcwd()
         self._known: dict[tuple[Any, ...], Settings] = {}
         self.default = self._settings(self._run)
@@ -128,6 +131,7 @@ class Reader:
                 backend=values["backend"] or "auto",
                 mounts=self._mounts,
                 workdir=self._workdir,
+                env=self._env,
                 inherit_env=True,  # tests are written against the environment of whoever runs them
                 network=values["network"] or "none",
                 limits=limits,
@@ -136,8 +140,9 @@ class Reader:
         return self._known[key]
 
 
-def _project_mounts(config: pytest.Config) -> list[Mount]:
-    """The project, copy-on-write: rootdir, the current directory, and what was named on the command line."""
+def _project_mounts(config: pytest.Config) -> tuple[list[Mount], bool]:
+    """The project, copy-on-write: rootdir, the current directory, what was named on the command line, and its repository;
+    and whether that is above it."""
     wanted = [str(config.rootpath), os.getcwd()]
     given = config.getoption("basetemp", None)
     if given is not None:
@@ -154,4 +159,9 @@ def _project_mounts(config: pytest.Config) -> list[Mount]:
         # `/` or the directory of all homes is nobody's project; a rootdir there means that none was found.
         if not inside and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
             chosen.append(path)
-    return [Mount.overlay(path) for path in chosen]
+    projects, above = list(chosen), False
+    for path in [each for project in projects for each in repository.beside(project)]:
+        if not any(f"{os.path.realpath(path)}/".startswith(f"{known}/") for known in chosen):
+            chosen.append(path)
+            above = above or any(project.startswith(f"{os.path.dirname(path)}/") for project in projects)
+    return [Mount.overlay(path) for path in chosen], above

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import pytest
@@ -28,10 +28,14 @@ class Worker:
     """The payload of a template: called with its guest, it waits for jobs, which it does in forks of this process.
 
     lends  whether the host can hand descriptors to it, and so a sandbox
+    env    what it is to have besides the environment of the host's pytest, of which it is a fork
     """
 
-    def __init__(self, session: pytest.Session, items: list[pytest.Item] | None = None) -> None:
+    def __init__(
+        self, session: pytest.Session, items: list[pytest.Item] | None = None, env: Iterable[tuple[str, str]] = ()
+    ) -> None:
         self.lends = items is None
+        self._env = dict(env)
         self._session = session
         self._items = session.items if items is None else items
         self._config = session.config
@@ -58,6 +62,7 @@ class Worker:
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
         self._carriers.begin()
         renaming.install()
+        os.environ.update(self._env)
         found: dict[str, list[pytest.Item]] = {}
         for item in self._items:
             found.setdefault(item.nodeid, []).append(item)
