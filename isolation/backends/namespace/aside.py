@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
@@ -24,6 +23,7 @@ from typing import NamedTuple, NoReturn
 from isolation.backends.namespace import build, fds, syscalls
 from isolation.backends.namespace.operations import FreshOperation, Ground, Overlay, Private, Rebind
 from isolation.backends.namespace.plan import Plan
+from isolation.plain import socket
 
 _ASIDE = "/aside"  # in the store
 _FILES_AT_MOST = 64
