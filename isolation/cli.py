@@ -12,13 +12,14 @@ or found.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-# The rest is imported by the command that needs it, so that --help and usage errors come at once.
 from isolation.errors import CommandNotFound, IsolationError, SpecError
+
+# The rest is imported by the command that needs it, so that --help and usage errors come at once.
+from isolation.plain import os
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -10,7 +10,6 @@ Local ends of a stream are file descriptors, or functions. The standard library 
 from __future__ import annotations
 
 import fcntl
-import os
 import stat
 import struct
 import termios
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from isolation.errors import WireError
-from isolation.plain import select, socket, time
+from isolation.plain import os, select, socket, time
 
 WINDOW: Final = 256 << 10
 _CHUNK = 32 << 10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO, Final, Self
 from isolation import registry
 from isolation.errors import FeatureMissing, GuestError, SandboxClosed, SpecError
 from isolation.hookspecs import FORK, SNAPSHOT, Machine
-from isolation.plain import select, subprocess, time
+from isolation.plain import os, select, subprocess, time
 from isolation.result import Change, Completed, Ended, Usage, Verdict
 from isolation.spec import SandboxSpec, is_path
 from isolation.template import Template

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterable
 from typing import Any
+
+from isolation.plain import os
 
 
 class Signals:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from isolation.errors import SpecError
+from isolation.plain import os
 from isolation.units import format_size, parse_count, parse_seconds, parse_size
 
 MountMode = Literal["ro", "rw", "overlay"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
 from isolation.errors import FeatureMissing
+from isolation.plain import os
 from isolation.result import Account, Change, Usage, Verdict
 from isolation.wire import Message
 

@@ -15,7 +15,6 @@ import contextlib
 import enum
 import errno
 import fcntl
-import os
 import signal
 import stat
 import struct
@@ -25,7 +24,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from isolation.errors import SandboxClosed, SpecError
-from isolation.plain import select, socket, time
+from isolation.plain import os, select, socket, time
 from isolation.result import Verdict
 from isolation.sandbox import Process
 from isolation.signals import Signals

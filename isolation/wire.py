@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import array
 import collections
-import os
 import struct
 from collections.abc import Sequence
 from typing import Any
 
 from isolation.errors import WireError
-from isolation.plain import json, select, socket, time
+from isolation.plain import json, os, select, socket, time
 
 Message = dict[str, Any]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
+
+from isolation.plain import os
 
 _PACKAGES = ("site-packages", "dist-packages")
 _STRICT = "__editable__."

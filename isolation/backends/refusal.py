@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 
 from isolation.errors import CommandNotFound, LaunchError
+from isolation.plain import os
 
 
 def not_started(command: str, cwd: str, number: int | None, what: str, failure: str, *, missing_cwd: bool) -> LaunchError:

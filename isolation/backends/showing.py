@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
 from isolation.backends import linked
+from isolation.plain import os
 from isolation.spec import SandboxSpec
 
 PREFIX = "isolation-host"  # of the names of memfds that are for the host alone: no fork of its process gets a copy

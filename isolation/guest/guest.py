@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from isolation.errors import WireError
 from isolation.guest import streams
+from isolation.plain import os
 from isolation.wire import Message, Wire
 
 _getpid = os.getpid  # a test may replace it

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 
 from isolation.guest import renew, streams
 from isolation.guest.guest import Guest
 from isolation.guest.warm import DUMP_SIGNAL
-from isolation.plain import json, socket
+from isolation.plain import json, os, socket
 from isolation.wire import Wire
 
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from isolation.plain import jsontext as json
 
 if TYPE_CHECKING:
+    import os as os
     import select as select
     import socket as socket
     import subprocess as subprocess
     import threading as threading
     import time as time
 else:
+    import os
     import select
     import socket
     import subprocess
@@ -33,10 +35,11 @@ else:
         copy.__dict__.update(vars(module), **more)
         return copy
 
+    os = _copy(os)
     select = _copy(select)
     socket = _copy(socket, socketpair=socketpair, send_fds=send_fds)
     subprocess = _copy(subprocess)
     threading = _copy(threading)
     time = _copy(time)
 
-__all__ = ["json", "select", "socket", "subprocess", "threading", "time"]
+__all__ = ["json", "os", "select", "socket", "subprocess", "threading", "time"]

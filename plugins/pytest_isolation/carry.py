@@ -8,7 +8,6 @@ such as a pipe both of whose ends are this process's: the backend knows.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections import Counter
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from isolation.plain import threading
+from isolation.plain import os, threading
 
 _DEVICES = ("/dev/dri/", "/dev/nvidia", "/dev/kfd", "/dmabuf:", "anon_inode:", "socket:")
 _KINDS = {
@@ -96,7 +95,8 @@ def _named(names: Iterable[str]) -> str:
 def _threads() -> tuple[dict[int, str], frozenset[int]]:
     """Names by thread id of all but this process's first one; and which of them are not Python's."""
     unnamed = _command_of("self")  # a thread that has no name of its own has the process's
-    python = {thread.native_id: thread.name for thread in threading.enumerate()}
+    # What a project has put in the place of a thread (eventlet does) may not have all that one has.
+    python = {getattr(thread, "native_id", None): thread.name for thread in threading.enumerate()}
     found, native = {}, set()
     for name in os.listdir("/proc/self/task"):
         tid = int(name)

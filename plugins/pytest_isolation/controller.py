@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import functools
-import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from isolation import registry
 from isolation.errors import IsolationError, LaunchError
 from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, Backend
-from isolation.plain import time
+from isolation.plain import os, time
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message

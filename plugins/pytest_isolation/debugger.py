@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import struct
 import sys
 import termios
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 
 from isolation.errors import WireError
 from isolation.guest import Guest
-from isolation.plain import select, time
+from isolation.plain import os, select, time
 from isolation.template import Fork
 from isolation.wire import Message
 from pytest_isolation.sealed.screen import Screen

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from isolation.plain import os
 from isolation.result import Account, Change, Usage
 from isolation.units import format_size
 from pytest_isolation.text import clean_name

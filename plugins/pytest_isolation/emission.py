@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import itertools
-import os
 import platform
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from isolation.hookspecs import Backend
-from isolation.plain import time
+from isolation.plain import os, time
 from isolation.result import Account
 from pytest_isolation import details
 from pytest_isolation.crash import CrashRepr

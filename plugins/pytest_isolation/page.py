@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-import os
 import secrets
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from isolation.plain import json
+from isolation.plain import json, os
 from pytest_isolation.record import RunRecord
 
 # What a browser can still open. JSON reports are never cut.

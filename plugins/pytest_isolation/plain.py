@@ -5,9 +5,9 @@ JSON alone has no tuples, no sets, and no keys but text. Neither side builds any
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from isolation.plain import os
 from pytest_isolation.text import clean
 
 _KIND = "$"  # of a value that JSON has no form for: an object with this name and "items"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import os
 import shutil
 import stat
 from collections.abc import Callable
 from typing import Any
+
+from isolation.plain import os
 
 Path = Any  # what os.rename takes
 _rename, _replace = os.rename, os.replace

@@ -3,7 +3,7 @@ which the project is a part."""
 
 from __future__ import annotations
 
-import os
+from isolation.plain import os
 
 _FILE_AT_MOST = 4096
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 import pytest
 
 from isolation.errors import IsolationError, LaunchError, WireError
-from isolation.plain import json, time
+from isolation.plain import json, os, time
 from isolation.result import Account, Ended, Usage, Verdict
 from isolation.template import Fork
 from isolation.wire import Message

@@ -7,14 +7,13 @@ What it will ask for next runs meanwhile, and what is said of it waits for its t
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from isolation.errors import LaunchError, WireError
-from isolation.plain import select, time
+from isolation.plain import os, select, time
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
 from pytest_isolation import units

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from isolation.errors import SpecError
+from isolation.plain import os
 from isolation.spec import Limits, Mount, SandboxSpec
 from pytest_isolation import page, repository
 from pytest_isolation.tmp import TmpPaths

@@ -6,13 +6,13 @@ the test's name, before or instead of the test itself, and then go on with the r
 
 from __future__ import annotations
 
-import os
 import re
 import traceback
 from typing import NoReturn
 
 import pytest
 
+from isolation.plain import os
 from pytest_isolation import streams
 
 _getpid, _write, _exit = os.getpid, os.write, os._exit  # a test may replace them

@@ -7,7 +7,6 @@ on, it does nothing.
 
 from __future__ import annotations
 
-import os
 import stat
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
+
+from isolation.plain import os
 
 _AT_MOST = 100  # entries; each is a mount more in every sandbox
 _EVENTS_AT_MOST = 100_000

@@ -6,13 +6,14 @@ first directory of every name would be number 0: so those of the tests before ar
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from isolation.plain import os
 
 failed = pytest.StashKey[bool]()  # of an item, inside and on the host: a report of it says so
 

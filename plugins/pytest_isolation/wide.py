@@ -8,13 +8,14 @@ stage.py, and where one is missing, no fixture is shared: every fork sets up its
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+from isolation.plain import os
 
 _SCOPES = ("session", "package", "module", "class")
 _OURS = ("_pytest.", "pytest_isolation.")  # cheap, and used by so many tests that every one would need a template

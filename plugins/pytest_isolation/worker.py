@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 import warnings
 from collections.abc import Generator, Iterable
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from isolation.guest import Guest
+from isolation.plain import os
 from pytest_isolation import renaming, reports, streams, tmp
 from pytest_isolation.carriers import Carriers
 from pytest_isolation.counters import Counters

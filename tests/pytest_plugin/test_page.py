@@ -21,6 +21,7 @@ import pytest
 from pytest_isolation import page
 from pytest_isolation.record import RunRecord, TestRecord
 
+from isolation import plain
 from isolation.result import Change
 
 pytestmark = pytest.mark.once
@@ -183,7 +184,7 @@ def test_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(plain.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         page.write(sample(3), report)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

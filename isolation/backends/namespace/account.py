@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from isolation.backends.namespace import changes
 from isolation.backends.namespace.operations import FreshOperation
-from isolation.plain import time
+from isolation.plain import os, time
 
 _CHANGES_AT_MOST = 1000
 _PROCESSES_AT_MOST = 50

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Final, NamedTuple
 
 from isolation.backends.namespace.identity import RANGE_SIZE
 from isolation.backends.namespace.operations import NEW, BaseOperation, adopted, make_directory
+from isolation.plain import os
 from isolation.units import format_size
 
 _FILE_AT_MOST: Final = 64 << 20

@@ -14,7 +14,6 @@ What is told here of a file is the template's, which is not trusted. It all happ
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import NamedTuple, NoReturn
 from isolation.backends.namespace import build, fds, syscalls
 from isolation.backends.namespace.operations import FreshOperation, Ground, Overlay, Private, Rebind
 from isolation.backends.namespace.plan import Plan
-from isolation.plain import socket
+from isolation.plain import os, socket
 
 _ASIDE = "/aside"  # in the store
 _FILES_AT_MOST = 64

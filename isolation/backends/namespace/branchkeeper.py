@@ -7,7 +7,6 @@ So the template can refuse, or lie of it, and harm nobody but its own forks.
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import struct
@@ -25,7 +24,7 @@ from isolation.backends.namespace.sleeper import Sleeper
 from isolation.backends.namespace.vacant import ENTERED, VacantBuilder
 from isolation.errors import WireError
 from isolation.guest import Guest
-from isolation.plain import json, select, socket
+from isolation.plain import json, os, select, socket
 from isolation.wire import Wire
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import signal
 import struct
@@ -15,7 +14,7 @@ from isolation.backends.namespace import identity, lockdown, network, syscalls, 
 from isolation.backends.namespace.operations import FreshOperation, Overlay
 from isolation.backends.namespace.plan import Plan, compiled_leaf_filter, compiled_template_filter
 from isolation.backends.namespace.script import Memory, Script
-from isolation.plain import socket
+from isolation.plain import os, socket
 
 Answer = Callable[[int], object]  # of a keeper, to the process with this pid
 _FORKS_OF_TEMPLATE = 16  # whose limits of processes may be used up at the same time

@@ -7,11 +7,10 @@ both host and keeper left behind.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from dataclasses import dataclass
 
-from isolation.plain import time
+from isolation.plain import os, time
 from isolation.spec import Limits
 
 _NAME = re.compile(r"isolation-(\d+)-(\d+)")

@@ -7,13 +7,12 @@ in a futex(2) wait, and none moves, nobody is left who could end that. To sleep,
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from isolation.backends.namespace import syscalls
-from isolation.plain import time
+from isolation.plain import os, time
 
 _INTERVAL = 1.0  # s between two looks
 _LOOKS = 10  # so many in a row must find the same

@@ -14,7 +14,6 @@ It makes a user namespace of its own then, and loses all again that the keeper's
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from isolation.backends.namespace.build import Seal
 from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest, streams
-from isolation.plain import json, socket
+from isolation.plain import json, os, socket
 from isolation.wire import Wire
 
 _FDS_AT_MOST = 253  # SCM_MAX_FD of the kernel

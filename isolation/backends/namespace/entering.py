@@ -9,7 +9,6 @@ template as it waits, and returns, on a copy of the template's own stack, from t
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from isolation.backends.namespace import forking, syscalls
 from isolation.backends.namespace.machinecode import MachineCode
 from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.vacant import ENTERED
+from isolation.plain import os
 
 # enter(about): in the template the pid of the first process, in the fork 0. about: the function that walks a script and its
 # two arguments; the top of a stack; what walking returned; the template's stack pointer; what the fork returned.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from isolation import command_line
 from isolation.backends.namespace import syscalls
+from isolation.plain import os
 
 
 def scrub() -> None:

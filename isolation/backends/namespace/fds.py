@@ -15,13 +15,13 @@ those numbers, and would later close whatever reused them. So each number stays 
 from __future__ import annotations
 
 import fcntl
-import os
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from isolation.backends.namespace import anew, stocktaking, syscalls
 from isolation.backends.showing import PREFIX
+from isolation.plain import os
 
 _DELETED = " (deleted)"
 _COPY_AT_MOST = 64 << 20

@@ -8,11 +8,11 @@ another thread had just asked for the interpreter's lock, it would give way ther
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.machinecode import MachineCode
+from isolation.plain import os
 
 # bracket(before, fork, child, parent): before(), then fork(), then child() or parent(); returns what fork() did.
 _CODE = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
+from isolation.plain import os
 
 # 65536 ids that no distribution hands out: above /etc/subuid's usual ranges (100000 up), and 64K-aligned within what
 # systemd sets aside for containers (524288 to 1879048191, systemd's UIDS-GIDS.md).

@@ -9,7 +9,6 @@ the truth, whatever the guest does. When it ends, the kernel ends everything ins
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 import struct
 import termios
@@ -22,7 +21,7 @@ from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.hookspecs import FIRST_PASSED
-from isolation.plain import select, socket, subprocess
+from isolation.plain import os, select, socket, subprocess
 from isolation.wire import Message, Wire
 
 # Made by itself, once it has joined its cgroup, which so is the root that is seen. Offsets of the time namespace are for

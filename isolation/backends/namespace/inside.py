@@ -7,7 +7,6 @@ that serves templates on the host. The host talks to it over its stdin, a socket
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from isolation.backends.namespace.plan import make_plan
 from isolation.backends.showing import python_environment
 from isolation.errors import IsolationError
 from isolation.guest import Guest
-from isolation.plain import socket
+from isolation.plain import os, socket
 from isolation.spec import Mount, SandboxSpec
 from isolation.wire import Wire
 

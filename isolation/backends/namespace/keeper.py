@@ -7,7 +7,6 @@ the host, so that neither `kill -9` nor a forgotten duplicate of its socket keep
 
 from __future__ import annotations
 
-import os
 import signal
 import struct
 import sys
@@ -20,7 +19,7 @@ from isolation.backends.namespace.serving import Keeper
 from isolation.backends.namespace.warmkeeper import WarmKeeper
 from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest, streams
-from isolation.plain import select, socket, threading, time
+from isolation.plain import os, select, socket, threading, time
 from isolation.wire import Message, Wire, wait_readable
 
 _END_WAIT = 15.0  # s, for a keeper to end its sandboxes; more than it takes (serving.py)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import signal
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from isolation.backends.namespace import layering, refreshing, syscalls
 from isolation.backends.namespace.layering import Held, Wish
 from isolation.backends.namespace.layers import Change, Layers
 from isolation.backends.namespace.plan import Plan
-from isolation.plain import socket, time
+from isolation.plain import os, socket, time
 from isolation.wire import Message, wait_readable
 
 PATIENCE = 30.0  # s; a guest can fill its store with more than can be removed in that time

@@ -8,7 +8,6 @@ or by `release`.
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from collections import OrderedDict
 from typing import Any
@@ -17,7 +16,7 @@ from isolation.backends.namespace import adoption, keeper
 from isolation.backends.namespace.keeper import KeeperProcess
 from isolation.backends.namespace.plan import Plan, make_plan
 from isolation.backends.showing import python_environment
-from isolation.plain import threading
+from isolation.plain import os, threading
 from isolation.spec import SandboxSpec
 
 _KEEPERS_AT_MOST = 4

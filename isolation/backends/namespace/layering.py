@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import os
 import signal
 import stat
 import sys
@@ -50,7 +49,7 @@ from isolation.backends.namespace.operations import (
     store_of,
 )
 from isolation.backends.namespace.plan import Plan
-from isolation.plain import socket
+from isolation.plain import os, socket
 
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 _ROOM = f"{KEPT[1:]}/room"

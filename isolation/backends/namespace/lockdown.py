@@ -7,11 +7,11 @@ the system call filter comes last since it refuses some of the calls before it.
 from __future__ import annotations
 
 import errno
-import os
 import struct
 
 from isolation.backends.namespace import seccomp, syscalls
 from isolation.backends.namespace.script import Script, SixthArgument
+from isolation.plain import os
 
 # landlock(7): the rights by which a file or directory is changed, and the ABI that brought them.
 _FS_WRITE_FILE = 1 << 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import signal
 import stat
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.refusal import not_started
 from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
 from isolation.hookspecs import Machine
-from isolation.plain import socket, threading, time
+from isolation.plain import os, socket, threading, time
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.wire import Message, Wire, wait_readable
 

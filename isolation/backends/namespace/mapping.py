@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.apart import Apart
 from isolation.backends.namespace.identity import RANGE_SIZE
 from isolation.backends.namespace.script import Script
+from isolation.plain import os
 
 
 class Mapper:

@@ -9,10 +9,8 @@ limit.
 
 from __future__ import annotations
 
-import os
-
 from isolation.backends.namespace.cgroup import oom_kills
-from isolation.plain import time
+from isolation.plain import os, time
 
 _INTERVAL = 5  # ms; an allocating process touches some 1 to 2 GB/s, and so is 10 MB further at the next look
 _HEADROOM = 64 << 20  # "near" is this much below the limit: time enough to write stacks

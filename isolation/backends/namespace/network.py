@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
-from isolation.plain import socket
+from isolation.plain import os, socket
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1

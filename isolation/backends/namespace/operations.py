@@ -14,13 +14,13 @@ as its first lower layer. The stack of layers stays flat, since the kernel stack
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
+from isolation.plain import os
 
 OLD = "/old"
 NEW = "/new"

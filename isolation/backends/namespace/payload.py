@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from isolation.backends.namespace.descend import Descent
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest
-from isolation.plain import socket
+from isolation.plain import os, socket
 from isolation.wire import Wire
 
 DUMP_SIGNAL = signal.SIGRTMAX - 1  # makes a payload write the stacks of its threads

@@ -6,7 +6,6 @@ A plan holds only data. `describe()` prints it (`isolation run --explain`); init
 from __future__ import annotations
 
 import functools
-import os
 import resource
 import stat
 from collections.abc import Iterable
@@ -33,6 +32,7 @@ from isolation.backends.namespace.operations import (
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
+from isolation.plain import os
 from isolation.spec import Limits, SandboxSpec
 
 _DEVICES = ("full", "null", "random", "tty", "urandom", "zero")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import Final
@@ -16,6 +15,7 @@ from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.plan import make_plan
 from isolation.errors import IsolationError
 from isolation.hookspecs import Check, Probe
+from isolation.plain import os
 from isolation.spec import SandboxSpec
 
 _LEAST_KERNEL = (5, 12)  # mount_setattr(2); overlayfs in user namespaces came with 5.11

@@ -16,7 +16,6 @@ one of ours.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -24,7 +23,7 @@ from typing import NoReturn
 from isolation.backends.namespace import adoption, fds, layering, syscalls
 from isolation.backends.namespace.operations import HIDDEN, Overlay, adopted
 from isolation.backends.namespace.plan import Plan
-from isolation.plain import socket
+from isolation.plain import os, socket
 
 
 def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:

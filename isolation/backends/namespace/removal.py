@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import os
+
+from isolation.plain import os
 
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

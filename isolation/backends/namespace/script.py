@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from isolation.backends.namespace import machinecode, syscalls
 from isolation.backends.namespace.syscall_table import NUMBERS
+from isolation.plain import os
 
 _STEP = struct.Struct("=II6Qqqq")
 _RESULT = 56  # offset in a step

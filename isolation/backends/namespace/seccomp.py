@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from isolation.backends.namespace.syscall_table import (
 )
 from isolation.backends.namespace.syscalls import CLONE_NEWUSER, MACHINE
 from isolation.errors import IsolationError
-from isolation.plain import json
+from isolation.plain import json, os
 
 # Instructions, from <linux/bpf_common.h>; each is a class | a size or operation | a mode or source.
 _BPF_LOAD_WORD = 0x20  # BPF_LD | BPF_W | BPF_ABS

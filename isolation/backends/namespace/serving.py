@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import os
 import resource
 import signal
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.guest import Guest
-from isolation.plain import select, socket, time
+from isolation.plain import os, select, socket, time
 from isolation.wire import Message, Wire, encode, wait_readable
 
 STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next

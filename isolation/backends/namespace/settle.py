@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NoReturn
 
 from isolation.backends.namespace import fds, sharing, syscalls
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
-from isolation.plain import socket
+from isolation.plain import os, socket
 
 
 def streams(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import re
 import stat
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from isolation.backends.namespace import fds, syscalls
+from isolation.plain import os
 
 _COPY_AT_MOST = 64 << 20  # for every fork; what is more costs each of them too long
 _AT_ONCE = 16 << 20

@@ -8,12 +8,12 @@ System directories are not mapped, so that a file which only root may read is no
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import stat
 from collections.abc import Sequence
 
 from isolation.backends.namespace import identity, syscalls
+from isolation.plain import os
 
 _COPY_FILES = 200_000
 _COPY_BYTES = 2 << 30

@@ -10,7 +10,6 @@ from __future__ import annotations
 import _socket
 import contextlib
 import fcntl
-import os
 import re
 import stat
 import struct
@@ -33,6 +32,7 @@ from isolation.backends.namespace.anew import (
     Timer,
 )
 from isolation.backends.namespace.sockdiag import CLOSED, unix_socket
+from isolation.plain import os
 
 _CONTENT_AT_MOST = 1 << 20
 _MESSAGES_AT_MOST = 1000

@@ -8,9 +8,10 @@ that matter; nothing here decides anything.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from typing import Any, Final
+
+from isolation.plain import os
 
 # Flags, from the kernel's uapi headers; alphabetical within a call.
 AT_EMPTY_PATH = 0x1000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import fcntl
 import itertools
-import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from isolation.backends.namespace.serving import STACKS_MARK
 from isolation.errors import FeatureMissing, LaunchError, WireError
 from isolation.guest import Guest
 from isolation.hookspecs import Machine
-from isolation.plain import socket, time
+from isolation.plain import os, socket, time
 from isolation.result import Account, Change, Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
 from isolation.wire import Message, Wire, wait_readable

@@ -10,7 +10,6 @@ beneath what was made of it, and in one directory descriptor that only PID 1 and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from isolation.backends.namespace import syscalls
@@ -32,6 +31,7 @@ from isolation.backends.namespace.operations import (
     store_of,
 )
 from isolation.backends.namespace.script import Result, Script
+from isolation.plain import os
 
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
 

@@ -14,7 +14,6 @@ then enters them (descend.py), and finds everything done.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from isolation.backends.namespace.operations import FreshOperation
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.script import Result, Script
 from isolation.backends.namespace.sleeper import Sleeper
+from isolation.plain import os
 
 # By the names in /proc/PID/ns, in the order in which they are entered: the owner of all first.
 ENTERED = (

@@ -6,7 +6,6 @@ Everything else (home directories, /run, /tmp, /var, sockets, other users' files
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -32,6 +31,7 @@ from isolation.backends.namespace.operations import (
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.showing import SYSTEM
 from isolation.errors import SpecError
+from isolation.plain import os
 
 # File systems that are windows into the kernel or mount on access; never part of a view.
 _VIRTUAL = frozenset(

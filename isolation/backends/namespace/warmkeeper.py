@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 from collections.abc import Iterator
 from typing import NoReturn
@@ -18,7 +17,7 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.serving import Child, Keeper, Order, error_in, host_pid
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.guest import Guest
-from isolation.plain import json, socket
+from isolation.plain import json, os, socket
 from isolation.wire import Wire
 
 # What a fork does not get by its clone: its user and mount namespace come later, its PID namespace came before.

@@ -7,7 +7,6 @@ is missing, the run says so.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from isolation.plain import os
 from pytest_isolation.carriers.carrier import Carrier, Refused, text_of
 
 _FILES_AT_MOST = 20_000

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from typing import Any
 
 import pytest
 
+from isolation.plain import os
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.text import clean_output
 

@@ -8,11 +8,11 @@ mount of their directory.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
+from isolation.plain import os
 from isolation.spec import Mount
 from pytest_isolation.carriers.carrier import Carrier, Refused, qualified, subclasses, text_of
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from isolation.plain import os
 from pytest_isolation import tmp
 from pytest_isolation.carriers.carrier import Carrier, Refused
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from isolation import plain
 from isolation.backends.namespace import fds, operations, syscalls
 from isolation.backends.namespace.cgroup import Hierarchy, oom_kills
 from isolation.backends.namespace.mountinfo import MountPoint, MountTable
@@ -44,8 +45,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
         monkeypatch.setattr(syscalls, name, record)
     for name in ("mkdir", "chmod", "chown", "utime", "symlink", "close"):
-        monkeypatch.setattr(os, name, lambda *arguments, name=name, **_: made.append((name, *arguments)))
-    monkeypatch.setattr(os, "stat", lambda path: os.lstat("/"))
+        monkeypatch.setattr(plain.os, name, lambda *arguments, name=name, **_: made.append((name, *arguments)))
+    monkeypatch.setattr(plain.os, "stat", lambda path: os.lstat("/"))
     return made
 
 
@@ -72,7 +73,7 @@ def test_a_directory_of_somebody_else_is_not_the_guests_to_write(
 ) -> None:
     overlay = Overlay("/project", "/home/you/project", 3)
     found = os.stat_result((0o40000 | mode, 1, 1, 2, *owner, 0, 0, 0, 0))
-    monkeypatch.setattr(os, "stat", lambda path: found)
+    monkeypatch.setattr(plain.os, "stat", lambda path: found)
     assert overlay.mode_for_guest() == shown
     if shown is not None:
         steps = written(replace(overlay, foreign_mode=shown))
@@ -202,7 +203,7 @@ def test_mountinfo_escapes(tmp_path: Path) -> None:
 
 
 def test_environment_is_an_allowlist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin:/nowhere", "SECRET": "x", "LC_TIME": "C", "LD_PRELOAD": "/evil.so"})
+    monkeypatch.setattr(plain.os, "environ", {"PATH": "/usr/bin:/nowhere", "SECRET": "x", "LC_TIME": "C", "LD_PRELOAD": "/evil.so"})
     env = environment_for(SandboxSpec(env={"MINE": "1"}), lambda path: path.startswith("/usr"))
     assert env == {"PATH": "/usr/bin", "LC_TIME": "C", "MINE": "1"}
 
