@@ -15,6 +15,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import re
 import signal
 import stat
 import struct
@@ -35,6 +36,13 @@ _SURE: Final = 512  # bytes that a blocking descriptor takes when poll(2) says t
 _AGAIN_WITHIN: Final = 2.0  # s, from the first SIGINT or SIGTERM to the one that ends the sandbox
 _STREAMS: Final = ("standard input", "standard output", "standard error")
 _NULL_DEVICE: Final = os.makedev(1, 3)
+
+# What a terminal answers to as if it were typed (ECMA-48 DA and DSR, DECRQM, OSC queries, DCS requests, ENQ).
+_QUESTIONS: Final = re.compile(rb"\x1b\[[0-9;?>=]*(?:[cnux]|\$p)|[\x05\x9b]|\x1b[PZ]|\x1b\][^\x07\x1b]*\?")
+_QUESTION_AT_MOST: Final = 64
+_ANSWERS: Final = 1.0  # s, to wait for them
+_SILENCE: Final = 0.05  # s, after which there are no more
+_IDENTIFY: Final = b"\x1b[c"  # primary device attributes: the last question, whose answer comes last
 
 _TO_PROCESS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _TO_GROUP: Final = (signal.SIGINT, signal.SIGQUIT)  # as a terminal sends them
@@ -294,6 +302,25 @@ class _HostTerminal:
     def is_raw(self) -> bool:
         return self._before is not None
 
+    def swallow_answers(self) -> None:
+        """What the terminal answers to the command's questions is not for the shell that comes after it."""
+        if not self.is_raw:
+            return
+        heard = b""
+        deadline = time.monotonic() + _ANSWERS
+        with contextlib.suppress(OSError):
+            os.write(self.sink, _IDENTIFY)
+            poller = select.poll()
+            poller.register(self.source, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0:
+                over = heard.endswith(b"c") and b"\x1b[?" in heard
+                if not poller.poll(1000 * (_SILENCE if over else left)):
+                    return
+                data = os.read(self.source, 4096)
+                if not data:
+                    return
+                heard = (heard + data)[-4096:]
+
     def give_size_to(self, process: Process) -> None:
         try:
             process.resize(*termios.tcgetwinsize(self.fd))
@@ -340,7 +367,9 @@ class Relay:
         self._ours: set[int] = set()
         self._host: _HostTerminal | None = None
         self._master = -1
-        self._screen = screen
+        self._screen = screen or self._listen
+        self._said = b""  # by the command to its terminal, the end of it
+        self._questions = False
         self._asked = -_AGAIN_WITHIN
         self._signals: Signals | None = None
         try:
@@ -421,6 +450,8 @@ class Relay:
             for pump in (*self._pumps, *self._active_feeds()):
                 pump.move(ready)
         self._drain()
+        if self._questions and self._host is not None:
+            self._host.swallow_answers()
         return verdict
 
     def _connect(self, host: _HostTerminal, process: Process) -> None:
@@ -432,6 +463,12 @@ class Relay:
         if host._reads:
             self._feeds.append(_Pump("the terminal", host.source, master, at_end=self._hang_up))
             host.raw()
+
+    def _listen(self, data: bytes) -> bytes:
+        """For questions to the terminal, which may come in pieces."""
+        self._said = self._said[-_QUESTION_AT_MOST:] + data
+        self._questions = self._questions or _QUESTIONS.search(self._said) is not None
+        return data
 
     def _hang_up(self) -> None:
         """The caller's terminal is gone; so is the command's, then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -576,3 +577,24 @@ def test_nobody_reads_what_others_have_written_to_a_pipe(sandboxed: bool) -> Non
     finally:
         os.close(read)
         os.close(write)
+
+
+@real
+def test_what_a_terminal_answers_is_not_typed_into_the_shell(terminal: Any) -> None:
+    """A command asks, in pieces, and is gone when the answer comes."""
+    t = terminal("sh", "-c", r"printf '\033['; printf '6n'")
+    t.expect("\x1b[6n")
+    t.expect("\x1b[c")  # so that there is a last answer
+    t.type("\x1b[24;80R")
+    t.type("\x1b[?62;c")
+    assert t.end() == 0
+    waiting = fcntl.ioctl(t.slave, termios.FIONREAD, bytes(4))
+    assert int.from_bytes(waiting, sys.byteorder) == 0
+
+
+@real
+def test_a_terminal_that_is_asked_nothing_is_left_alone(terminal: Any) -> None:
+    t = terminal("sh", "-c", r"printf '\033[31mred\033[0m, and [6n is no question'")
+    t.expect("no question")
+    assert t.end() == 0
+    assert b"\x1b[c" not in t.shown

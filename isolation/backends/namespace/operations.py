@@ -184,9 +184,9 @@ class Bind(BaseOperation):
         path = NEW + self.target
         make_mount_point(path, directory=self.directory)
         fd = syscalls.open_tree(self.lower, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | os.O_CLOEXEC)
-        attributes = syscalls.MOUNT_ATTR_NOSUID
-        if not self.device:
-            attributes |= syscalls.MOUNT_ATTR_NODEV | (0 if self.writable else syscalls.MOUNT_ATTR_RDONLY)
+        attributes = syscalls.MOUNT_ATTR_NOSUID | (0 if self.writable else syscalls.MOUNT_ATTR_RDONLY)
+        if not self.device:  # which a read-only mount keeps nobody from writing to; but its times are the host's
+            attributes |= syscalls.MOUNT_ATTR_NODEV
         syscalls.mount_setattr(fd, attributes, recursive=True)
         syscalls.move_mount(fd, path)
         os.close(fd)
