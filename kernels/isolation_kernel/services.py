@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -33,6 +34,8 @@ _HEADER_AT_MOST: Final = 200  # characters
 _ASKED: Final = ("status", "changes", "checkpoint", "keep", "rollback", "restore", "forget", "refresh")
 CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
 _NAME_AT_MOST: Final = 100
+# What programs keep for themselves: compiled modules, fonts, completions; semaphores of joblib.
+_CACHES: Final = re.compile(r"/(__pycache__|\.cache|\.ipynb_checkpoints|\.config/matplotlib)(/|$)|^/dev/shm/sem\.")
 _GRACE: Final = 5.0  # s, between the interrupt of a cell whose time is up and the end of its kernel
 
 T = TypeVar("T")
@@ -209,9 +212,10 @@ class Services:
     def _changes(self, _message: Message) -> list[Any]:
         if CHANGES not in self._box.sandbox.backend.features():
             raise GuestError(f"the {self._box.sandbox.backend.name} backend does not tell what was changed")
-        found = [change for change in self._all_changes() if not change.path.startswith(RUNTIME)]
+        everything = [change for change in self._all_changes() if not change.path.startswith(RUNTIME)]
+        found = [change for change in everything if not _CACHES.search(change.path)]
         said = [[change.kind, change.type, change.path[:4096], change.size] for change in found[:_CHANGES_AT_MOST]]
-        return [said, len(found)]
+        return [said, len(found), len(everything) - len(found)]
 
     def _all_changes(self) -> list[Change]:
         return self._box.sandbox.changes()

@@ -77,3 +77,17 @@ def test_a_kernel_answers_while_it_exports(kernels: Kernels, tmp_path: Path) -> 
     assert kernel.collect(sent).status == "ok"
     assert answers > 1
     assert (tmp_path / "out/big").stat().st_size == 700 << 20
+
+
+def test_caches_are_counted_and_not_listed(kernels: Kernels) -> None:
+    kernel = kernels("argv")
+    kernel.run(
+        "import os\nfor name in ('.cache/fontconfig', 'src/__pycache__'):\n"
+        "    os.makedirs(os.path.expanduser(f'~/{name}'), exist_ok=True); open(os.path.expanduser(f'~/{name}/x'), 'w').close()\n"
+        "open('/tmp/mine', 'w').close()"
+    )
+    told = kernel.run("%isolation changes").text
+    assert "/tmp/mine" in told
+    assert "fontconfig" not in told
+    assert "__pycache__" not in told
+    assert " in caches)" in told

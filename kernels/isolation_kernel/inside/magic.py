@@ -91,7 +91,7 @@ class Magic:
 
     def _changes(self, arguments: list[str]) -> None:
         _none(arguments)
-        found, count = self._host.ask("changes")
+        found, count, cached = self._host.ask("changes")
         for kind, what, path, size in found:
             of = f" ({usage.size(size)})" if size is not None else ""
             print(f"{kind:8} {path}{'/' if what == 'directory' else ''}{of}")
@@ -99,6 +99,8 @@ class Magic:
             print(f"… and {count - len(found)} more")
         if not found:
             print("nothing was changed")
+        if cached:
+            print(f"({cached} in caches)")
 
     def _export(self, arguments: list[str]) -> None:
         if len(arguments) != 1:
