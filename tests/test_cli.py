@@ -598,3 +598,8 @@ def test_a_terminal_that_is_asked_nothing_is_left_alone(terminal: Any) -> None:
     t.expect("no question")
     assert t.end() == 0
     assert b"\x1b[c" not in t.shown
+
+
+def test_who_asks_for_batteries_is_told_that_there_are_none() -> None:
+    done = run("python3", "-c", "import os; print(*map(os.listdir, ('/sys/class/power_supply', '/sys/class/hwmon')))")
+    assert done.stdout == b"[] []\n", done.stderr

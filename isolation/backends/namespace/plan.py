@@ -238,6 +238,8 @@ def _kernel_places(shown: view.View, spec: SandboxSpec, defences: frozenset[str]
         shown.add(Symlink(f"/dev/{name}", to))
     if os.path.isdir("/sys/devices/system/cpu"):
         shown.bind("/sys/devices/system/cpu", "/sys/devices/system/cpu")  # how many processors: OpenBLAS, glibc, …
+    for name in ("power_supply", "thermal", "hwmon"):
+        shown.add(Directory(f"/sys/class/{name}"))  # empty: who asks for batteries, say, fails where there is no such place
 
 
 def _name_resolution(shown: view.View) -> None:
