@@ -20,6 +20,7 @@ VALUES = [
 ]  # fmt: skip
 WAYS: list[dict[str, Any]] = [
     {}, {"indent": 1}, {"indent": 2}, {"separators": (",", ":")}, {"default": repr}, {"skipkeys": True}, {"allow_nan": True},
+    {"ensure_ascii": False}, {"ensure_ascii": False, "indent": 1},
 ]  # fmt: skip
 BAD = ["", " ", "[1", "{", "1 2", "nul", "[1,]", '"\x01"', b"\xff", "[" * 100_000]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 _make_encoder: Any = getattr(_encoder, "c_make_encoder", None)
 _make_scanner: Any = _scanner.make_scanner
-_text = _encoder.encode_basestring_ascii
+_ascii, _any_text = _encoder.encode_basestring_ascii, _encoder.encode_basestring
 _scan = _make_scanner(JSONDecoder())
 _Encoder = _encoder.JSONEncoder
 _iterencode = _Encoder.iterencode
@@ -39,7 +39,6 @@ def dumps(
     indent: int | None = None,
 ) -> str:
     """Raises TypeError, ValueError or RecursionError for what is no JSON."""
-    assert ensure_ascii
     if indent is not None and separators[0] == ", ":
         separators = (",", separators[1])
     between, colon = separators
@@ -51,9 +50,11 @@ def dumps(
             allow_nan=allow_nan,
             sort_keys=sort_keys,
             indent=indent,
+            ensure_ascii=ensure_ascii,
         )
         return "".join(_iterencode(encoder, value))
-    return "".join(_make_encoder({}, default, _text, None, colon, between, sort_keys, skipkeys, allow_nan)(value, 0))
+    text = _ascii if ensure_ascii else _any_text
+    return "".join(_make_encoder({}, default, text, None, colon, between, sort_keys, skipkeys, allow_nan)(value, 0))
 
 
 def values(text: bytes) -> int:
