@@ -346,7 +346,7 @@ FLAKY = """
 """
 
 
-@pytest.mark.parametrize("arguments", [[], ["--force-flaky", "--max-runs=3"], ["--no-success-flaky-report"], ["-p", "xdist", "-n2"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["--force-flaky", "--max-runs=3"], ["--no-success-flaky-report"], ["-p", "xdist", "-n1"]], ids=" ".join)
 def test_flaky(pytester: pytest.Pytester, arguments: list[str]) -> None:
     """A retry is a retry, and told of at the end."""
     need("flaky", "xdist")
