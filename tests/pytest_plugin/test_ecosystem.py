@@ -317,7 +317,7 @@ FLAKY = """
     import pytest
     from flaky import flaky
 
-    first, second = [], []
+    first, second, third = [], [], []
 
     @flaky
     def test_second():
@@ -340,8 +340,8 @@ FLAKY = """
     @flaky
     class TestAll:
         def test_method(self, wide):
-            wide.append(1)
-            assert len(wide) == 2
+            third.append(1)
+            assert len(third) == 2
     def test_plain(): assert 0
 """
 
