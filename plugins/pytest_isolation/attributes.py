@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import json
 import re
 from typing import Any
 
@@ -21,6 +22,7 @@ _AT_MOST = 100  # of one report
 _OURS = ("_isolation", "isolation_")
 _OF_XDIST = frozenset(("node", "item_index", "worker_id", "testrun_uid"))  # which worker a report has come from
 _OF_HTML = ("extras", "extra")  # pytest-html, and others in its place
+_OF_JSON_REPORT = "_json_report_extra"
 _EXTENSION = re.compile(r"[A-Za-z0-9]{1,16}")
 _MIME_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+")
 _LINK = re.compile(r"(?:https?:|ftp:|file:|mailto:|data:image/)|(?![A-Za-z][A-Za-z0-9+.-]*:)", re.IGNORECASE)
@@ -63,7 +65,7 @@ def put(report: pytest.TestReport, sent: object) -> None:
             found = unpack(value)
         except (ValueError, TypeError) as error:
             raise BadAttribute(f"an attribute that is no plain value: {name}") from error
-        setattr(report, name, _extras(found) if name in _OF_HTML else found)
+        setattr(report, name, _checked(name, found))
 
 
 def left_of(sent: object) -> list[str]:
@@ -86,6 +88,19 @@ def _names_of(kind: type) -> frozenset[str]:
     made = pytest.TestReport("a.py::b", ("a.py", 0, "b"), {}, "passed", None, "call")
     declared = {name for each in kind.__mro__ for name in inspect.get_annotations(each)}
     return frozenset({*vars(made), *dir(kind), *declared, "nodeid", "wasxfail"})
+
+
+def _checked(name: str, found: Any) -> Any:
+    """Where it is known who makes JSON of it when the run has ended, it must be possible. Raises BadAttribute."""
+    try:
+        if name in _OF_HTML:
+            found = _extras(found)
+            json.dumps(found)
+        elif name == _OF_JSON_REPORT:
+            json.dumps(found, default=str)
+    except (TypeError, ValueError) as error:
+        raise BadAttribute(f"an attribute that is no JSON: {name}") from error
+    return found
 
 
 def _extras(found: Any) -> Any:

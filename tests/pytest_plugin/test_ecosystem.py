@@ -904,6 +904,41 @@ def test_json_report(pytester: pytest.Pytester) -> None:
     assert any(test["metadata"].get("deep") for test in found[0][1])
 
 
+def test_csv(pytester: pytest.Pytester) -> None:
+    need("pytest_csv")
+    pytester.makepyfile("""
+        import os, pytest
+        @pytest.mark.parametrize("n", [1, 2])
+        def test_many(n, record_property):
+            'What it is.'
+            record_property("property", n)
+            assert n == 1
+        @pytest.fixture
+        def bad(): raise ValueError
+        def test_error(bad): pass
+        def test_skip(): pytest.skip("not today")
+    """)
+    rows = []
+    options = ["-p", "pytest_csv._plugin", "--csv=out.csv", "--csv-columns=id,doc,status,message,parameters,properties,success", "-W", "ignore"]
+    for more in ([], [ISOLATION]):
+        run(pytester, *options, *more)
+        rows.append((pytester.path / "out.csv").read_text())
+    assert rows[1] == rows[0]
+    assert len(rows[0].splitlines()) == 5
+    pytester.makepyfile("""
+        import os
+        def test_dies(): os._exit(0)
+        def test_lies(request): request.config.pluginmanager.getplugin("isolation-worker")._carriers.sent = lies
+        def lies(item, report): report._csv_rows = {"id": {("a", 1): 2}}
+        def test_fine(): pass
+    """)
+    done = run(pytester, *options, ISOLATION)
+    assert "INTERNALERROR" not in done.stdout.str()
+    assert done.parseoutcomes().pop("passed") == 1
+    found = (pytester.path / "out.csv").read_text()
+    assert [found.count(f"::{name},") for name in ("test_dies", "test_lies", "test_fine")] == [1, 1, 1]
+
+
 def test_html_extras(pytester: pytest.Pytester) -> None:
     need("pytest_html")
     pytester.makepyfile("""

@@ -301,6 +301,8 @@ def test_an_outcome_of_a_project_s_own(pytester: pytest.Pytester) -> None:
         {"x": [0] * 60_000},
         {"x": "x" * (5 << 20)},
         {"x": 10**300},
+        {"extras": [{"content": {"$": "set", "items": [1]}}]},
+        {"_json_report_extra": {"metadata": {"$": "dict", "items": [[{"$": "tuple", "items": [1]}, 1]]}}},
         {"x": json.loads("[" * 100 + "]" * 100)},
     ],
     ids=lambda sent: str(sent)[:40],

@@ -17,6 +17,7 @@ from pytest_isolation.carriers.bdd import BddCarrier
 from pytest_isolation.carriers.benchmark import BenchmarkCarrier
 from pytest_isolation.carriers.carrier import Carrier, Refused
 from pytest_isolation.carriers.coverage import CoverageCarrier
+from pytest_isolation.carriers.csv import CsvCarrier
 from pytest_isolation.carriers.dependency import DependencyCarrier
 from pytest_isolation.carriers.hypothesis import HypothesisCarrier
 from pytest_isolation.carriers.log_file import LogFileCarrier
@@ -27,7 +28,7 @@ from pytest_isolation.text import clean_name
 
 _KINDS: tuple[type[Carrier], ...] = (
     CoverageCarrier, HypothesisCarrier, BenchmarkCarrier, SyrupyCarrier, TmpPathCarrier, LogFileCarrier, FlakyCarrier,
-    RetryCarrier, DependencyCarrier, BddCarrier, AllureCarrier,
+    RetryCarrier, DependencyCarrier, BddCarrier, AllureCarrier, CsvCarrier,
 )  # fmt: skip
 
 _VALUES_AT_MOST = 1_000_000  # in one message
