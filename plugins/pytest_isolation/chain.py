@@ -69,8 +69,9 @@ class Chain:
         self._job = job
 
     def open_levels(self) -> list[Level]:
-        """The narrowest first."""
-        return sorted(self._levels.values(), key=lambda level: -sum(1 for _ in level.above()))
+        """The narrowest first, as pytest tears down: of a class before that of its module, also where one is no fork of the
+        other."""
+        return sorted(self._levels.values(), key=lambda level: -len(level.node.listchain()) if level.node else 0)
 
     def find(self, node: pytest.Collector) -> Level | None:
         """The level of a node, if it is open."""

@@ -540,8 +540,8 @@ def test_a_warning_and_an_assertion_of_a_wide_fixture(pytester: pytest.Pytester)
 
 @pytest.mark.parametrize("arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=class"]], ids=" ".join)
 def test_warnings_are_told_at_the_test_that_plain_pytest_tells_them_at(pytester: pytest.Pytester, arguments: list[str]) -> None:
-    """Those of a set-up at the first test, those of a teardown at the last: none is another test's, none lost, none told twice
-    where a template is made anew (`threaded`)."""
+    """Those of a set-up at the first test, those of a teardown at the last, in their order: none is another test's, none lost,
+    none told twice where a template is made anew (`threaded`)."""
     pytester.makeconftest("""
         import threading, warnings
         import pytest
@@ -572,6 +572,7 @@ def test_warnings_are_told_at_the_test_that_plain_pytest_tells_them_at(pytester:
     pytester.makepyfile(
         test_1="def test_a(wide): pass\ndef test_b(wide, threaded): pass\n",
         test_2="def test_c(wide): pass\nclass TestD:\n    def test_d(self, per_class): pass\n    def test_e(self, per_class): pass\n",
+        test_2b="def test_wide(wide): pass\nclass TestE:\n    def test_class(self, per_class): pass\n",
         test_3="import warnings\ndef test_f(): warnings.warn('own')\ndef test_fails(wide): assert 0\n",
     )
     code = """
@@ -580,7 +581,7 @@ class Told:
     def pytest_warning_recorded(self, warning_message, when, nodeid): told.append([str(warning_message.message), when, nodeid])
 told = []
 status = pytest.main(sys.argv[1:], plugins=[Told()])
-json.dump([int(status), sorted(told)], open("told.json", "w"))
+json.dump([int(status), told], open("told.json", "w"))
 """
     seen = []
     for more in ([], ["--isolation", *arguments]):
