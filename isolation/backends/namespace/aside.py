@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -116,8 +117,9 @@ class Aside:
 
     def _be_mover(self, leash: socket.socket, *, back: bool) -> NoReturn:
         try:
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             build.leave_host_ids(self._plan)
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of ids has cleared it
+            sys.meta_path.clear()  # what could be imported from here on is the guest's
             syscalls.setns(self._mounts, syscalls.CLONE_NEWNS)
             chosen = self.put_aside if back else range(len(self._files))
             moved = [number for number in chosen if self._move(number, back=back)]
