@@ -273,12 +273,13 @@ def test_the_host_keeps_what_it_had(pytester: pytest.Pytester) -> None:
 def test_what_is_lost_is_named(pytester: pytest.Pytester) -> None:
     """Before the first test, and with each that fails."""
     pytester.makepyfile("""
-        import os, pty, pytest, socket, subprocess
+        import os, pty, pytest, select, socket, subprocess
         CHILD = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         SERVER = socket.create_server(("127.0.0.1", 0))
         ADDRESS = SERVER.getsockname()
         PEER = socket.create_connection(SERVER.getsockname()); ACCEPTED = SERVER.accept()[0]
         MASTER, SLAVE = pty.openpty()
+        EPOLL = select.epoll(); EPOLL.register(CHILD.stdout); NESTED = select.epoll(); NESTED.register(EPOLL)
         LONELY = socket.socketpair()[0]
         BOUND = socket.socket(type=socket.SOCK_DGRAM); BOUND.bind(("127.0.0.1", 0))
 
@@ -300,7 +301,7 @@ def test_what_is_lost_is_named(pytester: pytest.Pytester) -> None:
     result = run(pytester)
     result.assert_outcomes(passed=1, failed=1)
     text = result.stdout.str()
-    for name in ("a process", "5 sockets", "2 pipes", "a pseudoterminal"):
+    for name in ("a process", "5 sockets", "2 pipes", "2 event descriptors", "a pseudoterminal"):
         assert text.count(name) == 2, text
     result.stdout.fnmatch_lines([
         "isolation: started while tests were collected: *. Tests run in forks of this process*",

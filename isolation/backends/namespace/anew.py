@@ -236,6 +236,11 @@ class Poll(Object):
     entries: tuple[tuple[int, int, int], ...]
 
     @property
+    def watched(self) -> Numbers:
+        """What it waits for."""
+        return tuple(fd for fd, _events, _data in self.entries)
+
+    @property
     def numbers(self) -> Numbers:
         return (self.number,)
 

@@ -14,7 +14,7 @@ import re
 import stat
 import struct
 import termios
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from isolation.backends.namespace import syscalls
@@ -59,7 +59,7 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-def look(numbers: Iterable[int]) -> list[Object]:
+def look(numbers: Collection[int]) -> list[Object]:
     """Of open descriptors of this process: what can be made anew."""
     pipes: dict[int, list[int]] = {}
     sockets: dict[int, list[int]] = {}
@@ -83,7 +83,17 @@ def look(numbers: Iterable[int]) -> list[Object]:
     found += [_tried(_pipe, ends) for ends in pipes.values()]
     found += [_tried(_event, tuple(ends)) for ends in events.values()]
     found += _sockets(sockets)
-    return [item for item in found if item is not None]
+    return _without_blind([item for item in found if item is not None], numbers)
+
+
+def _without_blind(found: list[Object], numbers: Collection[int]) -> list[Object]:
+    """But for epoll instances that wait for something which is lost: who uses one would wait for ever, and not fail."""
+    while True:
+        lost = set(numbers).difference(*(item.numbers for item in found))
+        blind = [item for item in found if isinstance(item, Poll) and not lost.isdisjoint(item.watched)]
+        if not blind:
+            return found
+        found = [item for item in found if item not in blind]
 
 
 def _tried(function: Callable[..., Object | None], *arguments: Any) -> Object | None:

@@ -8,6 +8,7 @@ that matter; nothing here decides anything.
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from typing import Any, Final
 
@@ -298,11 +299,6 @@ def tee(source: int, target: int, size: int) -> int:
     return count
 
 
-class _EpollEvent(ctypes.Structure):
-    _pack_ = 1 if MACHINE == "x86_64" else 8
-    _fields_ = (("events", ctypes.c_uint32), ("data", ctypes.c_uint64))
-
-
 def epoll_create(flags: int) -> int:
     """epoll_create1(2)."""
     fd = int(_libc.epoll_create1(ctypes.c_int(flags)))
@@ -313,8 +309,8 @@ def epoll_create(flags: int) -> int:
 
 def epoll_add(epoll: int, fd: int, events: int, data: int) -> None:
     """epoll_ctl(EPOLL_CTL_ADD)."""
-    event = _EpollEvent(events, data)
-    if _libc.epoll_ctl(ctypes.c_int(epoll), 1, ctypes.c_int(fd), ctypes.byref(event)):
+    event = struct.pack("=IQ" if MACHINE == "x86_64" else "@IQ", events, data)  # packed there only
+    if _libc.epoll_ctl(ctypes.c_int(epoll), 1, ctypes.c_int(fd), ctypes.create_string_buffer(event, len(event))):
         raise _fail("epoll_ctl", epoll, fd)
 
 
