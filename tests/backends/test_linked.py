@@ -141,7 +141,8 @@ def test_late():
     import by_uv, by_pdm, mine
 def test_child(): subprocess.run([sys.executable, "-c", "import by_uv, by_pdm, mine, module"], check=True)
 """)
-    environment = {**os.environ, "PYTHONPATH": str(packages), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    python_path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": python_path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pytest_isolation.plugin", "-p", "no:cacheprovider", "--isolation"]
     done = subprocess.run(command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True, check=False)
     assert "2 passed" in done.stdout, done
