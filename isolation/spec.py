@@ -11,7 +11,7 @@ from isolation.errors import SpecError
 from isolation.plain import os
 from isolation.units import format_size, parse_count, parse_seconds, parse_size
 
-MountMode = Literal["ro", "rw", "overlay"]
+MountMode = Literal["ro", "rw", "overlay", "copy"]
 NetworkMode = Literal["none", "nat", "allow", "host"]
 
 _ENV_NAME = re.compile(r"[^=\0]+")
@@ -42,7 +42,8 @@ class Mount:
 
     `source` is a path on the host (relative ones are taken from the current directory), `target` an
     absolute path inside (default: the same path). Modes: "ro"; "rw", where the guest's writes reach the
-    host; "overlay", writable inside and discarded.
+    host; "overlay", writable inside and discarded; "copy", as that, of something small: the guest can remove
+    it, too, or rename it, which it cannot where something is mounted.
     """
 
     source: str
@@ -78,13 +79,13 @@ class Mount:
 
     @classmethod
     def parse(cls, text: str) -> Mount:
-        r"""`SRC[:DST][:ro|rw|overlay]`, as on the command line; a colon in a path is written `\:`."""
+        r"""`SRC[:DST][:ro|rw|overlay|copy]`, as on the command line; a colon in a path is written `\:`."""
         parts = [part.replace("\\:", ":") for part in re.split(r"(?<!\\):", text)]
         mode: MountMode = "ro"
         if len(parts) > 1 and parts[-1] in get_args(MountMode):
             mode = parts.pop()  # type: ignore[assignment]
         if not parts[0] or len(parts) > 2 or (len(parts) == 2 and not parts[1]):
-            raise SpecError(f"mount {text!r} is not SRC:DST[:ro|rw|overlay] (write a colon in a path as '\\:')")
+            raise SpecError(f"mount {text!r} is not SRC:DST[:ro|rw|overlay|copy] (write a colon in a path as '\\:')")
         return cls(parts[0], parts[1] if len(parts) == 2 else "", mode)
 
     def __str__(self) -> str:

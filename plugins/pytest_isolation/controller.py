@@ -49,6 +49,8 @@ class Controller:
             self._backend = registry.choose(self._reader.default.spec, {FORK})
         except IsolationError as error:
             raise pytest.UsageError(f"--isolation: {error}") from None
+        if FORK_HERE in self._backend.features():
+            self._reader.show_repository()
         run = self._reader.run
         if config.getoption("usepdb", False) or config.getoption("trace", False):
             if FORK_HERE not in self._backend.features():

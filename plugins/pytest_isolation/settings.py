@@ -86,23 +86,33 @@ class Reader:
         for key in ("network", "memory", "pids", "timeout"):
             self._run[key] = config.getoption(f"isolation_{key}") or config.getini(f"isolation_{key}") or None
         mounts = [*config.getini("isolation_mount"), *config.getoption("isolation_mount")]
-        project, above = _project_mounts(config)
+        project = _project_mounts(config)
+        self._project = [mount.source for mount in project]
         self._mounts = tuple(project) + tuple(Mount.parse(text) for text in mounts)
-        # Git looks for a repository above a directory in the same file system only; inside, each that is shown is another.
-        self._env = {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"} if above else {}
+        self._more: tuple[Mount, ...] = ()
+        self._env: dict[str, str] = {}
         self._workdir = os.getcwd()
         self._known: dict[tuple[Any, ...], Settings] = {}
         self.default = self._settings(self._run)
 
+    def show_repository(self) -> None:
+        """What git needs of the project, where it lies elsewhere."""
+        found = [path for project in self._project for path in repository.beside(project)]
+        found = [path for path in dict.fromkeys(found) if not _is_within(path, self.shown)]
+        if any(_is_within(project, [os.path.dirname(path)]) for project in self._project for path in found):
+            # Git looks for one above a directory in the same file system only; inside, each that is shown is another.
+            self._env = {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}
+        self.show(Mount.overlay(path) for path in found)
+
     @property
     def shown(self) -> list[str]:
         """Directories of the host that tests see, and can write to."""
-        return [mount.source for mount in self._mounts if mount.mode != "ro"]
+        return [mount.source for mount in (*self._mounts, *self._more) if mount.mode != "ro"]
 
-    def show(self, paths: Iterable[str]) -> None:
-        """Let every test see these, too, copy-on-write, at their own places."""
-        targets = {mount.target for mount in self._mounts}
-        self._mounts += tuple(Mount.overlay(path) for path in paths if path not in targets)
+    def show(self, mounts: Iterable[Mount]) -> None:
+        """Let every test see these, too; but not those that run in a machine, to which all would have to be copied."""
+        targets = {mount.target for mount in (*self._mounts, *self._more)}
+        self._more += tuple(mount for mount in mounts if mount.target not in targets)
         self._known.clear()
         self.default = self._settings(self._run)
 
@@ -129,7 +139,7 @@ class Reader:
             limits = Limits(memory=values["memory"], pids=values["pids"] or _DEFAULT_PIDS, wall=values["timeout"])
             spec = SandboxSpec(
                 backend=values["backend"] or "auto",
-                mounts=self._mounts,
+                mounts=self._mounts + (self._more if values["backend"] == self._run["backend"] else ()),
                 workdir=self._workdir,
                 env=self._env,
                 inherit_env=True,  # tests are written against the environment of whoever runs them
@@ -140,9 +150,8 @@ class Reader:
         return self._known[key]
 
 
-def _project_mounts(config: pytest.Config) -> tuple[list[Mount], bool]:
-    """The project, copy-on-write: rootdir, the current directory, what was named on the command line, and its repository;
-    and whether that is above it."""
+def _project_mounts(config: pytest.Config) -> list[Mount]:
+    """The project, copy-on-write: rootdir, the current directory, and what was named on the command line."""
     wanted = [str(config.rootpath), os.getcwd()]
     given = config.getoption("basetemp", None)
     if given is not None:
@@ -155,13 +164,11 @@ def _project_mounts(config: pytest.Config) -> tuple[list[Mount], bool]:
     home = os.path.expanduser("~")
     chosen: list[str] = []
     for path in sorted(dict.fromkeys(map(os.path.realpath, wanted)), key=len):
-        inside = any(path == known or path.startswith(known + "/") for known in chosen)
         # `/` or the directory of all homes is nobody's project; a rootdir there means that none was found.
-        if not inside and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
+        if not _is_within(path, chosen) and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
             chosen.append(path)
-    projects, above = list(chosen), False
-    for path in [each for project in projects for each in repository.beside(project)]:
-        if not any(f"{os.path.realpath(path)}/".startswith(f"{known}/") for known in chosen):
-            chosen.append(path)
-            above = above or any(project.startswith(f"{os.path.dirname(path)}/") for project in projects)
-    return [Mount.overlay(path) for path in chosen], above
+    return [Mount.overlay(path) for path in chosen]
+
+
+def _is_within(path: str, directories: Iterable[str]) -> bool:
+    return any(f"{os.path.realpath(path)}/".startswith(f"{directory}/") for directory in directories)

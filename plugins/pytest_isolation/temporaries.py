@@ -7,18 +7,22 @@ on, it does nothing.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from isolation.plain import os
+from isolation.spec import Mount
 
 _AT_MOST = 100  # entries; each is a mount more in every sandbox
 _EVENTS_AT_MOST = 100_000
+_COPIED_AT_MOST, _BYTES_AT_MOST = 2000, 16 << 20  # of a directory
 _OWN_NAMES = {"tempfile.mkdtemp", "tempfile.mkstemp"}  # random ones, so nobody else's
 # Events, and which argument is the path.
 _PATHS = {"os.mkdir": 0, "open": 0, "sqlite3.connect": 0, "os.rename": 1, **dict.fromkeys(_OWN_NAMES, 0)}
@@ -49,7 +53,7 @@ class Temporaries:
         if self in _listening:
             _listening.remove(self)
 
-    def take(self, base: str | None, shown: Sequence[str]) -> list[str]:
+    def take(self, base: str | None, shown: Sequence[str]) -> list[Mount]:
         """What there is of it, for tests; the last time. `base`: where pytest makes the directories of `tmp_path_factory`,
         which are shown one by one. `shown`: directories that tests see in any case."""
         self.stop()
@@ -63,7 +67,8 @@ class Temporaries:
         for entry in sorted(found, key=len):
             if not _is_within(entry, outer):
                 outer.append(entry)
-        return outer[:_AT_MOST]
+        written = _open_for_writing()
+        return [Mount(entry, mode="copy" if _can_be_copied(entry, written) else "overlay") for entry in outer[:_AT_MOST]]
 
     def _entry(self, path: str, base: str | None) -> str | None:
         """What of a directory for temporary files it is, or lies in, and was not there before."""
@@ -100,6 +105,37 @@ def _is_ours(path: str) -> bool:
     except OSError:
         return False
     return status.st_uid == os.geteuid() and (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode))
+
+
+def _open_for_writing() -> list[str]:
+    """Files that this process has so."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+                found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return found
+
+
+def _can_be_copied(entry: str, written: Iterable[str]) -> bool:
+    """A copy can be removed, which a mount point cannot. But its files are others, by their numbers: SQLite would not write
+    to a database that is open; and it takes time."""
+    if not os.path.isdir(entry):
+        return True
+    if any(_is_within(path, [entry]) for path in written):
+        return False
+    size = 0
+    for number, path in enumerate(_walk(entry)):
+        size += os.lstat(path).st_size
+        if number >= _COPIED_AT_MOST or size > _BYTES_AT_MOST:
+            return False
+    return True
+
+
+def _walk(top: str) -> Iterator[str]:
+    for directory, names, files in os.walk(top):
+        for name in (*names, *files):
+            yield os.path.join(directory, name)
 
 
 def _is_within(path: str, directories: Iterable[str]) -> bool:

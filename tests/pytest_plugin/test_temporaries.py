@@ -44,6 +44,16 @@ TESTS = """
     INSIDE = tempfile.mkdtemp(dir=MADE.name)
     HERE = tempfile.mkdtemp(dir=".")
 
+    REMOVED = tempfile.TemporaryDirectory(); os.makedirs(os.path.join(REMOVED.name, "a", "b"))
+    os.symlink("a", os.path.join(REMOVED.name, "link")); os.chmod(os.path.join(REMOVED.name, "a"), 0o500)
+    TIMES = os.stat(REMOVED.name).st_mtime_ns
+
+    def teardown_module():
+        assert os.listdir(os.path.join(REMOVED.name, "a")) == ["b"]
+        os.chmod(os.path.join(REMOVED.name, "a"), 0o700)
+        REMOVED.cleanup()
+        assert not os.path.exists(REMOVED.name)
+
     @pytest.fixture(scope="module")
     def wide(): pathlib.Path(MADE.name, "of-the-fixture").write_text("1")
 
@@ -65,6 +75,12 @@ TESTS = """
         DATABASE.execute("insert into t values(1)"); DATABASE.commit()
         assert DATABASE.execute("select count(*) from t").fetchall() == [(1,)]
         FILE.close(); assert not os.path.exists(FILE.name)
+        assert os.stat(REMOVED.name).st_mtime_ns == TIMES and os.readlink(os.path.join(REMOVED.name, "link")) == "a"
+        assert stat.S_IMODE(os.stat(os.path.join(REMOVED.name, "a")).st_mode) == 0o500
+        os.chmod(os.path.join(REMOVED.name, "a"), 0o700)
+        REMOVED.cleanup(); assert not os.path.exists(REMOVED.name)
+        os.mkdir(REMOVED.name)
+        os.rename(DIRECTORY, DIRECTORY + "-renamed"); assert os.listdir(DIRECTORY + "-renamed") == ["of-the-test"]
 
     @pytest.mark.parametrize("time", [1, 2])
     def test_alone(request, time): check(request)
@@ -129,6 +145,27 @@ def test_many_are_bounded(pytester: pytest.Pytester, elsewhere: Path) -> None:
         def test_some(): assert 1 < sum(map(os.path.isdir, MADE)) < 300
     """)
     run(pytester).assert_outcomes(passed=1)
+
+
+def test_what_is_large_is_not_copied(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import os, pathlib, tempfile
+        MANY, LARGE = tempfile.mkdtemp(), tempfile.mkdtemp()
+        for number in range(3000): pathlib.Path(MANY, str(number)).touch()
+        pathlib.Path(LARGE, "file").write_bytes(b"x" * (20 << 20))
+        def test_it():
+            assert len(os.listdir(MANY)) == 3000 and os.stat(os.path.join(LARGE, "file")).st_size == 20 << 20
+            pathlib.Path(LARGE, "file").unlink(); pathlib.Path(MANY, "new").touch()
+            assert os.path.ismount(MANY) and os.path.ismount(LARGE)
+        def test_host(): assert len(os.listdir(MANY)) == 3000
+    """)
+    pytester.makeconftest("""
+        import shutil, sys
+        def pytest_unconfigure():
+            module = sys.modules["test_what_is_large_is_not_copied"]
+            shutil.rmtree(module.MANY); shutil.rmtree(module.LARGE)
+    """)
+    run(pytester).assert_outcomes(passed=2)
 
 
 def test_the_fixture_for_sandboxes(pytester: pytest.Pytester) -> None:

@@ -184,7 +184,8 @@ def now() -> tuple[int, int]:
 
 def _mount(mount: Mount, tree: Layer, hardware: Hardware, slot: int) -> dict[str, Any]:
     device = f"vd{chr(ord('a') + hardware.layers + slot)}"
-    return {"device": device, "target": mount.target, "mode": mount.mode, "directory": tree.name != "file"}
+    mode = "overlay" if mount.mode == "copy" else mount.mode
+    return {"device": device, "target": mount.target, "mode": mode, "directory": tree.name != "file"}
 
 
 def _size(limit: int | None) -> int:

@@ -82,6 +82,33 @@ class Adopt(BaseOperation):
         return f"adopted  {self.source} ({len(self.entries)} entries of other owners or groups, as the guest's own)"
 
 
+class Copied(NamedTuple):
+    """A directory of the host's that is to be copied to `path`, below that in which it is shown. It stands at `lower`."""
+
+    path: str
+    lower: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Seed(BaseOperation):
+    """Base: the lower layer of a directory that is empty but for these."""
+
+    target: str
+    mode: int
+    copied: tuple[Copied, ...]
+
+    def execute(self) -> None:
+        make_directory(NEW + self.target, self.mode)
+        for one in self.copied:
+            target = f"{NEW}{self.target}/{one.path}"
+            make_directory(target)
+            copy(one.lower, target, one.entries)
+
+    def describe(self) -> str:
+        return f"copied   {', '.join(one.path for one in self.copied)}"
+
+
 class Survey(NamedTuple):
     """What was found. `left`: paths that the user may write, and that are too large, or too many, to be copied."""
 
@@ -189,6 +216,19 @@ def look(top: str, own: Own, times: dict[str, tuple[int, int]] | None = None) ->
     if not found:
         return Survey((), ())
     return _chosen(found, passed, [path for path, status in todo if not own.has(status)])
+
+
+def entries_of(top: str) -> tuple[Entry, ...]:
+    """All that a copy of the directory has, as far as there is room."""
+    found = [Entry("", os.lstat(top).st_mode)]
+    for directory, names, files in os.walk(top):
+        for name in (*names, *files):
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError):  # gone meanwhile
+                status = os.lstat(path)
+                if stat.S_IFMT(status.st_mode) in (stat.S_IFDIR, stat.S_IFLNK, stat.S_IFREG):
+                    found.append(Entry(os.path.relpath(path, top), status.st_mode, status.st_size, status.st_mtime_ns))
+    return tuple(sorted(found))[:_ENTRIES_AT_MOST]
 
 
 def _chosen(found: Sequence[Entry], passed: Mapping[str, Entry], left: list[str]) -> Survey:

@@ -133,6 +133,7 @@ def make_plan(
         _fill_everything(shown)
     env = environment_for(spec, shown.shows)
     _writable_places(shown, env)
+    _copies(shown, spec)
     _kernel_places(shown, spec, defences)
     if spec.network.mode == "host":
         _name_resolution(shown)
@@ -190,8 +191,10 @@ def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
             raise SpecError(f"mount source {mount.source!r} does not exist on the host")
         if mount.target == mount.source and mount.mode == "overlay" and os.path.isdir(mount.source):
             shown.show(mount.source, writable=True)
-        elif mount.mode == "overlay" and _is_small_file(mount.source):
+        elif mount.mode in ("overlay", "copy") and _is_small_file(mount.source):
             shown.copy(mount.source, mount.target)
+        elif mount.mode == "copy" and os.path.isdir(mount.source):
+            continue  # when it is known what it lies in
         elif mount.mode == "rw" or not os.path.isdir(mount.source):
             device = stat.S_ISCHR(os.stat(mount.source).st_mode)
             shown.bind(mount.source, mount.target, writable=mount.mode == "rw", device=device)
@@ -199,6 +202,12 @@ def _fill(shown: view.View, spec: SandboxSpec, python: Iterable[str]) -> None:
             shown.show(mount.source, mount.target, writable=mount.mode == "overlay")
     for path in python:
         shown.environment(path)
+
+
+def _copies(shown: view.View, spec: SandboxSpec) -> None:
+    for mount in spec.mounts:
+        if mount.mode == "copy" and os.path.isdir(mount.source) and not shown.seed(mount.source, mount.target):
+            shown.show(mount.source, mount.target, writable=True)
 
 
 def _is_small_file(path: str) -> bool:

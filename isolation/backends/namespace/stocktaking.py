@@ -36,7 +36,7 @@ from isolation.plain import os
 
 _CONTENT_AT_MOST = 1 << 20
 _MESSAGES_AT_MOST = 1000
-_DEVICES = {3: "null", 5: "zero", 7: "full", 8: "random", 9: "urandom"}  # of major number 1
+_DEVICES = {5: "zero", 7: "full", 8: "random", 9: "urandom"}  # of major number 1; null is what anything else becomes
 _CLOCKS = frozenset((0, 1, 7))  # those that are no alarms (timerfd_create(2))
 _ENTRY = re.compile(r"^tfd:\s*(\d+) events:\s*([0-9a-f]+) data:\s*([0-9a-f]+) .*?ino:([0-9a-f]+)", re.MULTILINE)
 _FLAGS = os.O_NONBLOCK | os.O_DIRECT

@@ -60,6 +60,7 @@ class View:
         self._operations: dict[str, Operation] = {}
         self._numbers = count()
         self._lowers: dict[int, str] = {}
+        self._seeds: dict[str, list[adoption.Copied]] = {}
         self.staged: list[tuple[str, bool]] = []
 
     def operations(self) -> tuple[list[BaseOperation], list[FreshOperation]]:
@@ -71,12 +72,16 @@ class View:
             if isinstance(operation, Symlink) and self._covering(os.path.dirname(target)) is not None:
                 continue  # met before the directory was shown that has it
             parent = self._fresh_parent(target)
+            if isinstance(operation, Private) and target in self._seeds:
+                mode = operation.mode
+                operation = Overlay(target, target, operation.number)
+                base.append(adoption.Seed(operation.lower, mode, tuple(self._seeds[target])))
+            elif isinstance(operation, Overlay):
+                base.append(Lower(operation.lower, self._lowers[operation.number]))
+                if operation.adopts:
+                    base.append(self._adopts[operation.number])
             if isinstance(operation, FreshOperation):
-                if isinstance(operation, Overlay):
-                    base.append(Lower(operation.lower, self._lowers[operation.number]))
-                    if operation.adopts:
-                        base.append(self._adopts[operation.number])
-                elif isinstance(operation, CopiedFile):
+                if isinstance(operation, CopiedFile):
                     if parent is None:
                         base.append(Bind(target, "", operation.base, directory=False))
                         continue
@@ -178,6 +183,17 @@ class View:
         """A copy of a file, where the directory that it is in can be written to; else the file, read-only."""
         real = os.path.realpath(source)
         self.add(CopiedFile(target, self._lower(real, owned=True), os.stat(real).st_mode & 0o777))
+
+    def seed(self, source: str, target: str) -> bool:
+        """Have a copy of a directory in an empty, writable one, from the beginning; False: it would lie in none."""
+        parent = next((self._operations[path] for path in _parents(target) if path in self._operations), None)
+        if not isinstance(parent, Private) or parent.target == target:
+            return False
+        real = os.path.realpath(source)
+        path = os.path.relpath(target, parent.target)
+        copied = adoption.Copied(path, self._lower(real, owned=True), adoption.entries_of(real))
+        self._seeds.setdefault(parent.target, []).append(copied)
+        return True
 
     def shows(self, path: str) -> bool:
         """Whether `path` (without symlinks) is part of the view."""

@@ -11,6 +11,7 @@ import pytest
 
 from isolation import plain
 from isolation.backends.namespace import fds, operations, syscalls
+from isolation.backends.namespace.adoption import Seed
 from isolation.backends.namespace.cgroup import Hierarchy, oom_kills
 from isolation.backends.namespace.mountinfo import MountPoint, MountTable
 from isolation.backends.namespace.operations import (
@@ -160,6 +161,28 @@ def test_a_file_is_copied_where_the_copy_can_be_written(tmp_path: Path) -> None:
         ("Private", "/tmp"), ("CopiedFile", "/tmp/of/file"),
     ]  # fmt: skip
     assert ("Bind", "/elsewhere") in [(type(operation).__name__, operation.target) for operation in base]
+
+
+def test_a_directory_is_copied_into_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "copied" / "inner").mkdir(parents=True)
+    (tmp_path / "copied" / "inner" / "file").write_text("x")
+    (tmp_path / "shown").mkdir()
+    view = View(table())
+    view.private("/tmp", 0o1777)
+    view.private("/run")
+    view.show(str(tmp_path / "shown"), "/shown", writable=True)
+    assert view.seed(str(tmp_path / "copied"), "/tmp/of/copy")
+    assert not view.seed(str(tmp_path / "copied"), "/shown/copy")
+    assert not view.seed(str(tmp_path / "copied"), "/elsewhere")
+    base, fresh = view.operations()
+    assert {operation.target: type(operation).__name__ for operation in fresh} == {
+        "/tmp": "Overlay", "/run": "Private", "/shown": "Overlay",
+    }  # fmt: skip
+    (seed,) = (operation for operation in base if isinstance(operation, Seed))
+    assert seed.mode == 0o1777
+    assert [(one.path, [entry.path for entry in one.entries]) for one in seed.copied] == [
+        ("of/copy", ["", "inner", "inner/file"]),
+    ]  # fmt: skip
 
 
 def test_symlinks_on_the_way_are_shown(tmp_path: Path) -> None:
