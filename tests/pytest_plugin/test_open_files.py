@@ -186,3 +186,37 @@ def test_what_a_fixture_has_removed_or_put_elsewhere(pytester: pytest.Pytester) 
                 moved.seek(0); assert moved.read() == "other\\n"
     """)
     run(pytester).assert_outcomes(passed=2)
+
+
+def test_places_and_files_of_the_kernel(pytester: pytest.Pytester) -> None:
+    """Opened for no reading (O_PATH), and in /proc: those of this process are of the test's."""
+    pytester.makepyfile("""
+        import os, pytest
+        FILE, DIRECTORY = os.open(__file__, os.O_PATH), os.open(".", os.O_PATH)
+        os.symlink("to", "link"); LINK = os.open("link", os.O_PATH | os.O_NOFOLLOW)
+        os.mkfifo("fifo"); FIFO = os.open("fifo", os.O_RDWR | os.O_NONBLOCK)
+        STATUS, STAT = open("/proc/self/status"), os.open("/proc/stat", os.O_RDONLY)
+
+        @pytest.fixture(scope="module")
+        def wide(): return 1
+
+        def check():
+            assert os.path.samestat(os.fstat(FILE), os.stat(__file__))
+            with pytest.raises(OSError, match="Bad file descriptor"): os.read(FILE, 1)
+            assert os.stat(os.path.basename(__file__), dir_fd=DIRECTORY).st_size == os.fstat(FILE).st_size
+            assert os.readlink("", dir_fd=LINK) == "to"
+            if (pid := os.fork()) == 0:
+                with open("fifo", "wb") as file: file.write(b"x")
+                os._exit(0)
+            os.waitpid(pid, 0)
+            assert os.read(FIFO, 100) == b"x"
+            assert f"\\nPid:\\t{os.getpid()}\\n" in STATUS.read()
+            assert os.read(STAT, 3) == b"cpu"
+
+        @pytest.mark.parametrize("time", [1, 2])
+        def test_alone(time): check()
+
+        @pytest.mark.parametrize("time", [1, 2])
+        def test_below_a_module(wide, time): check()
+    """)
+    run(pytester).assert_outcomes(passed=4)

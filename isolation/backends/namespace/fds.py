@@ -14,7 +14,9 @@ those numbers, and would later close whatever reused them. So each number stays 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import re
 import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -26,7 +28,8 @@ from isolation.plain import os
 _DELETED = " (deleted)"
 _COPY_AT_MOST = 64 << 20
 _AT_ONCE = 16 << 20
-_REOPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY
+_REOPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_PATH
+_OF_PROCESS = re.compile(r"/proc/(\d+)/")
 
 
 class Inherited(NamedTuple):
@@ -75,20 +78,29 @@ def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
     identity = _identity(status)
     if identity in stdio:
         return Inherited(fd, identity, stdio=stdio[identity])
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & _REOPEN_FLAGS
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode) and not _is_reopened(status.st_mode, flags):
         return Inherited(fd, identity)
     path = os.readlink(f"/proc/self/fd/{fd}")
+    if (match := _OF_PROCESS.match(path)) is not None and int(match[1]) in (os.getpid(), os.getppid()):
+        return Inherited(fd, identity, path=f"/proc/self/{path[match.end():]}", flags=flags)  # of who is forked
+    if not path.startswith("/"):  # a pipe, which anew.py is for
+        return Inherited(fd, identity)
     if path.startswith(f"/memfd:{PREFIX}"):
         return Inherited(fd, identity)
     if status.st_nlink == 0 or path.startswith("/memfd:"):
         return Inherited(fd, identity, scratch=stat.S_ISREG(status.st_mode))
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & _REOPEN_FLAGS
     return Inherited(fd, identity, path=path.removesuffix(_DELETED), flags=flags)
+
+
+def _is_reopened(mode: int, flags: int) -> bool:
+    """A place in the tree, or a named pipe, of those that are opened without waiting for anybody (fifo(7))."""
+    return bool(flags & os.O_PATH) or (stat.S_ISFIFO(mode) and flags & os.O_ACCMODE == os.O_RDWR)
 
 
 def is_written(item: Inherited) -> bool:
     """Whether it is of a file in the tree, which its owner may write to."""
-    if not item.path or item.flags & os.O_DIRECTORY or item.flags & os.O_ACCMODE == os.O_RDONLY:
+    if not item.path or item.flags & (os.O_DIRECTORY | os.O_PATH) or item.flags & os.O_ACCMODE == os.O_RDONLY:
         return False
     return os.access(f"/proc/self/fd/{item.fd}", os.R_OK)
 
@@ -143,7 +155,8 @@ def _replace(item: Inherited, dead: int, copy: int) -> None:
             pass
         else:
             if not item.flags & os.O_DIRECTORY:
-                os.lseek(new, os.lseek(item.fd, 0, os.SEEK_CUR), os.SEEK_SET)
+                with contextlib.suppress(OSError):  # of some files there is none
+                    os.lseek(new, os.lseek(item.fd, 0, os.SEEK_CUR), os.SEEK_SET)
             os.dup2(new, item.fd, inheritable=False)
             os.close(new)
             return
