@@ -1,8 +1,9 @@
 """Renaming a directory that was there before the test: overlayfs refuses it (EXDEV), and for Python code this makes up.
+Likewise where something is put elsewhere that on the host lies in the same file system: from `tmp_path` to the project, say.
 
 The kernel has an answer (redirect_dir), but not where the overlay belongs to a user namespace. So when rename(2) refuses a
 directory within one file system, it is made at its new place, and what lies in it renamed one by one, which the kernel does:
-files stay the same files, open or not.
+files stay the same files, open or not. Between two mounts, there is a copy.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import errno
 import functools
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from isolation.plain import os
 
 Path = Any  # what os.rename takes
 _rename, _replace = os.rename, os.replace
+_devices: dict[str, int] = {}  # of directories, as they are on the host
 
 
-def install() -> None:
-    """For this process, and its forks."""
+def install(directories: Iterable[str]) -> None:
+    """For this process, and its forks. `directories` are shown to these each by a mount of its own."""
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            _devices[os.path.realpath(directory)] = os.stat(directory).st_dev
     os.rename = _made_up_for(_rename)
     os.replace = _made_up_for(_replace)
 
@@ -37,10 +42,11 @@ def _made_up_for(original: Callable[..., None]) -> Callable[..., None]:
             if error.errno != errno.EXDEV:
                 raise
             source, target = _beneath(src, src_dir_fd), _beneath(dst, dst_dir_fd)
-            if not _can_be_moved(source, target):
+            move = _way(source, target)
+            if move is None:
                 raise
             try:
-                _move_followed(source, target)
+                move(source, target)
             except OSError as failure:
                 raise OSError(failure.errno, os.strerror(failure.errno or 0), src, None, dst) from None
 
@@ -53,14 +59,50 @@ def _beneath(path: Path, directory: int | None) -> str:
     return text.rstrip("/") or "/"
 
 
-def _can_be_moved(source: str, target: str) -> bool:
-    """A directory, to another place in the same file system."""
+def _way(source: str, target: str) -> Callable[[str, str], None] | None:
+    """How it can be done; None where rename(2) would not do it on the host either."""
     try:
         here, there = (os.stat(os.path.dirname(path) or ".") for path in (source, target))
         status = os.lstat(source)
     except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and here.st_dev == there.st_dev == status.st_dev
+        return None
+    if stat.S_ISDIR(status.st_mode) and here.st_dev == there.st_dev == status.st_dev:
+        return _move_followed
+    host = [_device_on_host(path) for path in (source, target)]
+    kinds = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
+    return _copy if None not in host and host[0] == host[1] and stat.S_IFMT(status.st_mode) in kinds else None
+
+
+def _device_on_host(path: str) -> int | None:
+    directory = os.path.realpath(os.path.dirname(path) or ".")
+    while directory not in _devices:
+        if directory == "/":
+            return None
+        directory = os.path.dirname(directory)
+    return _devices[directory]
+
+
+def _copy(source: str, target: str) -> None:
+    """From one mount to another. A file is there as a whole, or not at all."""
+    if os.path.isdir(source) and not os.path.islink(source):
+        if os.path.lexists(target):
+            os.rmdir(target)
+        try:
+            shutil.copytree(source, target, symlinks=True)
+        except shutil.Error as error:
+            shutil.rmtree(target, ignore_errors=True)
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV)) from error
+        shutil.rmtree(source)
+        return
+    beside = f"{target}.{os.getpid()}.isolation"
+    try:
+        shutil.copy2(source, beside, follow_symlinks=False)
+        _rename(beside, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    os.unlink(source)
 
 
 def _move_followed(source: str, target: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import traceback
 import warnings
 from collections.abc import Generator, Iterable
@@ -61,7 +62,7 @@ class Worker:
             manager.register(self._strays, "isolation-strays")
         manager.register(self, "isolation-worker")  # tells it the warnings of the past again (a historic hook)
         self._carriers.begin()
-        renaming.install()
+        renaming.install(["/tmp", "/var/tmp", tempfile.gettempdir(), str(self._config.rootpath), os.getcwd()])
         os.environ.update(self._env)
         found: dict[str, list[pytest.Item]] = {}
         for item in self._items:

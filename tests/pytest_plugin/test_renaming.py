@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 SUITE = """
-    import os, pathlib, pytest, shutil, stat
+    import os, pathlib, pytest, shutil, stat, tempfile
     HERE = pathlib.Path(__file__).parent
 
     @pytest.fixture(scope="session")
@@ -73,6 +73,19 @@ SUITE = """
         shutil.move("two", "three"); os.renames("three", "four/five")
         assert (HERE / "four/five/g.txt").exists()
 
+    def test_from_and_to_another_mount():
+        tmp_path = pathlib.Path(tempfile.mkdtemp())  # where the project lies, too, on the host
+        assert os.stat(tmp_path).st_dev != os.stat(HERE).st_dev
+        (tmp_path / "new").write_text("new"); (tmp_path / "link").symlink_to("new")
+        os.replace(tmp_path / "new", "data/g.txt"); os.rename(tmp_path / "link", "link")
+        assert open("data/g.txt").read() == "new" and os.readlink("link") == "new" and os.listdir(tmp_path) == []
+        os.rename("data", tmp_path / "data")
+        assert sorted(os.listdir(tmp_path / "data")) == ["g.txt", "link", "sub"] and not os.path.exists("data")
+        (tmp_path / "data/sub").rename("sub"); assert os.listdir("sub") == ["f.txt"]
+        with pytest.raises(IsADirectoryError): os.rename("test_it.py", tmp_path)
+        with pytest.raises(OSError, match="not empty"): os.rename("sub", tmp_path / "data")
+        assert os.listdir("sub") == ["f.txt"] and "test_it.py" in os.listdir() and os.listdir(tmp_path) == ["data"]
+
     def test_of_a_wide_fixture(shared):
         (shared / "inner").rename(shared / "inner2")
         shared.rename(shared.parent / "other")
@@ -93,5 +106,5 @@ def test_directories(pytester: pytest.Pytester) -> None:
     (pytester.path / "data" / "link").symlink_to("g.txt")
     pytester.makepyfile(test_it=SUITE)
     arguments = ("-p", "no:cacheprovider", "-p", "no:randomly")
-    pytester.runpytest_subprocess(*arguments, "--isolation").assert_outcomes(passed=8)
+    pytester.runpytest_subprocess(*arguments, "--isolation").assert_outcomes(passed=9)
     assert sorted(path.name for path in (pytester.path / "data").iterdir()) == ["g.txt", "link", "sub"]
