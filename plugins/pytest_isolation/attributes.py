@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import html
 import inspect
-import json
 import re
 from typing import Any
 
 import pytest
 
+from isolation.plain import json
 from pytest_isolation.plain import NotPlain, pack, unpack
 from pytest_isolation.text import clean_name
 
