@@ -217,6 +217,7 @@ HANGS = SENDS + """
     def traced_zombie():
         '''Ends while a process traces it that does not let go.'''
         me = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # one that came while it is traced would stop it first
         ready, its_ready = os.pipe()
         if os.fork() == 0:
             os.setsid()
