@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from isolation.plain import json
-from pytest_isolation.plain import NotPlain, pack, unpack
 from pytest_isolation.text import clean_name
+from pytest_isolation.values import NotPlain, pack, unpack
 
 _AT_MOST = 100  # of one report
 _OURS = ("_isolation", "isolation_")

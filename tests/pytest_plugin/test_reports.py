@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pytest_isolation import attributes
-from pytest_isolation.plain import NotPlain, pack, unpack
+from pytest_isolation.values import NotPlain, pack, unpack
 
 pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 
