@@ -65,8 +65,8 @@ def get(name: str) -> Backend:
 @functools.cache
 def _works(name: str) -> tuple[bool, str]:
     probe = get(name).probe()
-    if not probe.works:
-        probe = get(name).probe()  # what ends a first sandbox from outside, once, is no reason to do without
+    if not probe.works and (again := get(name).probe()).works:
+        probe = again  # what ends a first sandbox from outside, once, is no reason to do without
     return probe.works, probe.reason
 
 

@@ -157,7 +157,7 @@ def test_bad_specs_leave_nothing(project: Path, backend: str) -> None:
     with pytest.raises(UnknownBackend, match="namespace"):
         Sandbox(SandboxSpec(backend="nonsense"))
     with pytest.raises(FeatureMissing):
-        Sandbox(SandboxSpec(network="nat" if backend == "namespace" else "host")).run(["true"])
+        Sandbox(SandboxSpec(backend=backend, network="nat" if backend == "namespace" else "host")).run(["true"])
     with pytest.raises(FeatureMissing):
         Sandbox(SandboxSpec(image="debian")).run(["true"])
 
