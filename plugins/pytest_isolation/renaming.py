@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os as tests_os
 import shutil
 import stat
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from typing import Any
 from isolation.plain import os
 
 Path = Any  # what os.rename takes
-_rename, _replace = os.rename, os.replace
+_rename = os.rename
 _devices: dict[str, int] = {}  # of directories, as they are on the host
 
 
@@ -28,8 +29,8 @@ def install(directories: Iterable[str]) -> None:
     for directory in directories:
         with contextlib.suppress(OSError):
             _devices[os.path.realpath(directory)] = os.stat(directory).st_dev
-    os.rename = _made_up_for(_rename)
-    os.replace = _made_up_for(_replace)
+    tests_os.rename = _made_up_for(tests_os.rename)
+    tests_os.replace = _made_up_for(tests_os.replace)
 
 
 def _made_up_for(original: Callable[..., None]) -> Callable[..., None]:
