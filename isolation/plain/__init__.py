@@ -28,7 +28,7 @@ else:
     import threading
     import time
 
-    from isolation.plain.pairs import send_fds, socketpair
+    from isolation.plain.pairs import BlockingSocket, send_fds, socketpair
 
     def _copy(module: ModuleType, **more: object) -> ModuleType:
         copy = ModuleType(module.__name__)
@@ -37,7 +37,7 @@ else:
 
     os = _copy(os)
     select = _copy(select)
-    socket = _copy(socket, socketpair=socketpair, send_fds=send_fds)
+    socket = _copy(socket, socket=BlockingSocket, socketpair=socketpair, send_fds=send_fds)
     subprocess = _copy(subprocess)
     threading = _copy(threading)
     time = _copy(time)

@@ -11,15 +11,24 @@ from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from socket import AF_UNIX, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET
 from socket import socket as Socket
 from time import monotonic, sleep
-from typing import Final
+from typing import Any, Final
 
 _PATIENCE: Final = 10.0  # s
+
+
+class BlockingSocket(Socket):
+    """That class, whatever `socket.setdefaulttimeout` says: in C, for all that are made in a process."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if self.gettimeout() is not None:
+            self.settimeout(None)
 
 
 def socketpair(family: int = AF_UNIX, type: int = SOCK_STREAM, proto: int = 0) -> tuple[Socket, Socket]:
     """As `socket.socketpair`. Raises OSError."""
     one, other = _socket.socketpair(family, type, proto)
-    return Socket(family, type, proto, one.detach()), Socket(family, type, proto, other.detach())
+    return BlockingSocket(family, type, proto, one.detach()), BlockingSocket(family, type, proto, other.detach())
 
 
 def send_fds(sock: Socket, buffers: Sequence[bytes | memoryview], fds: Sequence[int]) -> int:

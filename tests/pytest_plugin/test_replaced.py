@@ -60,6 +60,13 @@ def test_what_a_project_replaces(pytester: pytest.Pytester, where: str) -> None:
     result.assert_outcomes(passed=5, failed=2, skipped=1, warnings=1)
 
 
+@pytest.mark.parametrize("seconds", [0, 0.0001, 5])
+def test_a_default_timeout_of_sockets(pytester: pytest.Pytester, seconds: float) -> None:
+    pytester.makepyfile(f"import socket\nsocket.setdefaulttimeout({seconds})\n" + TESTS)
+    result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=5, failed=2, skipped=1, warnings=1)
+
+
 GREEN = """
 import socket, subprocess, sys, threading, time
 

@@ -88,7 +88,7 @@ def test_view_escapes_what_overlayfs_reads(calls: list[tuple[Any, ...]]) -> None
     assert r"/old/a\,b\:c\\d," in data
 
 
-@pytest.mark.parametrize(("writable", "device", "read_only", "no_devices"), [(False, False, True, True), (True, False, False, True), (False, True, False, False)])
+@pytest.mark.parametrize(("writable", "device", "read_only", "no_devices"), [(False, False, True, True), (True, False, False, True), (False, True, True, False)])
 def test_bind(calls: list[tuple[Any, ...]], writable: bool, device: bool, read_only: bool, no_devices: bool) -> None:
     Bind("/data", "/srv/data", "/old/srv/data", True, writable, device).execute()
     attributes = next(call[2] for call in calls if call[0] == "mount_setattr")
