@@ -109,7 +109,7 @@ def test_forks_of_forks_break_out_without(host: Host, attack: str, without: str,
         spare.close()
 
 
-ON_THE_HOST = "HOST_FILE TCP UDP ABSTRACT PATHNAME HOST_PROCESSES NAMESPACES NO_NEW_PRIVILEGES DEVICES HOST_ID SHADOW".split()
+ON_THE_HOST = "HOST_FILE TCP UDP ABSTRACT PATHNAME HOST_PROCESSES NAMESPACES NO_NEW_PRIVILEGES DEVICES DEVICE_TIMES HOST_ID SHADOW".split()
 OF_ROOT = ("HOST_ID", "SHADOW")  # an ordinary user has nothing of the kind to lose
 
 
