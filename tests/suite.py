@@ -38,10 +38,10 @@ BOUND = 30 * 60  # s, for one file; the longest takes less than half of it
 # What takes longest comes first, or it would be what everybody waits for in the end.
 LONG = """
     kernel/test_machine backends/microvm/test_machine kernel/test_features pytest_plugin/test_microvm kernel/test_undo
-    test_sandbox pytest_plugin/test_ecosystem kernel/test_pool backends/microvm/test_template pytest_plugin/test_wide
+    pytest_plugin/test_ecosystem test_sandbox kernel/test_pool backends/microvm/test_template pytest_plugin/test_wide
     backends/namespace/test_file_checkpoints pytest_plugin/test_outcomes pytest_plugin/test_sealed kernel/test_lab
     kernel/test_frontends kernel/test_security pytest_plugin/test_deadlock test_template test_branch security/test_microvm
-    security/test_namespace test_docs test_examples
+    pytest_plugin/test_reports pytest_plugin/test_runs security/test_namespace test_docs test_examples
 """.split()
 # Each user has one pool of warm kernels, which every kernel that starts asks: what tests that runs beside no other kernels.
 POOL, KERNELS = "tests/kernel/test_pool.py", "tests/kernel/"
