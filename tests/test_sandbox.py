@@ -219,7 +219,7 @@ def test_disk_limit(project: Path) -> None:
 
 
 def test_cpu_limit_is_kept_or_refused(project: Path, backend: str) -> None:
-    spec = of(project, limits=Limits(cpus=0.2))
+    spec = of(project, backend=backend, limits=Limits(cpus=0.2))
     if backend == "namespace" and not Hierarchy.find().can("cpu"):
         with pytest.raises(FeatureMissing, match="cgroup"):
             Sandbox(spec).run(["true"])
