@@ -239,18 +239,22 @@ class Controller:
         self._emit()
         self._emission.show_at_once()
         streams.flush(self._config)
-        if os.isatty(0) and not (self._config.getoption("usepdb", False) or self._config.getoption("trace", False)):
-            told = f"\n[isolation: {name} has come to a debugger: what you type is its own, until it leaves that]\n"
-            self.print_raw(1, clean(told).encode())  # a test may say so when nobody debugs it
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
-            return self._lender.interact(fork, deadline)
+            return self._lend_keys(fork, name, deadline)
         capture.suspend_global_capture(in_=True)  # pytest has put /dev/null in the place of the user's keys
         try:
-            return self._lender.interact(fork, deadline)
+            return self._lend_keys(fork, name, deadline)
         finally:
             capture.resume_global_capture()
             capture.suspend_global_capture(in_=False)
+
+    def _lend_keys(self, fork: Fork, name: str, deadline: float | None) -> list[Message]:
+        """Any test may say that it has come to a debugger, when nobody debugs it: so it is said whose the keys are."""
+        if os.isatty(0) and not (self._config.getoption("usepdb", False) or self._config.getoption("trace", False)):
+            told = f"\n[isolation: {name} has come to a debugger: what you type is its own, until it leaves that]\n"
+            self.print_raw(1, clean(told).encode())
+        return self._lender.interact(fork, deadline)
 
     def _close(self) -> None:
         self._schedule.close()
