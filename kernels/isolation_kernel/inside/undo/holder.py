@@ -71,21 +71,33 @@ class Lineage:
         self.forget(slot)
         loops = own.loops()  # now: threads of subshells are forgotten by a fork
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        named, its_named = os.pipe2(os.O_CLOEXEC)
         try:
-            if fork():
+            try:
+                pid = fork()
+            except OSError:
+                os.close(named)
+                os.close(its_named)
+                raise
+            os.close(its_named if pid else named)
+            if pid:
+                os.read(named, 1)  # until it has the name that it is found by (or has ended)
+                os.close(named)
                 return None
             own.lost = loops
-            wake = self._be_holder(slot, own)
+            wake = self._be_holder(slot, own, its_named)
             self.first = False
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # as ipykernel has it between cells
             return wake
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _be_holder(self, slot: int, own: Own) -> Wake:
-        """Until it is killed; returns in each copy of it that is to be a kernel."""
+    def _be_holder(self, slot: int, own: Own, named: int) -> Wake:
+        """Until it is killed; returns in each copy of it that is to be a kernel. `named` hears when it has its name."""
         try:
             _prctl(_PR_SET_NAME, f"{HOLDER_NAME}{slot}".encode())
+            os.write(named, b"n")
+            os.close(named)
             _let_go(own, self.fds())
             wake = self._wait(self._theirs[slot])
             _prctl(_PR_SET_NAME, b"python")
