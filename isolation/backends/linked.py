@@ -12,6 +12,7 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 
+from isolation.paths import is_within
 from isolation.plain import os
 
 _PACKAGES = ("site-packages", "dist-packages")
@@ -28,7 +29,7 @@ def too_wide(path: str) -> bool:
     real = os.path.realpath(path)
     home = os.path.realpath(os.path.expanduser("~"))
     wide = {"/", "/home", "/root", "/tmp", "/var/tmp", os.path.realpath(tempfile.gettempdir())}
-    return real in wide or f"{home}/".startswith(f"{real.rstrip('/')}/")
+    return real in wide or is_within(home, [real])
 
 
 def caches() -> list[str]:
@@ -48,7 +49,7 @@ def places(directories: Iterable[str], *, within: Iterable[str] | None = None) -
         if _holds_packages(directory):
             for link in itertools.islice(_links(directory), _LINKS_AT_MOST):
                 place = _place(link, directory)
-                if place is None or f"{place}/".startswith(f"{directory}/"):
+                if place is None or is_within(place, [directory]):
                     continue
                 if allowed is None or os.path.realpath(place).startswith(tuple(allowed)):
                     found.setdefault(os.path.dirname(place), {})[os.path.basename(place)] = None

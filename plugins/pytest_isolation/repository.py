@@ -3,6 +3,7 @@ which the project is a part."""
 
 from __future__ import annotations
 
+from isolation.paths import is_within
 from isolation.plain import os
 
 _FILE_AT_MOST = 4096
@@ -12,7 +13,7 @@ def beside(project: str) -> list[str]:
     """What `git` needs to find, besides the directory `project`; a home directory is nobody's repository."""
     home = os.path.realpath(os.path.expanduser("~"))
     directory = project
-    while directory != "/" and not f"{home}/".startswith(f"{directory}/"):
+    while directory != "/" and not is_within(home, [directory]):
         git = os.path.join(directory, ".git")
         if os.path.isdir(git):
             return [git] if directory != project and _is_repository(git) else []
@@ -34,7 +35,7 @@ def _common(file: str) -> list[str]:
     common = _read(os.path.join(directory, "commondir")).strip()
     if common:  # of a worktree, which usually lies in it
         whole = os.path.normpath(os.path.join(directory, common))
-        inside = f"{os.path.realpath(directory)}/".startswith(f"{os.path.realpath(whole)}/")
+        inside = is_within(os.path.realpath(directory), [os.path.realpath(whole)])
         return ([whole] if inside else [whole, directory]) if _is_repository(whole) else []
     return [directory] if _is_repository(directory) else []
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from isolation.errors import SpecError
+from isolation.paths import is_within
 from isolation.plain import os
 from isolation.spec import Limits, Mount, SandboxSpec
 from pytest_isolation import page, repository
@@ -98,8 +99,8 @@ class Reader:
     def show_repository(self) -> None:
         """What git needs of the project, where it lies elsewhere."""
         found = [path for project in self._project for path in repository.beside(project)]
-        found = [path for path in dict.fromkeys(found) if not _is_within(path, self.shown)]
-        if any(_is_within(project, [os.path.dirname(path)]) for project in self._project for path in found):
+        found = [path for path in dict.fromkeys(found) if not is_within(os.path.realpath(path), self.shown)]
+        if any(is_within(os.path.realpath(project), [os.path.dirname(path)]) for project in self._project for path in found):
             # Git looks for one above a directory in the same file system only; inside, each that is shown is another.
             self._env = {"GIT_DISCOVERY_ACROSS_FILESYSTEM": "1"}
         self.show(Mount.overlay(path) for path in found)
@@ -165,10 +166,6 @@ def _project_mounts(config: pytest.Config) -> list[Mount]:
     chosen: list[str] = []
     for path in sorted(dict.fromkeys(map(os.path.realpath, wanted)), key=len):
         # `/` or the directory of all homes is nobody's project; a rootdir there means that none was found.
-        if not _is_within(path, chosen) and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
+        if not is_within(path, chosen) and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
             chosen.append(path)
     return [Mount.overlay(path) for path in chosen]
-
-
-def _is_within(path: str, directories: Iterable[str]) -> bool:
-    return any(f"{os.path.realpath(path)}/".startswith(f"{directory}/") for directory in directories)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from isolation.paths import is_within
 from isolation.plain import os
 from isolation.spec import Mount
 
@@ -61,11 +62,11 @@ class Temporaries:
         for path, own in self._made:
             real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
             entry = real if own else self._entry(real, base)
-            if entry is not None and _is_ours(entry) and not _is_within(entry, shown):
+            if entry is not None and _is_ours(entry) and not is_within(entry, shown):
                 found[entry] = None
         outer: list[str] = []
         for entry in sorted(found, key=len):
-            if not _is_within(entry, outer):
+            if not is_within(entry, outer):
                 outer.append(entry)
         written = _open_for_writing()
         return [Mount(entry, mode="copy" if _can_be_copied(entry, written) else "overlay") for entry in outer[:_AT_MOST]]
@@ -122,7 +123,7 @@ def _can_be_copied(entry: str, written: Iterable[str]) -> bool:
     to a database that is open; and it takes time."""
     if not os.path.isdir(entry):
         return True
-    if any(_is_within(path, [entry]) for path in written):
+    if any(is_within(path, [entry]) for path in written):
         return False
     size = 0
     for number, path in enumerate(_walk(entry)):
@@ -136,7 +137,3 @@ def _walk(top: str) -> Iterator[str]:
     for directory, names, files in os.walk(top):
         for name in (*names, *files):
             yield os.path.join(directory, name)
-
-
-def _is_within(path: str, directories: Iterable[str]) -> bool:
-    return any(f"{path}/".startswith(f"{directory}/") for directory in directories)

@@ -23,6 +23,7 @@ from isolation.backends.microvm.cache import Cache
 from isolation.backends.microvm.progress import SILENT, Progress, megabytes
 from isolation.backends.microvm.trees import Report, Rules, Tar, digest
 from isolation.errors import BackendUnavailable, SpecError
+from isolation.paths import is_within
 from isolation.plain import json
 
 BASE, ENVIRONMENT, TREE = "base", "environment", "tree"
@@ -138,10 +139,10 @@ def environment(
     trees: list[str] = []
     for path in showing.python_environment() if paths is None else paths:
         real = _follow(path, links)
-        covered = _beneath(real, trees) or _beneath(real, hidden) or _in_base(real, exclude)
+        covered = is_within(real, trees) or is_within(real, hidden) or _in_base(real, exclude)
         if os.path.lexists(real) and not covered:
-            trees = [tree for tree in trees if not _beneath(tree, [real])] + [real]
-    shown = {path: to for path, to in links.items() if not _beneath(path, trees) and not _in_base(path, exclude)}
+            trees = [tree for tree in trees if not is_within(tree, [real])] + [real]
+    shown = {path: to for path, to in links.items() if not is_within(path, trees) and not _in_base(path, exclude)}
     trees.sort()
     groups = [[each] for each in trees[: _MOST_ENVIRONMENTS - 1]]
     if trees[_MOST_ENVIRONMENTS - 1 :] or (shown and not groups):
@@ -158,7 +159,7 @@ def environment(
 def _environment(
     cache: Cache, group: list[str], links: dict[str, str], rules: Rules, progress: Progress, *, refresh: bool
 ) -> Layer:
-    hidden = frozenset(path for path in rules.without if _beneath(os.fsdecode(path), group))
+    hidden = frozenset(path for path in rules.without if is_within(os.fsdecode(path), group))
     within = Rules(without=hidden, skipped=rules.skipped)
     start = _FORMAT + json.dumps([sorted(links.items()), group, sorted(map(os.fsdecode, within.without))])
 
@@ -338,7 +339,7 @@ def _resolv(root: str) -> bytes | None:
 def _in_base(path: str, exclude: Sequence[str]) -> bool:
     """Whether the base layer has this: the path (without links) lies in it, and everyone may look there."""
     name = path.strip("/").split("/")[0]
-    if name not in _SYSTEM or _beneath(path, [*("/" + each for each in _WITHOUT), *exclude]):
+    if name not in _SYSTEM or is_within(path, [*("/" + each for each in _WITHOUT), *exclude]):
         return False
     while path != "/":
         try:
@@ -349,10 +350,6 @@ def _in_base(path: str, exclude: Sequence[str]) -> bool:
             return False
         path = os.path.dirname(path)
     return True
-
-
-def _beneath(path: str, directories: Iterable[str]) -> bool:
-    return any(path == each or path.startswith(each.rstrip("/") + "/") for each in directories)
 
 
 def _follow(path: str, links: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ from isolation.backends.microvm.setup import Images
 from isolation.backends.showing import SYSTEM, environment_for, python_environment
 from isolation.errors import FeatureMissing, SpecError
 from isolation.guest import renew
+from isolation.paths import is_within
 from isolation.plain import time
 from isolation.spec import Limits, Mount, SandboxSpec
 from isolation.units import format_size
@@ -130,7 +131,7 @@ def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
         raise FeatureMissing(f"the microvm backend can show {_MOST_SLOTS} mounts at most, not {len(mounts)}")
     covered = [mount.target for mount in mounts if mount.source == mount.target]
     places = [mount.target for mount in mounts]
-    python = [path for path in python_environment() if not _beneath(os.path.realpath(path), covered)]
+    python = [path for path in python_environment() if not is_within(os.path.realpath(path), covered)]
     environment = images.environment(without=covered)
     trees = tuple(images.tree(mount.source) for mount in mounts)
     hardware = Hardware(
@@ -143,7 +144,7 @@ def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
         nat=spec.network.mode == "nat",
     )
     seen = [*(f"/{name}" for name in SYSTEM if name != "opt"), *map(os.path.realpath, python), *places]
-    env = environment_for(spec, lambda path: _beneath(path, seen))
+    env = environment_for(spec, lambda path: is_within(path, seen))
     home = os.path.normpath(env.get("HOME", "/"))
     private = _private(env, places)
     kept, links = _kept(python, [path for path, _mode in private])
@@ -164,7 +165,7 @@ def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
             "mounts": [_mount(mounts[slot], tree, hardware, slot) for slot, tree in enumerate(trees)],
         },
     }
-    if not _beneath(os.path.realpath(spec.workdir), [*seen, *(path for path, _mode in private)]) and spec.workdir != "/":
+    if not is_within(os.path.realpath(spec.workdir), [*seen, *(path for path, _mode in private)]) and spec.workdir != "/":
         raise SpecError(
             f"workdir {spec.workdir!r} is not part of the sandbox's file tree; mount it "
             f"(Mount.overlay({spec.workdir!r}), or --mount {spec.workdir})"
@@ -204,7 +205,7 @@ def _private(env: dict[str, str], places: Iterable[str]) -> list[tuple[str, int]
         path = os.path.normpath(env.get(name, "/"))
         if path.startswith("/") and path not in ("/", "//") and not os.path.islink(path):
             wanted.setdefault(path, 0o700 if name == "HOME" else 0o1777)
-    found = [(path, mode) for path, mode in wanted.items() if not _beneath(path, places)]
+    found = [(path, mode) for path, mode in wanted.items() if not is_within(path, places)]
     return sorted(found, key=lambda entry: entry[0].count("/"))
 
 
@@ -216,14 +217,10 @@ def _kept(python: Iterable[str], private: list[str]) -> tuple[list[str], list[tu
         parts = path.strip("/").split("/")
         for count in range(1, len(parts) + 1):
             step = "/" + "/".join(parts[:count])
-            if os.path.islink(step) and _beneath(step, private):
+            if os.path.islink(step) and is_within(step, private):
                 links.append((step, os.readlink(step)))
                 break
         real = os.path.realpath(path)
-        if _beneath(real, private) and not _beneath(real, kept):
+        if is_within(real, private) and not is_within(real, kept):
             kept.append(real)
     return kept, links
-
-
-def _beneath(path: str, directories: Iterable[str]) -> bool:
-    return any(path == directory or path.startswith(directory + "/") for directory in directories)

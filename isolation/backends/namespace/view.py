@@ -31,6 +31,7 @@ from isolation.backends.namespace.operations import (
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.showing import SYSTEM
 from isolation.errors import SpecError
+from isolation.paths import is_within
 from isolation.plain import os
 
 # File systems that are windows into the kernel or mount on access; never part of a view.
@@ -138,7 +139,7 @@ class View:
         that is a system directory, or holds such, is not the user's own, unless `owned` says so."""
         real = self._follow(path) if target is None else os.path.realpath(path)
         if owned is None:
-            owned = not any(_is_within(system, real) for system in _system())
+            owned = not any(is_within(system, [real]) for system in _system())
         self._overlay(real, target or real, owned=owned, writable=writable, explicit=target is not None)
 
     def environment(self, path: str) -> None:
@@ -147,7 +148,7 @@ class View:
         real = self._follow(path)
         if self._stage is None:
             self._overlay(real, real, owned=True, writable=False)
-        elif any(_is_within(real, system) for system in _system()):
+        elif is_within(real, _system()):
             self._overlay(real, real, owned=False, writable=False)
         elif _is_installation(real):
             self._installation(real)
@@ -315,10 +316,6 @@ class View:
 def _system() -> list[str]:
     """The system directories, where they really are."""
     return [os.path.realpath("/" + name) for name in SYSTEM if os.path.isdir("/" + name)]
-
-
-def _is_within(path: str, directory: str) -> bool:
-    return (path + "/").startswith(directory.rstrip("/") + "/")
 
 
 def _is_installation(path: str) -> bool:

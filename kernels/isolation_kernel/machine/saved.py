@@ -20,6 +20,7 @@ from typing import Final
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.showing import SYSTEM, python_environment
 from isolation.errors import IsolationError, LaunchError
+from isolation.paths import is_within
 from isolation.sandbox import Sandbox
 from isolation.spec import Mount, SandboxSpec
 from isolation.template import Template
@@ -58,7 +59,7 @@ def _is_shown(cwd: str) -> bool:
     if real.split("/")[1] in SYSTEM:
         return True
     shown = [os.path.realpath(path) for path in python_environment()]
-    return any(path == real or path.startswith(f"{real}/") or real.startswith(f"{path}/") for path in shown)
+    return is_within(real, shown) or any(is_within(path, [real]) for path in shown)
 
 
 def template(spec: SandboxSpec, arguments: Sequence[str]) -> Template:

@@ -17,6 +17,7 @@ import pytest_isolation
 from isolation import command_line
 from isolation.cli import is_home, say, say_why, variables
 from isolation.errors import SandboxClosed, SpecError
+from isolation.paths import is_within
 from isolation.sandbox import Sandbox
 from isolation.spec import Limits, Mount, SandboxSpec
 from isolation.terminal import Interrupted, Relay
@@ -172,17 +173,13 @@ def _unseen(request: Request, cwd: str, taken: set[str]) -> Iterator[str]:
     there = [*taken, "/tmp", "/var/tmp", os.path.normpath(os.environ.get("HOME", "/tmp"))]
     for artefact in request.artefacts:
         directory = os.path.dirname(artefact.path)
-        if not any(_is_beneath(directory, place) for place in there):
-            if any(_is_beneath(place, directory) for place in there) or not _is_own(directory):
+        if not is_within(directory, there):
+            if any(is_within(place, [directory]) for place in there) or not _is_own(directory):
                 raise SpecError(
                     f"{artefact.option}: {artefact.path} cannot be written inside, where {directory} is the system's; "
                     "name a place in a directory of yours"
                 )
             yield directory
-
-
-def _is_beneath(path: str, directory: str) -> bool:
-    return path == directory or path.startswith(os.path.join(directory, ""))
 
 
 def _is_own(directory: str) -> bool:
@@ -201,7 +198,7 @@ def _look_around(request: Request, cwd: str) -> None:
     for word in request.words:
         path = os.path.normpath(os.path.join(cwd, word.split("::")[0]))
         is_path = not word.startswith("-") and ("/" in word or word == "..") and os.path.exists(path)
-        if is_path and not _is_beneath(path, cwd):
+        if is_path and not is_within(path, [cwd]):
             say(f"note: {word} is not seen inside; start in a directory above it, or say --mount {path}:overlay")
     above = cwd
     while above != "/" and not is_home(above):
@@ -215,9 +212,9 @@ def _look_around(request: Request, cwd: str) -> None:
 
 def _look_at_import_path(cwd: str) -> None:
     for entry in sys.path:
-        if not _is_beneath(os.path.realpath(entry or cwd), cwd):
+        if not is_within(os.path.realpath(entry or cwd), [cwd]):
             continue
-        if not _is_beneath(os.path.realpath(entry or cwd), os.path.realpath(sys.prefix)):
+        if not is_within(os.path.realpath(entry or cwd), [os.path.realpath(sys.prefix)]):
             # Not only modules: an entry point in a `*.egg-info` there would have been one of a backend.
             raise SpecError(
                 f"this Python imports from {entry or cwd}, which is the project's, and may have run its code already; start "
