@@ -10,20 +10,19 @@ from isolation.plain import os
 def scrub() -> None:
     """Overwrite the block that /proc/PID/environ shows; for processes that serve, and never need a variable again.
 
-    There is no execve(2) to replace that memory, and clearing `os.environ` does not touch it (proc(5), stat fields
-    50 and 51).
+    There is no execve(2) to replace that memory, and clearing `os.environ` does not touch it.
     """
     os.environ.clear()
     syscalls.clearenv()
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    start, end = int(fields[47]), int(fields[48])
-    if 0 < start < end:
-        syscalls.clear_memory(start, end)
+    _clear(command_line.ENVIRONMENT)
 
 
 def scrub_command_line() -> None:
     """Likewise what /proc/PID/cmdline shows: the host's, with the paths of what it has mounted, and how it was called."""
-    start, end = command_line.bounds()
-    if 0 < start < end:
+    _clear(command_line.ARGUMENTS)
+
+
+def _clear(field: int) -> None:
+    start, end = command_line.area(field)
+    if start < end:
         syscalls.clear_memory(start, end)
