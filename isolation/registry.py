@@ -103,30 +103,31 @@ def choose(spec: SandboxSpec, features: Iterable[str] = ()) -> Backend:
         if missing:
             raise FeatureMissing(f"the {backend.name} backend cannot do this here: {', '.join(sorted(missing))}")
         return backend
-    passed_over: list[str] = []
-    found = _first(wanted | needs(spec), passed_over) or _first(wanted, [])  # which will say what it cannot do, and why
+    reasons: list[str] = []
+    found = _first(wanted | needs(spec), reasons) or _first(wanted, [])  # which will say what it cannot do, and why
     if found is None:
-        raise BackendUnavailable("no backend works here ('isolation doctor' tells more):\n  " + "\n  ".join(passed_over))
+        raise BackendUnavailable("no backend works here ('isolation doctor' tells more):\n  " + "\n  ".join(reasons))
     return found
 
 
 def passed_over(spec: SandboxSpec, features: Iterable[str] = ()) -> list[str]:
     """Why it is not a backend that comes before the one that `choose` finds: a line each, with its name."""
-    found: list[str] = []
+    reasons: list[str] = []
     if spec.backend == "auto":
-        _first(frozenset(features) | needs(spec), found)
-    return found
+        _first(frozenset(features) | needs(spec), reasons)
+    return reasons
 
 
-def _first(wanted: frozenset[str], passed_over: list[str]) -> Backend | None:
+def _first(wanted: frozenset[str], reasons: list[str]) -> Backend | None:
+    """The first that will do; `reasons` are added to, for those before it."""
     for backend in _preferred():
         name = backend.name
         missing = wanted and wanted - backend.features()
         if missing:
-            passed_over.append(f"{name}: has no {', '.join(sorted(missing))} here")
+            reasons.append(f"{name}: has no {', '.join(sorted(missing))} here")
             continue
         works, reason = _works(name)
         if works:
             return backend
-        passed_over.append(f"{name}: {reason}")
+        reasons.append(f"{name}: {reason}")
     return None
