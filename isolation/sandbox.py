@@ -390,19 +390,20 @@ class Sandbox:
 
         The function gets a `isolation.guest.Guest`, warms up, and then loops over `guest.forks()`.
         """
-        if self._lent:
-            raise FeatureMissing("the host has lent this sandbox for commands: it cannot be forked")
-        if FORK not in self.backend.features():
-            raise FeatureMissing(f"the {self.backend.name} backend cannot fork a warm sandbox here")
+        self._require(FORK, "fork a warm sandbox here")
         return self.backend.template(self.spec, payload, config)
 
     def load_template(self, directory: str | os.PathLike[str], payload: str, config: Any = None) -> Template:
         """A template of this spec that `Template.save` has kept. Raises LaunchError, saying what differs, if any."""
+        self._require(SNAPSHOT, "keep a warm sandbox on disk")
+        return self.backend.load(self.spec, payload, config, os.fspath(directory))
+
+    def _require(self, feature: str, what: str) -> None:
+        """Raises FeatureMissing where the backend cannot do that, or is the host's business."""
         if self._lent:
             raise FeatureMissing("the host has lent this sandbox for commands: it cannot be forked")
-        if SNAPSHOT not in self.backend.features():
-            raise FeatureMissing(f"the {self.backend.name} backend cannot keep a warm sandbox on disk")
-        return self.backend.load(self.spec, payload, config, os.fspath(directory))
+        if feature not in self.backend.features():
+            raise FeatureMissing(f"the {self.backend.name} backend cannot {what}")
 
     def close(self) -> None:
         """End everything inside. May be called again; afterwards the sandbox is of no more use."""
