@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from isolation.backends.namespace.layers import ORIGIN
-from isolation.backends.namespace.operations import KEPT, LAYERS, PRIVATE, Operation, Overlay, Private
+from isolation.backends.namespace.operations import KEPT, PRIVATE, Operation, Overlay, Private, upper_of
 from isolation.guest import upper
 from isolation.result import Change
 
@@ -24,10 +24,10 @@ def of_store(
     found: list[Change] = []
     for operation in operations:
         if isinstance(operation, Overlay):
-            origin, source = f".{LAYERS}/{operation.layer}/upper", operation.source
+            origin, source = upper_of(".", operation.layer), operation.source
         elif isinstance(operation, Private):
             source = ""
-            origin = f".{PRIVATE}/{operation.number}" if level == 1 else f".{LAYERS}/{operation.layer}/upper"
+            origin = f".{PRIVATE}/{operation.number}" if level == 1 else upper_of(".", operation.layer)
         else:
             continue
         tops = [origin if layer == ORIGIN else f".{KEPT}/{layer}/{operation.layer}/upper" for layer in chain]

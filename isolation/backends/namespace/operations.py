@@ -47,6 +47,11 @@ def store_of(level: int) -> str:
     return STORE if level == 1 else f"{STORE}{level}"
 
 
+def upper_of(store: str, layer: str) -> str:
+    """Where a store has an overlay's own layer."""
+    return f"{store}{LAYERS}/{layer}/upper"
+
+
 def adopted(number: int) -> str:
     """Where the layer is, for an overlay that has one, of what the guest could not write otherwise (adoption.py)."""
     return f"{ADOPTED}/{number}"
@@ -74,7 +79,7 @@ class Ground:
 
     def upper(self, layer: str) -> str:
         """Where an overlay's own layer is."""
-        return f"{self.store}{LAYERS}/{layer}/upper"
+        return upper_of(self.store, layer)
 
 
 class Operation:
@@ -232,7 +237,7 @@ class Private(FreshOperation):
         if ground.level == 1:
             return []
         *stores, first = ground.stores_above()
-        return [*(f"{store}{LAYERS}/{self.layer}/upper" for store in stores), f"{first}{PRIVATE}/{self.number}"]
+        return [*(upper_of(store, self.layer) for store in stores), f"{first}{PRIVATE}/{self.number}"]
 
     def write(self, script: Script, ground: Ground) -> None:
         if ground.level > 1:
@@ -275,7 +280,7 @@ class Overlay(FreshOperation):
 
     def beneath(self, ground: Ground) -> list[str]:
         """Its lower layers, the uppermost first."""
-        return [*(f"{store}{LAYERS}/{self.layer}/upper" for store in ground.stores_above()), *self.lowers]
+        return [*(upper_of(store, self.layer) for store in ground.stores_above()), *self.lowers]
 
     def write(self, script: Script, ground: Ground) -> None:
         foreign_mode = self.foreign_mode if ground.level == 1 else None  # what is above has one that may be shown
