@@ -46,16 +46,22 @@ class Object:
 
 
 @dataclass(frozen=True, eq=False)
-class Device(Object):
-    """Of memory, as every sandbox has it."""
+class Numbered(Object):
+    """Of one descriptor: the kernel does not tell which others are its duplicates."""
 
     number: int
-    path: str
-    flags: int
 
     @property
     def numbers(self) -> Numbers:
         return (self.number,)
+
+
+@dataclass(frozen=True, eq=False)
+class Device(Numbered):
+    """Of memory, as every sandbox has it."""
+
+    path: str
+    flags: int
 
     def make(self) -> list[tuple[Numbers, int]]:
         return [((self.number,), os.open(self.path, self.flags | os.O_CLOEXEC))]
@@ -187,19 +193,14 @@ class Event(Object):
 
 
 @dataclass(frozen=True, eq=False)
-class Timer(Object):
+class Timer(Numbered):
     """timerfd_create(2). `left` and `interval`: seconds and nanoseconds; `expired`, and nobody has read it."""
 
-    number: int
     flags: int
     clock: int
     left: tuple[int, int]
     interval: tuple[int, int]
     expired: bool
-
-    @property
-    def numbers(self) -> Numbers:
-        return (self.number,)
 
     def make(self) -> list[tuple[Numbers, int]]:
         made = syscalls.timerfd_create(self.clock, os.O_CLOEXEC)
@@ -211,16 +212,11 @@ class Timer(Object):
 
 
 @dataclass(frozen=True, eq=False)
-class Signals(Object):
+class Signals(Numbered):
     """signalfd(2)."""
 
-    number: int
     flags: int
     mask: int
-
-    @property
-    def numbers(self) -> Numbers:
-        return (self.number,)
 
     def make(self) -> list[tuple[Numbers, int]]:
         made = syscalls.signalfd(self.mask)
@@ -229,20 +225,15 @@ class Signals(Object):
 
 
 @dataclass(frozen=True, eq=False)
-class Poll(Object):
+class Poll(Numbered):
     """epoll(7). `entries`: a number, events, and what is told with them."""
 
-    number: int
     entries: tuple[tuple[int, int, int], ...]
 
     @property
     def watched(self) -> Numbers:
         """What it waits for."""
         return tuple(fd for fd, _events, _data in self.entries)
-
-    @property
-    def numbers(self) -> Numbers:
-        return (self.number,)
 
     def make(self) -> list[tuple[Numbers, int]]:
         return [((self.number,), syscalls.epoll_create(os.O_CLOEXEC))]
