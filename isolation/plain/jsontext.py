@@ -60,8 +60,9 @@ def dumps(
 def values(text: bytes) -> int:
     """How many values a JSON text holds, about, without decoding them: `[],[],…` is three bytes each there, and a hundred as
     objects of Python."""
-    if _separators(text) <= _FEW:  # those in strings included
-        return _separators(text)
+    found = _separators(text)
+    if found <= _FEW:  # those in strings included
+        return found
     return _separators(_STRINGS.sub(b"", text))
 
 
