@@ -18,7 +18,7 @@ from isolation.plain import os
 from pytest_isolation.carriers.carrier import Carrier, Refused, text_of
 
 _FILES_AT_MOST = 20_000
-_NUMBERS_PER_LINE = 10  # of a file, in one context
+_NUMBERS_PER_LINE = 20  # of a file, in one context
 _LINE_AT_MOST = 1_000_000
 _CONTEXTS_AT_MOST = 1000  # of one test
 
@@ -178,18 +178,18 @@ class CoverageCarrier(Carrier):
             for file, numbers in files.items():
                 checked = check(numbers)
                 if self._is_measured(measured, file, tracers.get(file, "")):
-                    self._charge(named, file, checked)
+                    self._check_number(named, file, checked)
                     found.setdefault((named, file), set()).update(checked)
         return found, {file: tracer for file, tracer in tracers.items() if any(file == name for _, name in found)}
 
-    def _charge(self, context: str, file: str, numbers: set[Any]) -> None:
+    def _check_number(self, context: str, file: str, numbers: set[Any]) -> None:
         """A file has no more lines, or arcs, than its length allows for: what is believed is kept to the end of the run."""
         if file not in self._most:
             from coverage.files import relative_directory
 
             with open(os.path.join(relative_directory(), file), "rb") as source:
                 self._most[file] = _NUMBERS_PER_LINE * (source.read().count(b"\n") + 10)
-        if len(numbers) + len(self._found.get((context, file), ())) > 2 * self._most[file]:
+        if len(numbers) + len(self._found.get((context, file), ())) > self._most[file]:
             raise Refused(f"coverage: more lines than {os.path.basename(file)} has")
 
     def apply(self, item: pytest.Item, value: tuple[Numbers, dict[str, str]]) -> None:
