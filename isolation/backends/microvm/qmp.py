@@ -5,7 +5,6 @@ Synchronous, over a private socketpair: whoever speaks QMP has the power of the 
 
 from __future__ import annotations
 
-import array
 import collections
 from typing import Any
 
@@ -33,9 +32,11 @@ class Qmp:
     def send(self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None) -> None:
         """Send a command without waiting for its answer. A descriptor goes with "getfd"."""
         text = json.dumps({"execute": command} | ({"arguments": arguments} if arguments else {})).encode() + b"\n"
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
-        try:
-            self._sock.sendmsg([text], rights)  # an empty socket buffer takes all of it
+        try:  # an empty socket buffer takes all of it
+            if fd is None:
+                self._sock.send(text)
+            else:
+                socket.send_fds(self._sock, [text], [fd])
         except OSError as error:
             raise QmpError(f"QEMU is gone ({error.strerror})") from error
 
