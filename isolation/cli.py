@@ -12,14 +12,13 @@ or found.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from isolation.errors import CommandNotFound, IsolationError, SpecError
-
 # The rest is imported by the command that needs it, so that --help and usage errors come at once.
-from isolation.plain import os
+from isolation.errors import CommandNotFound, IsolationError, SpecError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
