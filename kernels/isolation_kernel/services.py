@@ -31,7 +31,8 @@ _ANSWER: Final = 2.0  # s
 _CHANGES_AT_MOST: Final = 500
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
-_ASKED: Final = ("status", "changes", "checkpoint", "keep", "rollback", "restore", "forget", "refresh")
+_ASKED: Final = ("status", "changes", "export", "checkpoint", "keep", "rollback", "restore", "forget", "refresh")
+LATER: Final = object()  # returned by a method whose answer is sent when it is done
 CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
 _NAME_AT_MOST: Final = 100
 # What programs keep for themselves: compiled modules, fonts, completions; semaphores of joblib.
@@ -129,17 +130,12 @@ class Services:
             self.warm = True
         elif op == "cell":
             self._cell(message.get("parent"))
-        elif op == "export":
-            try:
-                self._start_export(message)
-            except (IsolationError, OSError) as error:
-                return {"error": str(error)}
         elif op in _ASKED:
             try:
                 found: Any = getattr(self, f"_{op}")(message)
-                return {"answer": found}
             except (IsolationError, OSError) as error:
                 return {"error": str(error)}
+            return None if found is LATER else {"answer": found}
         return None
 
     def _cell(self, parent: Any) -> None:
@@ -222,7 +218,7 @@ class Services:
 
     # Checkpoints of a container. The kernel keeps its memory itself, in a slot, and asks at the right moments for its files.
 
-    def _checkpoint(self, message: Message) -> dict[str, Any]:
+    def _checkpoint(self, message: Message) -> object:
         name = checkpoint_name(message, self._kept)
         if FILE_CHECKPOINTS not in self._box.sandbox.backend.features():
             raise GuestError(
@@ -257,7 +253,7 @@ class Services:
             self._box.sandbox.forget_files(kept.files)
         return {"slot": kept.slot}
 
-    def _rollback(self, message: Message) -> dict[str, Any]:
+    def _rollback(self, message: Message) -> object:
         return {"slot": checkpoint_of(message, self._kept).slot}
 
     def _restore(self, message: Message) -> None:
@@ -271,7 +267,7 @@ class Services:
         self._box.sandbox.refresh_files()
         return True
 
-    def _start_export(self, message: Message) -> None:
+    def _export(self, message: Message) -> object:
         """It is answered when all has been copied."""
         path, target = self._export_paths(message)
         if self._copy is not None:
@@ -282,6 +278,7 @@ class Services:
         except BaseException:
             source.close()
             raise
+        return LATER
 
     def _export_paths(self, message: Message) -> tuple[str, str]:
         """What to copy, and to which place on the host. Raises GuestError."""

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from isolation.errors import GuestError, IsolationError
+from isolation.errors import GuestError
 from isolation.spec import SandboxSpec
 from isolation.template import Template
 from isolation.units import format_size
 from isolation.wire import Message
 from isolation_kernel.machine.box import MachineBox
 from isolation_kernel.options import Options
-from isolation_kernel.services import Services, checkpoint_name, checkpoint_of, exported
+from isolation_kernel.services import LATER, Services, checkpoint_name, checkpoint_of, exported
 
 
 class MachineServices(Services):
@@ -27,23 +27,13 @@ class MachineServices(Services):
         self._moved = moved
         self._checkpoints: dict[str, Template] = {}
 
-    def _answer(self, message: Message) -> Message | None:
-        op = message.get("op")
-        if op not in ("checkpoint", "rollback"):
-            return super()._answer(message)
-        try:
-            {"checkpoint": self._save, "rollback": self._roll_back}[op](message)
-        except (IsolationError, OSError) as error:
-            return {"error": str(error)}
-        return None  # it is answered later
-
     def _all_changes(self) -> list[Any]:
         return self._machine.changes()
 
     def _refresh(self, _message: Message) -> bool:
         return False  # it has a copy of the notebook's directory
 
-    def _start_export(self, message: Message) -> None:
+    def _export(self, message: Message) -> object:
         path, target = self._export_paths(message)
 
         def done(what: int | str) -> None:
@@ -54,8 +44,9 @@ class MachineServices(Services):
             self._machine.wire.send(answer)
 
         self._machine.fetch(path, target, self.room, done)
+        return LATER
 
-    def _save(self, message: Message) -> None:
+    def _checkpoint(self, message: Message) -> object:
         name = checkpoint_name(message, self._checkpoints)
         held = sum(template.held for other, template in self._checkpoints.items() if other != name)
         if held > self._machine.template.memory:
@@ -75,8 +66,9 @@ class MachineServices(Services):
 
         answer: Message = {}
         self._moved(save, answer)
+        return LATER
 
-    def _roll_back(self, message: Message) -> None:
+    def _rollback(self, message: Message) -> object:
         template = checkpoint_of(message, self._checkpoints)
 
         def restore() -> None:
@@ -85,6 +77,7 @@ class MachineServices(Services):
 
         back = {"rolled_back": message["name"], **{name: message.get(name) for name in ("request", "idents", "waiting")}}
         self._moved(restore, {"answer": back})
+        return LATER
 
     def _names(self) -> list[str]:
         return list(self._checkpoints)
