@@ -50,6 +50,14 @@ def both(pytester: pytest.Pytester, *arguments: str, cache: bool = False) -> tup
     return plain, isolated
 
 
+def told_by_both(plain: pytest.RunResult, isolated: pytest.RunResult, pattern: str) -> list[str]:
+    """What of their output matches, sorted: the same in both, as their outcomes are."""
+    assert isolated.parseoutcomes() == plain.parseoutcomes()
+    told = [sorted(re.findall(pattern, each.stdout.str())) for each in (plain, isolated)]
+    assert told[0] == told[1]
+    return told[0]
+
+
 # coverage.py
 
 CODE = """
@@ -352,10 +360,7 @@ def test_flaky(pytester: pytest.Pytester, arguments: list[str]) -> None:
     need("flaky", "xdist")
     pytester.makepyfile(FLAKY)
     plain, isolated = both(pytester, "-p", "flaky.flaky_pytest_plugin", *arguments)
-    assert isolated.parseoutcomes() == plain.parseoutcomes()
-    told = [sorted(re.findall(r"(?m)^test_.*(?:failed|passed).*$", each.stdout.str())) for each in (plain, isolated)]
-    assert told[0] == told[1]
-    assert any("runs remaining" in line for line in told[0])
+    assert any("runs remaining" in line for line in told_by_both(plain, isolated, r"(?m)^test_.*(?:failed|passed).*$"))
 
 
 RETRIES = """
@@ -389,10 +394,7 @@ def test_retry(pytester: pytest.Pytester, arguments: list[str]) -> None:
     need("pytest_retry", "xdist")
     pytester.makepyfile(RETRIES)
     plain, isolated = both(pytester, "-p", "pytest_retry.retry_plugin", *arguments)
-    assert isolated.parseoutcomes() == plain.parseoutcomes()
-    told = [sorted(re.findall(r"(?m)^\ttest_.* attempts?.*$", each.stdout.str())) for each in (plain, isolated)]
-    assert told[0] == told[1]
-    assert told[0]
+    assert told_by_both(plain, isolated, r"(?m)^\ttest_.* attempts?.*$")
 
 
 @pytest.mark.parametrize(
