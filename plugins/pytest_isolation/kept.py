@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_isolation.retries import plugin_of
+from pytest_isolation.origin import plugin_of
 from pytest_isolation.text import clean_name
 
 _INSTEAD = "run it with --isolation=no for that"

@@ -12,6 +12,10 @@ from typing import Any
 
 import pytest
 
+from pytest_isolation.origin import plugin_of
+
+_MODULE = "pytest_rerunfailures"
+
 
 class Rerun(BaseException):
     """Ends a fork's run of a test: no `except Exception` of a plug-in's on the way must stop it."""
@@ -19,7 +23,7 @@ class Rerun(BaseException):
 
 def remember_reruns(item: pytest.Item, reruns: int, before: int) -> None:
     """Inside, before the test runs: it has failed that often, and `before` reruns were made in the whole run."""
-    known = getattr(sys.modules.get("pytest_rerunfailures"), "StatusDB", None)
+    known = getattr(sys.modules.get(_MODULE), "StatusDB", None)
     if known is None or not hasattr(item.config, "failures_db"):
         return
     failures: Any = _counting(known)
@@ -41,15 +45,14 @@ def _counting(known: Any) -> Any:
 
 def is_used(config: pytest.Config) -> bool:
     """Whether that plug-in is there, by whatever name."""
-    plugin = sys.modules.get("pytest_rerunfailures")
-    return plugin is not None and config.pluginmanager.is_registered(plugin)
+    return plugin_of(config, _MODULE) is not None
 
 
 def reruns_allowed(item: pytest.Item, before: int) -> int:
     """On the host: how often it may run again in all, by that plug-in's own options and markers; none where it is not there.
     It has done so `before` times."""
-    plugin: Any = sys.modules.get("pytest_rerunfailures")
-    if not is_used(item.config) or not hasattr(plugin, "get_reruns_count"):
+    plugin = plugin_of(item.config, _MODULE)
+    if not hasattr(plugin, "get_reruns_count"):
         return 0
     allowed = plugin.get_reruns_count(item)
     if not isinstance(allowed, int):

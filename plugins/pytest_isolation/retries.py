@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
+
+from pytest_isolation.origin import plugin_of
 
 _RUNS_AT_MOST = 100  # of one test in one sandbox, where no plug-in says: a conftest may do it as well
 _RETRY = "pytest_retry.retry_plugin"
 _FLAKY = "_flaky_max_runs"  # what its decorator sets
 _RUNS_OF_FLAKY = 2  # unless said otherwise
-
-
-def plugin_of(config: pytest.Config, module: str) -> Any:
-    """A plug-in by its module, if it is in use, by whatever name; else None."""
-    found = sys.modules.get(module)
-    return found if found is not None and config.pluginmanager.is_registered(found) else None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_isolation.carriers.carrier import Carrier
-from pytest_isolation.origin import is_conftest
-from pytest_isolation.retries import plugin_of
+from pytest_isolation.origin import is_conftest, plugin_of
 
 _SCOPE = "module"  # where a marker names none
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_isolation.carriers.carrier import Carrier, Refused
-from pytest_isolation.retries import plugin_of
+from pytest_isolation.origin import plugin_of
 from pytest_isolation.text import clean
 
 _TEXT_AT_MOST = 1 << 20  # characters, of one test
