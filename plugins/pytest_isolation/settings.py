@@ -107,8 +107,9 @@ class Reader:
 
     @property
     def shown(self) -> list[str]:
-        """Directories of the host that tests see, and can write to."""
-        return [mount.source for mount in (*self._mounts, *self._more) if mount.mode != "ro"]
+        """Directories of the host that tests see at the same path, and can write to."""
+        mounts = (*self._mounts, *self._more)
+        return [mount.source for mount in mounts if mount.mode != "ro" and mount.source == mount.target]
 
     def show(self, mounts: Iterable[Mount]) -> None:
         """Let every test see these, too; but not those that run in a machine, to which all would have to be copied."""

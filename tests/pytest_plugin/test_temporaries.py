@@ -176,3 +176,13 @@ def test_the_fixture_for_sandboxes(pytester: pytest.Pytester) -> None:
             assert sandbox.run(["ls", "-d", MADE.name]).returncode == 0
     """)
     run(pytester).assert_outcomes(passed=1)
+
+
+def test_a_directory_that_is_mounted_at_another_place(pytester: pytest.Pytester, elsewhere: Path) -> None:
+    """At its own path, tests do not see it for that."""
+    pytester.makepyfile("""
+        import os, tempfile
+        MADE = tempfile.mkdtemp()
+        def test_it(): assert os.path.isdir(MADE)
+    """)
+    run(pytester, f"--isolation-mount={elsewhere}:/data:overlay").assert_outcomes(passed=1)
