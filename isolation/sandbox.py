@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Protocol, Self
 
 from isolation import registry
 from isolation.errors import FeatureMissing, GuestError, SandboxClosed, SpecError
@@ -17,9 +17,18 @@ from isolation.template import Template
 from isolation.units import parse_seconds, parse_size
 
 PIPE: Final = subprocess.PIPE
+DEVNULL: Final = subprocess.DEVNULL
+STDOUT: Final = subprocess.STDOUT
 _CHUNK = 1 << 16
 _LOOK_AGAIN = 0.1  # s; another thread may have read the news of this process from the machine
 _FORCE_AFTER = 5.0  # s, between ending a command and giving its sandbox up
+
+
+class HasFileno(Protocol):
+    """What a stream can be: an open file, say."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
 
 
 class Process:
@@ -226,20 +235,22 @@ class Sandbox:
         self,
         args: Sequence[str],
         *,
-        stdin: int | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
+        stdin: int | HasFileno | None = None,
+        stdout: int | HasFileno | None = None,
+        stderr: int | HasFileno | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         tty: bool | tuple[int, int] = False,
         pass_fds: Sequence[int] = (),
     ) -> Process:
-        """Start a command. Streams are PIPE, a file descriptor, or None for /dev/null; with `tty` (True, or its size in
-        rows and columns), the streams that are None are a terminal of the sandbox's own, whose master is `Process.tty`.
+        """Start a command. Streams are as those of subprocess.Popen (PIPE, DEVNULL, STDOUT, a file descriptor, a file), but
+        for None, which is /dev/null; with `tty` (True, or its size in rows and columns), the streams that are None are a
+        terminal of the sandbox's own, whose master is `Process.tty`.
         `pass_fds` are the command's descriptors from 64 up, in this order: each is a way out of the sandbox to what is
         behind it.
 
-        Raises CommandNotFound when there is no such command inside, LaunchError, SandboxClosed.
+        Raises CommandNotFound when there is no such command inside, SpecError for what is no stream, LaunchError,
+        SandboxClosed.
         """
         if isinstance(args, (str, bytes)) or not args or not all(isinstance(word, str) for word in args):
             raise SpecError(f"a command is a non-empty list of strings, not {args!r}")
@@ -251,17 +262,23 @@ class Sandbox:
         try:
             for number, wanted in enumerate((stdin, stdout, stderr)):
                 end: BinaryIO | None = None
-                fd = wanted
+                fd: int | None
                 if wanted == PIPE:
                     read, write = os.pipe2(os.O_CLOEXEC)
                     fd, kept = (read, write) if number == 0 else (write, read)
                     opened.append(fd)
                     end = os.fdopen(kept, "wb" if number == 0 else "rb", buffering=0)
-                elif wanted is None and not tty:
+                elif wanted == DEVNULL or (wanted is None and not tty):
                     fd = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
                     opened.append(fd)
+                elif wanted == STDOUT and number == 2:
+                    fd = given[1]
+                else:
+                    fd = None if wanted is None else _descriptor(wanted, ("stdin", "stdout", "stderr")[number])
                 ours.append(end)
                 given.append(fd)
+            for fd in pass_fds:
+                _descriptor(fd, "pass_fds")
             window = tty if isinstance(tty, tuple) else None
             number, master = self.machine.start(
                 args, env=env or {}, cwd=cwd or self.spec.workdir, stdio=given, window=window,
@@ -418,6 +435,16 @@ class Sandbox:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _descriptor(stream: int | HasFileno, name: str) -> int:
+    """The number of an open one. Raises SpecError."""
+    try:
+        fd = stream if isinstance(stream, int) else stream.fileno()
+        os.fstat(fd)
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError):
+        raise SpecError(f"{name} must be an open file, its descriptor, PIPE or DEVNULL, not {stream!r}") from None
+    return fd
 
 
 __all__ = ["PIPE", "Process", "Sandbox", "SandboxClosed"]

@@ -255,6 +255,19 @@ def test_popen_signals_and_streams(project: Path) -> None:
             verdict = process.wait(60)
         assert verdict is not None
         assert (verdict.ended, verdict.status) == (Ended.SIGNALLED, signal.SIGTERM)
+        both = ["sh", "-c", "cat; echo out; echo err >&2"]
+        with box.popen(both, stdin=subprocess.DEVNULL, stdout=PIPE, stderr=subprocess.STDOUT) as process:
+            assert process.communicate().stdout == b"out\nerr\n"
+        with (project / "log").open("w+b") as log, (project / "data.txt").open("rb") as data:
+            assert box.popen(["cat"], stdin=data, stdout=log, stderr=log).communicate().verdict.ok
+            log.seek(0)
+            assert log.read() == b"original"
+        for wrong in (log, 9999, -5, "log.txt", 1 << 40):
+            with pytest.raises(SpecError, match="stdout must be an open file"):
+                box.popen(["true"], stdout=wrong)  # type: ignore[arg-type]
+            with pytest.raises(SpecError, match="pass_fds"):
+                box.popen(["true"], pass_fds=[wrong])  # type: ignore[list-item]
+        assert box.run(["echo", "alive"], timeout=600).stdout == b"alive\n"
 
 
 def test_two_threads_use_one_sandbox(project: Path) -> None:
