@@ -180,7 +180,7 @@ def _add_run(commands: Any) -> None:
     modes = "none: own loopback only (default); nat (microvm): outgoing only; host (namespace): no isolation at all"
     add("--network", metavar="MODE", default="none", help=modes)
     add("--memory", metavar="SIZE", help="of all its processes together")
-    add("--pids", metavar="N", help="how many processes and threads it may have")
+    add("--pids", metavar="N", help="how many processes and threads it may have (default: 4096; none: any number)")
     add("--cpus", metavar="N", help="cores, e.g. 0.5")
     add("--disk", metavar="SIZE", help="how much it may write")
     add("--timeout", metavar="TIME", help="end it after this time")
@@ -247,7 +247,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _spec(options: argparse.Namespace) -> SandboxSpec:
     from isolation import command_line
-    from isolation.spec import Limits, Mount, SandboxSpec
+    from isolation.spec import PIDS, Limits, Mount, SandboxSpec
+    from isolation.units import unless_none
 
     command_line.hide_values(options.env)
     mounts = [Mount.parse(text) for text in options.mount]
@@ -265,7 +266,7 @@ def _spec(options: argparse.Namespace) -> SandboxSpec:
         workdir=os.path.normpath(os.path.join(cwd, options.workdir)) if options.workdir else cwd,
         env=dict(variables(options.env)),
         network=options.network,
-        limits=Limits(options.memory, options.pids, options.cpus, options.disk, options.timeout),
+        limits=Limits(options.memory, unless_none(options.pids, PIDS), options.cpus, options.disk, options.timeout),
         nesting=options.nesting,
     )
 

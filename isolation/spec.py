@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from isolation.errors import SpecError
 from isolation.plain import os
@@ -140,6 +140,9 @@ class Network:
 
     def __str__(self) -> str:
         return f"{self.mode}:{','.join(self.hosts)}" if self.hosts else self.mode
+
+
+PIDS: Final = 4096  # of a command or a kernel, where nobody has said how many: a fork bomb is bounded, a build is not
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,13 @@ def parse_count(value: str | int, what: str = "count") -> int:
     return count
 
 
+def unless_none(value: str | None, default: str | int | None) -> str | int | None:
+    """A limit as a command line says it: `default` where nothing is said, None (no limit) for "none"."""
+    if value is None:
+        return default
+    return None if value == "none" else value
+
+
 def format_size(size: float) -> str:
     """The reverse of `parse_size`, for people: 536870912 → "512M"."""
     for unit, factor in reversed(_SIZE_UNITS.items()):

@@ -104,7 +104,7 @@ def test_exit_code(args: list[str], code: int) -> None:
         ["run", "--no-such-option", "true"],
         ["run", "--mem", "64M", "true"],  # an abbreviation
         ["run", "--memory", "3x", "true"],
-        ["run", "--pids", "none", "true"],
+        ["run", "--pids", "many", "true"],
         ["run", "--network", "some", "true"],
         ["run", "--mount", "a:b:c:d", "true"],
         ["run", "--backend", "no-such", "true"],

@@ -92,9 +92,9 @@ def add_sandbox_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", metavar="NAME", help="which one (default: the first that works)")
     add("--network", metavar="MODE", help="none: own loopback only (default); allow:NAME,…: these hosts by HTTP(S); "
         "nat (microvm); host (namespace): no isolation at all")  # fmt: skip
-    add("--memory", metavar="SIZE", help="of all its processes together, e.g. 2G")
+    add("--memory", metavar="SIZE", help="of all processes, e.g. 2G (default: four fifths of the machine; none: no limit)")
     add("--cpus", metavar="N", help="cores, e.g. 0.5")
-    add("--pids", metavar="N", help="how many processes and threads it may have")
+    add("--pids", metavar="N", help="how many processes and threads it may have (default: 4096; none: any number)")
     add("--disk", metavar="SIZE", help="how much it may write")
     add("--timeout", metavar="TIME", help="end the kernel after this time, e.g. 8h")
     add("--cell-timeout", metavar="TIME", help="interrupt a cell after this time, e.g. 5min")

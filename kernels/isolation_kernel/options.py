@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from isolation.errors import SpecError
-from isolation.spec import Limits, Mount, Network, SandboxSpec
-from isolation.units import parse_seconds
+from isolation.spec import PIDS, Limits, Mount, Network, SandboxSpec
+from isolation.units import parse_seconds, unless_none
 
 Notebook = Literal["overlay", "ro", "rw", "none"]
 
@@ -18,6 +20,8 @@ PROXY_PORT: Final = 3128  # inside, where every port is free
 PACKAGES: Final = "/tmp/.isolation-kernel/packages"  # where pip installs to, inside
 # The frontend's, beside the allowlist that the core has; neither tells a secret.
 _ENVIRONMENT: Final = ("JPY_SESSION_NAME", "MPLBACKEND")
+# Of the cgroup that a container is: of version 2, and of version 1, as it sees them itself (cgroup_namespaces(7)).
+_CONTAINER_MEMORY: Final = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Options:
     notebook      the directory that the kernel starts in: "overlay" (writable, discarded), "ro", "rw", or "none"; a home
                   directory is shown by an explicit mount only
     mount, env    as `isolation run` has them
+    memory, pids  None: what fits this machine; "none": no limit. A virtual machine has its own bounds, unless some are said
     timeout       wall-clock limit of the whole kernel
     cell_timeout  of one cell: it is interrupted, and the kernel ended if that does not help
     export        the one directory on the host that `%isolation export` may write to
@@ -122,7 +127,13 @@ class Options:
             env=env,
             # Names that are reached by way of a proxy on the host: the sandbox itself has no network.
             network=Network.none() if network.mode == "allow" else network,
-            limits=Limits(self.memory, self.pids, self.cpus, self.disk, self.timeout),
+            limits=self._limits(),
+        )
+
+    def _limits(self) -> Limits:
+        memory, pids = (None, None) if self.in_machine else (fitting_memory(), PIDS)
+        return Limits(
+            unless_none(self.memory, memory), unless_none(self.pids, pids), self.cpus, self.disk, self.timeout
         )
 
     @property
@@ -142,6 +153,16 @@ class Options:
     def allowed_hosts(self) -> tuple[str, ...]:
         """Network mode "allow": the names that may be connected to."""
         return Network.parse(self.network).hosts
+
+
+def fitting_memory() -> int:
+    """Four fifths of this machine's, or this container's, in bytes: a cell that takes too much ends its kernel, and not what
+    else runs here."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in _CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            total = min(total, int(Path(path).read_text(encoding="ascii")))
+    return max(total * 4 // 5 >> 26 << 26, 1 << 26)
 
 
 def holds_home(path: str) -> bool:

@@ -171,7 +171,7 @@ def test_magic(kernels: Kernels, tmp_path: Path) -> None:
     out.mkdir()
     kernel = kernels("argv", "--export", str(out), "--memory", "900M", "--cell-timeout", "1h")
     status = kernel.run("%isolation").text
-    assert "limits    memory 900M, cell 1h" in status
+    assert "limits    memory 900M, pids 4096, cell 1h" in status
     assert "network   own loopback only" in status
     assert "nothing was changed" in kernel.run("%isolation changes").text
     kernel.run("open('result.csv', 'w').write('1,2')")

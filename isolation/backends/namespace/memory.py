@@ -13,6 +13,8 @@ from isolation.backends.namespace.cgroup import oom_kills
 from isolation.plain import os, time
 
 _INTERVAL = 5  # ms; an allocating process touches some 1 to 2 GB/s, and so is 10 MB further at the next look
+_SELDOM = 250  # ms between two looks, where the limit is too far away to be reached meanwhile
+_FASTEST = (8 << 30) * (os.cpu_count() or 1)  # bytes/s: no processor clears pages faster than that
 _HEADROOM = 64 << 20  # "near" is this much below the limit: time enough to write stacks
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _UNSEEN = 1 << 62  # bytes, of a process that is there, but cannot be looked at
@@ -20,14 +22,12 @@ _GONE = (FileNotFoundError, ProcessLookupError)
 
 
 class Watch:
-    """Looks at most every `interval` milliseconds.
+    """Looks the oftener, the nearer the limit is.
 
     `cgroup_files` are those of Cgroup.open_memory_files; without them, `proc` (the sandbox's /proc) and `store`
     (its file store) tell: of the processes of its own PID namespace only, with `own_only`. The forks of a template are in
     others, and have limits of their own.
     """
-
-    interval = _INTERVAL
 
     def __init__(
         self, limit: int, cgroup_files: tuple[int, int] | None, proc: int, store: int, *, kills: bool, own_only: bool = False
@@ -42,16 +42,21 @@ class Watch:
         self._next = 0.0
         self.idle = False  # there is no process to watch
 
+    @property
+    def interval(self) -> float:
+        """Milliseconds until there is something to look at."""
+        return max(1.0, (self._next - time.monotonic()) * 1000)
+
     def look(self) -> str:
         """"low", "near" the limit or "over" it (only where nobody else holds it); "unknown" between two looks."""
         now = time.monotonic()
         if now < self._next:
             return "unknown"
-        self._next = now + _INTERVAL / 1000
         try:
             used = self._used()
         except OSError:
             used = _UNSEEN
+        self._next = now + min(max(_INTERVAL / 1000, (self._near - used) / _FASTEST), _SELDOM / 1000)
         if used > self._limit and self._kills:
             return "over"
         return "near" if used > self._near else "low"
