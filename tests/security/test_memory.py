@@ -16,7 +16,9 @@ from isolation import Ended, Limits, SandboxSpec
 from isolation.backends.namespace import memory
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plan import ALL_DEFENCES, Plan, make_plan
+from isolation.backends.namespace.template import NamespaceTemplate
 from isolation.backends.showing import python_environment
+from isolation.guest import Guest
 from isolation.sandbox import Sandbox
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -110,3 +112,48 @@ def test_what_cannot_be_looked_at_is_over_the_limit(error: int, said: str, monke
         assert watch.look() == said
     finally:
         watch.close()
+
+
+def test_far_from_the_limit_it_looks_seldom() -> None:
+    """And never so that the limit could be reached unseen, by processors that do nothing but clear pages."""
+    directory = os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)
+    far = memory.Watch(1 << 50, None, os.dup(directory), directory, kills=True)
+    try:
+        assert far.look() == "low"
+        assert 100 < far.interval <= 250
+        assert far.look() == "unknown"
+    finally:
+        far.close()
+
+
+def test_what_programs_size_themselves_by() -> None:
+    spec = SandboxSpec(limits=Limits(memory="200M"))
+    with Sandbox(spec) as box:
+        done = box.run(["cat", "/proc/meminfo"], timeout=600)
+        lines = dict(line.split(":") for line in done.stdout.decode().splitlines())
+        assert lines["MemTotal"].split() == [str(200 << 10), "kB"]
+        assert int(lines["MemAvailable"].split()[0]) <= 200 << 10
+        assert box.run(["sh", "-c", "echo x > /proc/meminfo"], timeout=600).returncode != 0
+    with Sandbox(SandboxSpec()) as box:
+        whole = box.run(["head", "-1", "/proc/meminfo"], timeout=600).stdout.decode()
+        assert whole == Path("/proc/meminfo").read_text().partition("\n")[0] + "\n"
+
+
+def test_a_fork_and_a_fork_of_a_fork_see_it_too() -> None:
+    def total() -> int:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return int(file.readline().split()[1])
+
+    def payload(guest: Guest) -> None:
+        for _level in guest.forks():
+            guest.send({"total": total()})
+            for _job in guest.forks():
+                guest.send({"total": total()})
+
+    with NamespaceTemplate(make_plan(SandboxSpec(limits=Limits(memory="300M")), python=python_environment()), payload) as root:
+        with root.branch() as branch:
+            template = branch.template(600)
+            assert template is not None
+            with template.fork() as fork:
+                seen = [branch.receive(600), fork.receive(600)]
+    assert seen == [{"total": 300 << 10}] * 2

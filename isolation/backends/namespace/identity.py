@@ -8,10 +8,10 @@ from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.script import Script
 from isolation.plain import os
 
-# 65536 ids that no distribution hands out: above /etc/subuid's usual ranges (100000 up), and 64K-aligned within what
-# systemd sets aside for containers (524288 to 1879048191, systemd's UIDS-GIDS.md).
-RANGE_BASE = 27465 * 65536
+# Ids that no distribution hands out, 65536 at a time: above /etc/subuid's usual ranges (100000 up), and 64K-aligned within
+# what systemd sets aside for containers (524288 to 1879048191, systemd's UIDS-GIDS.md).
 RANGE_SIZE = 65536
+_RANGES = range(20000 * RANGE_SIZE, 28672 * RANGE_SIZE, RANGE_SIZE)
 _CAP_SYS_ADMIN = 1 << 21
 
 
@@ -32,7 +32,7 @@ class Identity(NamedTuple):
     def describe(self) -> str:
         """One line for `--explain`."""
         if self.ranged:
-            return f"root inside, host ids {RANGE_BASE} to {RANGE_BASE + RANGE_SIZE - 1}: never host uid 0"
+            return f"root inside, {RANGE_SIZE} ids of {_RANGES.start} and above on the host: never host uid 0"
         return f"uid {self.uid}, gid {self.gid}, inside and outside"
 
 
@@ -48,7 +48,14 @@ def _has_capabilities() -> bool:
     return bool(int(effective, 16) & _CAP_SYS_ADMIN)
 
 
-def map_range(pid: int, base: int = RANGE_BASE) -> None:
+def choose_range() -> int:
+    """The first id of a keeper's range. What the kernel counts by user (descriptors in flight, pipes, locked memory) one run
+    then cannot use up for another. That two choose the same is unlikely, and harms nothing else: no file that outlives
+    its sandbox belongs to such an id."""
+    return _RANGES[int.from_bytes(os.urandom(4), "little") % len(_RANGES)]
+
+
+def map_range(pid: int, base: int) -> None:
     """Write the maps of a process in a new user namespace; for real root, from outside."""
     for name in ("uid_map", "gid_map"):
         write_map(f"/proc/{pid}/{name}", f"0 {base} {RANGE_SIZE}")

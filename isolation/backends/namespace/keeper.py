@@ -301,9 +301,10 @@ def serve_warm(
     them all with it. Its parent only waits, and clears up."""
     inherited = fds.inventory(exclude=[wire.fileno(), host])
     cgroups = None
+    base = identity.choose_range()
     try:
         if plan.staged:
-            stage.prepare(plan.staged, plan.mount_point)
+            stage.prepare(plan.staged, plan.mount_point, base)
         if plan.cgroup is not None:
             plan.cgroup.sweep()
             cgroups = plan.cgroup.subtree()
@@ -322,7 +323,7 @@ def serve_warm(
         theirs.close()
         wire.sock.close()
         if ours.recv(1) == b"m":
-            identity.map_range(pid)
+            identity.map_range(pid, base)
             ours.send(b"m")
         _see_end(pid, pidfd, host)
         ours.close()

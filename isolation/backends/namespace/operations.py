@@ -167,7 +167,7 @@ class View(BaseOperation):
 
     def execute(self) -> None:
         make_directory(NEW + self.target)
-        data = f"lowerdir={NEW}{EMPTY}:{_escape(self.lower)},{_OVERLAY}"
+        data = overlay_view(NEW + EMPTY, _escape(self.lower))
         syscalls.mount("overlay", NEW + self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
 
     def describe(self) -> str:
@@ -176,7 +176,11 @@ class View(BaseOperation):
 
 @dataclass(frozen=True)
 class Bind(BaseOperation):
-    """Base: a host file or directory itself; read-only unless `writable`, where the guest's writes reach the host."""
+    """Base: a host file or directory itself; read-only unless `writable`, where the guest's writes reach the host.
+
+    With `by_view`, a place for a view of its directory, a file is that of the view: not the host's inode, whose locks and
+    leases (fcntl(2), F_SETLEASE) hold up the host's programs.
+    """
 
     target: str
     source: str
@@ -184,17 +188,32 @@ class Bind(BaseOperation):
     directory: bool
     writable: bool = False
     device: bool = False
+    by_view: str | None = None
 
     def execute(self) -> None:
         path = NEW + self.target
         make_mount_point(path, directory=self.directory)
-        fd = syscalls.open_tree(self.lower, syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | os.O_CLOEXEC)
+        flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | os.O_CLOEXEC
+        fd = syscalls.open_tree(self._of_view() or self.lower, flags)
         attributes = syscalls.MOUNT_ATTR_NOSUID | (0 if self.writable else syscalls.MOUNT_ATTR_RDONLY)
         if not self.device:  # which a read-only mount keeps nobody from writing to; but its times are the host's
             attributes |= syscalls.MOUNT_ATTR_NODEV
         syscalls.mount_setattr(fd, attributes, recursive=True)
         syscalls.move_mount(fd, path)
         os.close(fd)
+
+    def _of_view(self) -> str | None:
+        """Where the view has it; None where there is none, or mounts below the directory forbid one (view.py, _split)."""
+        if self.by_view is None:
+            return None
+        directory, name = os.path.split(self.lower)
+        try:
+            View(self.by_view, "", directory).execute()
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None
+        return os.path.join(NEW + self.by_view, name)
 
     def describe(self) -> str:
         kind = "device" if self.device else "writable: reaches the host" if self.writable else "read-only"
@@ -370,10 +389,12 @@ class FreshSymlink(FreshOperation):
 
 @dataclass(frozen=True)
 class Proc(FreshOperation):
-    """Fresh: a /proc of the new PID namespace, without what tells of the host or its keys."""
+    """Fresh: a /proc of the new PID namespace, without what tells of the host or its keys. `memory`: a file of the base that
+    is /proc/meminfo."""
 
     masked: tuple[str, ...]
     directories: frozenset[str] = frozenset()  # those that are, in this kernel; the others are files, or missing
+    memory: str | None = None
     target: str = "/proc"
 
     def write(self, script: Script, ground: Ground) -> None:
@@ -385,6 +406,8 @@ class Proc(FreshOperation):
             path = f"{self.target}/{name}"
             cover = EMPTY if name in self.directories else "/dev/null"
             script.call("mount", cover, path, "", syscalls.MS_BIND, 0, accept=(errno.ENOENT,), about=self.describe())
+        if self.memory is not None:
+            write_mount(script, self, self.memory, f"{self.target}/meminfo", "", syscalls.MS_BIND)
 
     def describe(self) -> str:
         return f"proc     {self.target} (masked: {', '.join(self.masked) or 'nothing'})"
@@ -450,6 +473,11 @@ def write_overlay(
     flags = syscalls.MS_NODEV | syscalls.MS_NOSUID
     write_mount(script, operation, "overlay", operation.target, "overlay", flags, data)
     _cover(operation.target, ground.made)
+
+
+def overlay_view(empty: str, lower: str) -> str:
+    """What mount(2) is told of an overlay that nobody writes to; one with a single layer would be refused."""
+    return f"lowerdir={empty}:{lower},{_OVERLAY}"
 
 
 def overlay_options(lowers: Sequence[str], top: str) -> str:

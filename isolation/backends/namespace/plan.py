@@ -30,6 +30,7 @@ from isolation.backends.namespace.operations import (
     TextFile,
 )
 from isolation.backends.namespace.operations import View as ReadOnly
+from isolation.backends.namespace.stage import Source
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.plain import os
@@ -41,6 +42,7 @@ MASKED = (
     "acpi", "asound", "kcore", "key-users", "keys", "latency_stats", "sched_debug", "scsi", "sysrq-trigger",
     "timer_list",
 )  # fmt: skip
+_MEMORY = f"{HIDDEN}/meminfo"
 _COPY_AT_MOST = 64 << 20  # of a file that is copied into every sandbox
 _STORE_MOUNT_POINTS = ("/tmp", "/var/tmp", "/mnt", "/")
 _NAMESPACES = {
@@ -59,7 +61,7 @@ class Plan:
 
     base: tuple[BaseOperation, ...]
     fresh: tuple[FreshOperation, ...]
-    staged: tuple[tuple[str, bool], ...]
+    staged: tuple[Source, ...]
     mount_point: str
     identity: Identity
     clone_flags: int
@@ -236,7 +238,11 @@ def _writable_places(shown: view.View, env: dict[str, str]) -> None:
 
 def _kernel_places(shown: view.View, spec: SandboxSpec, defences: frozenset[str]) -> None:
     masked = MASKED if not spec.nesting and "proc-masks" in defences else ()
-    shown.add(Proc(masked, frozenset(name for name in masked if os.path.isdir(f"/proc/{name}"))))
+    memory = spec.limits.memory if "proc-masks" in defences and not spec.nesting else None
+    if memory is not None:
+        shown.add(TextFile(_MEMORY, _meminfo(memory)))
+    directories = frozenset(name for name in masked if os.path.isdir(f"/proc/{name}"))
+    shown.add(Proc(masked, directories, None if memory is None else _MEMORY))
     shown.add(Directory("/dev"))
     shown.add(DevPts())
     shown.private("/dev/shm", 0o1777)
@@ -249,6 +255,14 @@ def _kernel_places(shown: view.View, spec: SandboxSpec, defences: frozenset[str]
         shown.bind("/sys/devices/system/cpu", "/sys/devices/system/cpu")  # how many processors: OpenBLAS, glibc, …
     for name in ("power_supply", "thermal", "hwmon"):
         shown.add(Directory(f"/sys/class/{name}"))  # empty: who asks for batteries, say, fails where there is no such place
+
+
+def _meminfo(limit: int) -> str:
+    """What programs size themselves by (proc_meminfo(5)). What is free is not followed."""
+    total = min(limit, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) >> 10
+    values = {"MemTotal": total, "MemFree": total, "MemAvailable": total}
+    values |= dict.fromkeys("Buffers Cached Active Inactive SwapTotal SwapFree Shmem Slab SReclaimable".split(), 0)
+    return "".join(f"{name + ':':<16}{value:>8} kB\n" for name, value in values.items())
 
 
 def _name_resolution(shown: view.View) -> None:

@@ -111,6 +111,7 @@ class Keeper:
         self._wire = wire
         self._host = host
         self._mask = mask
+        self._range = identity.choose_range()
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._cgroups: Hierarchy | None = None
@@ -140,7 +141,7 @@ class Keeper:
         """What is done once. Returns how many private files a fork wants."""
         plan = self._plan
         if plan.staged:
-            stage.prepare(plan.staged, plan.mount_point)
+            stage.prepare(plan.staged, plan.mount_point, self._range)
         if plan.cgroup is not None:
             plan.cgroup.sweep()
             self._cgroups = plan.cgroup.subtree()
@@ -226,8 +227,8 @@ class Keeper:
                     patience.append((child.deadline - now) * 1000 + 1)
             # Of one for commands, PID 1 tells when there is something to watch again.
             if child.watch is not None and not (child.watch.idle and child.control >= 0):
-                patience.append(child.watch.interval)
                 state = child.watch.look()
+                patience.append(child.watch.interval)
                 if state == "near" and now >= child.next_dump:
                     self._dump(child)
                 elif state == "over" and not child.out_of_memory:
@@ -360,7 +361,7 @@ class Keeper:
             if request == b"c" and child.cgroup is not None:
                 child.cgroup.add(child.pid)
             elif request == b"m":
-                identity.map_range(child.pid)
+                identity.map_range(child.pid, self._range)
             elif request == b"i":
                 self._map_inner(child)
             elif child.watch is not None and request and not request.strip(b"a"):

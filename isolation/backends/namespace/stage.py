@@ -11,21 +11,34 @@ import contextlib
 import signal
 import stat
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from isolation.backends.namespace import identity, syscalls
+from isolation.backends.namespace.operations import overlay_view
 from isolation.plain import os
 
 _COPY_FILES = 200_000
 _COPY_BYTES = 2 << 30
 
 
-def prepare(sources: Sequence[tuple[str, bool]], mount_point: str) -> None:
-    """Put each source at `mount_point`/0, /1, …; those whose second value is true, id-mapped. Raises OSError."""
+class Source(NamedTuple):
+    """owned    it is the user's: id-mapped
+    by_view  a file, not by its own inode, but by that of a view of its directory (operations.py, Bind)
+    """
+
+    path: str
+    owned: bool
+    by_view: bool = False
+
+
+def prepare(sources: Sequence[Source], mount_point: str, base: int) -> None:
+    """Put each source at `mount_point`/0, /1, …; those that are owned are id-mapped to the range that begins with `base`.
+    Raises OSError."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
-    userns = _mapped_user_namespace()
+    userns = _mapped_user_namespace(base)
     trees: list[int | None] = []
-    for path, owned in sources:
+    for path, owned, _by_view in sources:
         fd = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
         if owned:
             try:
@@ -36,8 +49,14 @@ def prepare(sources: Sequence[tuple[str, bool]], mount_point: str) -> None:
                 continue
         trees.append(fd)
     os.close(userns)
-    copies = [(os.open(path, os.O_PATH), index) for index, (path, _) in enumerate(sources) if trees[index] is None]
+    copies = [(os.open(each.path, os.O_PATH), index) for index, each in enumerate(sources) if trees[index] is None]
+    beside = [(os.open(os.path.dirname(each.path), os.O_PATH), index) for index, each in enumerate(sources) if each.by_view]
     syscalls.mount("isolation-stage", mount_point, "tmpfs", syscalls.MS_NOSUID, "mode=0711")
+    for directory, index in beside:
+        if (viewed := _of_view(directory, os.path.basename(sources[index].path), f"{mount_point}/view{index}")) >= 0:
+            os.close(trees[index] or -1)
+            trees[index] = viewed
+        os.close(directory)
     for index, tree in enumerate(trees):
         target = f"{mount_point}/{index}"
         if tree is None:
@@ -49,11 +68,23 @@ def prepare(sources: Sequence[tuple[str, bool]], mount_point: str) -> None:
         syscalls.move_mount(tree, target)
         os.close(tree)
     for source, index in copies:
-        _copy_shifted(f"/proc/self/fd/{source}", f"{mount_point}/{index}", sources[index][0])
+        _copy_shifted(f"/proc/self/fd/{source}", f"{mount_point}/{index}", sources[index][0], base)
         os.close(source)
 
 
-def _mapped_user_namespace() -> int:
+def _of_view(directory: int, name: str, place: str) -> int:
+    """A descriptor of the file in a view of its directory; -1 on a file system that cannot have one."""
+    os.mkdir(place)
+    os.mkdir(f"{place}/empty")
+    try:
+        syscalls.mount("overlay", place, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID,
+                       overlay_view(f"{place}/empty", f"/proc/self/fd/{directory}"))  # fmt: skip
+        return syscalls.open_tree(f"{place}/{name}", syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _mapped_user_namespace(base: int) -> int:
     """A descriptor of a user namespace with the range's maps; a process must be in it while they are written."""
     pid, pidfd = syscalls.clone(syscalls.CLONE_NEWUSER)
     if pid == 0:
@@ -61,7 +92,7 @@ def _mapped_user_namespace() -> int:
         while True:
             signal.pause()
     try:
-        identity.map_range(pid)
+        identity.map_range(pid, base)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -69,14 +100,14 @@ def _mapped_user_namespace() -> int:
         os.close(pidfd)
 
 
-def _copy_shifted(source: str, target: str, name: str) -> None:
+def _copy_shifted(source: str, target: str, name: str, base: int) -> None:
     """A copy whose owners are in the range. Raises OSError when it is too large to be made for every keeper."""
     import shutil  # late: with all that it can unpack it takes long
 
     files = size = 0
     if not os.path.isdir(source):
         shutil.copy2(source, target)
-        os.chown(target, identity.RANGE_BASE, identity.RANGE_BASE)
+        os.chown(target, base, base)
         return
     for directory, _names, found in os.walk(source):
         files += len(found)
@@ -91,7 +122,7 @@ def _copy_shifted(source: str, target: str, name: str) -> None:
     for directory, directories, found in os.walk(target):
         for path in [directory, *(os.path.join(directory, item) for item in directories + found)]:
             status = os.lstat(path)
-            shift = identity.RANGE_BASE if status.st_uid < identity.RANGE_SIZE else 0
+            shift = base if status.st_uid < identity.RANGE_SIZE else 0
             os.lchown(path, status.st_uid + shift, status.st_gid + shift)
             if not stat.S_ISLNK(status.st_mode):
                 os.chmod(path, stat.S_IMODE(status.st_mode))

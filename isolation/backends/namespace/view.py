@@ -29,6 +29,7 @@ from isolation.backends.namespace.operations import (
     Symlink,
 )
 from isolation.backends.namespace.operations import View as ReadOnly
+from isolation.backends.namespace.stage import Source
 from isolation.backends.showing import SYSTEM
 from isolation.errors import SpecError
 from isolation.paths import is_within
@@ -62,7 +63,7 @@ class View:
         self._numbers = count()
         self._lowers: dict[int, str] = {}
         self._seeds: dict[str, list[adoption.Copied]] = {}
-        self.staged: list[tuple[str, bool]] = []
+        self.staged: list[Source] = []
 
     def operations(self) -> tuple[list[BaseOperation], list[FreshOperation]]:
         """(base, fresh), each in an order in which every directory exists before what lies in it."""
@@ -84,18 +85,19 @@ class View:
             if isinstance(operation, FreshOperation):
                 if isinstance(operation, CopiedFile):
                     if parent is None:
-                        base.append(Bind(target, "", operation.base, directory=False))
+                        by_view = self._base_place() if self._stage is None else None
+                        base.append(Bind(target, "", operation.base, directory=False, by_view=by_view))
                         continue
-                    number = next(self._numbers)
-                    base.append(Bind(f"{BASE}/{number}", "", operation.base, directory=False))
-                    operation = replace(operation, base=f"{BASE}/{number}")
+                    place = self._base_place()
+                    base.append(Bind(place, "", operation.base, directory=False))
+                    operation = replace(operation, base=place)
                 if parent is None:
                     base.append(Directory(target))
                 fresh.append(operation)
             elif parent is None and isinstance(operation, BaseOperation):
                 base.append(operation)
             elif isinstance(operation, (ReadOnly, Bind)):
-                place = f"{BASE}/{next(self._numbers)}"
+                place = self._base_place()
                 base.append(replace(operation, target=place))
                 directory = operation.directory if isinstance(operation, Bind) else True
                 fresh.append(Rebind(target, place, directory, operation))
@@ -104,6 +106,10 @@ class View:
             elif isinstance(operation, Directory):
                 fresh.append(Private(target, next(self._numbers), operation.mode))
         return base, fresh
+
+    def _base_place(self) -> str:
+        """Another one, out of the guest's sight."""
+        return f"{BASE}/{next(self._numbers)}"
 
     def _fresh_parent(self, target: str) -> Operation | None:
         for parent in _parents(os.path.dirname(target)):
@@ -177,8 +183,10 @@ class View:
     def bind(self, source: str, target: str, *, writable: bool = False, device: bool = False) -> None:
         """The host's own file or directory."""
         real = os.path.realpath(source)
-        lower = self._lower(real, owned=writable and not device)  # the kernel's file system cannot be id-mapped
-        self.add(Bind(target, real, lower, os.path.isdir(real), writable, device))
+        by_view = not writable and not device and os.path.isfile(real)
+        lower = self._lower(real, owned=writable and not device, by_view=by_view)  # the kernel's cannot be id-mapped
+        place = self._base_place() if by_view and self._stage is None else None
+        self.add(Bind(target, real, lower, os.path.isdir(real), writable, device, place))
 
     def copy(self, source: str, target: str) -> None:
         """A copy of a file, where the directory that it is in can be written to; else the file, read-only."""
@@ -303,14 +311,15 @@ class View:
         assert isinstance(covering, (Overlay, ReadOnly))
         if writable and not isinstance(covering, Overlay):
             return False
-        return self._stage is None or not owned or (covering.source, True) in self.staged
+        return self._stage is None or not owned or Source(covering.source, owned=True) in self.staged
 
-    def _lower(self, real: str, *, owned: bool) -> str:
+    def _lower(self, real: str, *, owned: bool, by_view: bool = False) -> str:
         if self._stage is None:
             return OLD + real
-        if (real, owned) not in self.staged:
-            self.staged.append((real, owned))
-        return f"{OLD}{self._stage}/{self.staged.index((real, owned))}"
+        source = Source(real, owned, by_view)
+        if source not in self.staged:
+            self.staged.append(source)
+        return f"{OLD}{self._stage}/{self.staged.index(source)}"
 
 
 def _system() -> list[str]:

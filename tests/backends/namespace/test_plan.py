@@ -301,6 +301,6 @@ def test_system_directories_are_never_the_users_own() -> None:
     view.show("/usr", "/elsewhere", writable=False)
     view.show("/", "/host", writable=False)
     assert view.staged
-    assert [source for source, owned in view.staged if owned] == []
+    assert [source.path for source in view.staged if source.owned] == []
     view.show("/usr/local", writable=True)
-    assert [source for source, owned in view.staged if owned] == [os.path.realpath("/usr/local")]
+    assert [source.path for source in view.staged if source.owned] == [os.path.realpath("/usr/local")]
