@@ -229,11 +229,37 @@ def test_what_has_changed_since_is_noticed(cache: Cache) -> None:
     path = cache.make("kind", "key", build)
     assert cache.get("kind", "key") == path  # and marks it as used
     assert stamp.changed(path) is None
-    with open(path / "below/image", "r+b") as file:
+    image = path / "below/image"
+    before = image.stat()
+    with image.open("r+b") as file:
         file.seek(5000)
         file.write(b"damage")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size, and the same time
     assert stamp.changed(path) == "below/image"
-    (path / "below/image").unlink()
+    image.unlink()
+    assert stamp.changed(path) == "below/image"
+    image.write_bytes(bytes(100_000))
+    (path / "more").touch()
+    assert stamp.changed(path) == "more"
+
+
+def test_a_cache_that_was_restored_from_a_copy_is_as_good(cache: Cache, tmp_path: Path) -> None:
+    """As CI systems do it: other inodes, and other times."""
+
+    def build(target: Path) -> None:
+        target.mkdir()
+        (target / "image").write_bytes(b"content")
+
+    path = cache.make("kind", "key", build)
+    image = path / "image"
+    image.unlink()
+    image.write_bytes(b"content")
+    assert stamp.changed(path) is None
+    known = (path / stamp.NAME).read_bytes()
+    assert stamp.changed(path) is None
+    assert (path / stamp.NAME).read_bytes() == known  # the digest was asked once
+    image.write_bytes(b"CONTENT")
+    assert stamp.changed(path) == "image"
     assert stamp.changed(path) == "below/image"
 
 
