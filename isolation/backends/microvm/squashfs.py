@@ -21,13 +21,18 @@ from isolation.plain import subprocess
 
 _MAGIC = 0x73717368  # "hsqs"
 _SUPERBLOCK = struct.Struct("<IIIIIHHHHHHQQ")
+_ROOT_AT = 32  # in the superblock: where the root's inode is
+_INODES_AT = 64
+_INODE_TIME_AT = 8  # in every inode
+_BLOCK = 8192  # of metadata, behind a header of two bytes
 _LZ4 = 5
 _F_SETPIPE_SZ = 1031  # linux/fcntl.h; fcntl.F_SETPIPE_SZ, which some builds of Python lack
 _PIPE = 1 << 20
 # lz4: measured best of all for images that are read under emulation. Extended attributes (capabilities of files, labels)
-# mean something else to another kernel.
-_OPTIONS = ("-tar", "-comp", "lz4", "-no-xattrs", "-noappend", "-no-progress", "-quiet", "-exports", "-mkfs-time", "0")
-_ROOT = ("-root-mode", "755", "-root-uid", "0", "-root-gid", "0", "-root-time", "0")
+# mean something else to another kernel. Inodes as they are: some megabytes, in which the root's time can be set.
+_OPTIONS = ("-tar", "-comp", "lz4", "-noI", "-no-xattrs", "-noappend", "-no-progress", "-quiet", "-exports",
+            "-mkfs-time", "0")  # fmt: skip
+_ROOT = ("-root-mode", "755", "-root-uid", "0", "-root-gid", "0")
 
 
 def make(program: Program, image: Path, fill: Callable[[Tar], None], report: Report) -> None:
@@ -66,6 +71,27 @@ def make(program: Program, image: Path, fill: Callable[[Tar], None], report: Rep
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         told = next((line for line in lines if "FATAL" in line or "ERROR" in line), lines[0] if lines else "it said nothing")
         raise LaunchError(f"mksquashfs failed (status {status}): {told}")
+    check(image)
+    _set_root_time(image)
+
+
+def _set_root_time(image: Path) -> None:
+    """To zero: with an archive, mksquashfs does not heed -root-time, and no two images of one tree would be equal, nor fit a
+    machine that was saved with the other (kernel: fs/squashfs/squashfs_fs.h)."""
+    with open(image, "r+b") as file:
+
+        def number(place: int, layout: str) -> int:
+            file.seek(place)
+            found: int = struct.unpack(layout, file.read(struct.calcsize(layout)))[0]
+            return found
+
+        root, table = number(_ROOT_AT, "<Q"), number(_INODES_AT, "<Q")
+        block, offset = divmod(root, 1 << 16)
+        if not number(table + block, "<H") & 0x8000:
+            raise LaunchError("mksquashfs has compressed what it was told not to")
+        for place in range(offset + _INODE_TIME_AT, offset + _INODE_TIME_AT + 4):
+            file.seek(table + block + 2 + place + (2 if place >= _BLOCK else 0))  # the next block has a header, too
+            file.write(b"\0")
 
 
 def check(image: Path) -> int:
