@@ -72,8 +72,8 @@ import socket, subprocess, sys, threading, time
 
 def test_sleep():
     began = time.monotonic()
-    together(lambda: time.sleep(0.2), 10)
-    assert time.monotonic() - began < 1.9
+    together(lambda: time.sleep(2), 20)
+    assert time.monotonic() - began < 35  # and not 40
 
 def test_server():
     place = serve()
