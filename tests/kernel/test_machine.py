@@ -33,6 +33,7 @@ from kernel.test_protocol import Samples
 from kernel.test_proxy import GET, Index, index
 
 import isolation
+from isolation.backends.microvm import setup
 from isolation.errors import LaunchError
 from isolation.mux import MuxError
 
@@ -322,6 +323,66 @@ def test_a_saved_machine_does_not_depend_on_a_directory_in_the_home(monkeypatch:
     assert not os.listdir(elsewhere.mounts[0].source)
     package = os.path.dirname(isolation.__file__)  # shown already, as something to import from
     assert saved.spec_for(options.spec(package, {}), package) == (options.spec(package, {}), False)
+
+
+class FakeMachine:
+    """A sandbox whose template is a directory with one file. Loading fails unless `fits`."""
+
+    system, fits, made = "new", True, 0
+
+    def __init__(self, _spec: object) -> None:
+        self.text = ""
+
+    def template(self, *_payload: object) -> FakeMachine:
+        FakeMachine.made += 1
+        self.text = FakeMachine.system
+        return self
+
+    def load_template(self, place: Path, *_payload: object) -> FakeMachine:
+        self.text = (place / "memory").read_text()
+        before = setup._before.get()
+        assert before is not None
+        before.used = self.text != FakeMachine.system
+        if not FakeMachine.fits:
+            raise LaunchError("the snapshot has another kernel")
+        return self
+
+    def save(self, path: str) -> None:
+        os.mkdir(path)
+        Path(path, "memory").write_text(self.text)
+
+    def __enter__(self) -> FakeMachine:
+        return self
+
+    def __exit__(self, *_details: object) -> None:
+        pass
+
+
+def test_the_old_machine_serves_while_a_new_one_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A change of the system is no reason for a notebook to wait; any other is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(saved, "Sandbox", FakeMachine)
+    begun: list[Any] = []
+    monkeypatch.setattr(saved.renewing, "start", lambda *given: begun.append(given))
+    spec, words = isolation.SandboxSpec(backend="microvm"), ["--a"]
+    monkeypatch.setattr(FakeMachine, "system", "first")
+    assert [saved.template(spec, words).text for _ in range(2)] == ["first", "first"]  # type: ignore[attr-defined]
+    assert (FakeMachine.made, begun) == (1, [])
+    monkeypatch.setattr(FakeMachine, "system", "second")
+    assert saved.template(spec, words).text == "first"  # type: ignore[attr-defined]
+    assert begun == [(spec, words)]
+    assert "the system has changed" in capfd.readouterr().err
+    saved.renew(*begun.pop())
+    assert saved.template(spec, words).text == "second"  # type: ignore[attr-defined]
+    with saved._lock(saved.fcntl.LOCK_EX, ".renewing"):
+        saved.renew(spec, words)  # another process does it already
+    assert (FakeMachine.made, begun) == (2, [])
+    monkeypatch.setattr(FakeMachine, "fits", False)
+    assert saved.template(spec, words).text == "second"  # type: ignore[attr-defined]
+    assert FakeMachine.made == 3
+    assert sorted(path.name for path in saved.root().iterdir() if not path.name.startswith(".")) == [saved._place(spec, words).name]
 
 
 # A guest that lies.

@@ -9,10 +9,11 @@ A cache entry is a directory: `image` (squashfs), and `about.json`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,19 @@ def base(
                     tell(report)
 
     key = base_key(exclude, root=root)
-    layer = _make(cache, BASE, key, BASE, "the system's files", fill, progress, refresh=refresh)
+    about = {"exclude": sorted(exclude)}
+    layer = _make(cache, BASE, key, BASE, "the system's files", fill, progress, refresh=refresh, about=about)
     cache.prune(BASE, _KEEP_BASES)
     return layer
+
+
+def base_before(cache: Cache, exclude: Sequence[str] = ()) -> Layer | None:
+    """The one that was used last, whatever the system has become since; None where none leaves out the same."""
+    for entry in sorted(cache.entries(BASE, sizes=False), key=lambda entry: entry.used, reverse=True):
+        with contextlib.suppress(BackendUnavailable, OSError, ValueError):
+            if json.loads((entry.path / "about.json").read_bytes()).get("exclude") == sorted(exclude):
+                return load(cache, BASE, entry.key)
+    return None
 
 
 def base_key(exclude: Sequence[str] = (), root: str = "/") -> str:
@@ -279,6 +290,7 @@ def _make(
     progress: Progress,
     *,
     refresh: bool = False,
+    about: Mapping[str, Any] | None = None,
 ) -> Layer:
     def build(target: Path) -> None:
         program = tools.mksquashfs(cache, progress)
@@ -295,8 +307,8 @@ def _make(
         progress.update("finishing")
         with open(target / "image", "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        about = {"name": name, "what": what, "digest": content, **asdict(report)}
-        (target / "about.json").write_text(json.dumps(about))
+        said = {"name": name, "what": what, "digest": content, **asdict(report), **(about or {})}
+        (target / "about.json").write_text(json.dumps(said))
         left = f" ({report.unreadable} unreadable files left out)" if report.unreadable and kind != BASE else ""
         progress.done(f"image of {what}: {megabytes(size)}, {report.entries} entries{left}")
 

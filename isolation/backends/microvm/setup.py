@@ -7,10 +7,12 @@ The cache's `settings.json` remembers what the user chose and which entries belo
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,39 @@ def qemu() -> str:
     return path
 
 
+class Before:
+    """used: the base was that of a system which has changed since."""
+
+    used = False
+
+
+_before: contextvars.ContextVar[Before | None] = contextvars.ContextVar("_before", default=None)
+
+
+@contextlib.contextmanager
+def system_as_before() -> Iterator[Before]:
+    """Within it, a machine may show the system as it was when one was used last: nothing waits for a new image of it."""
+    found = Before()
+    token = _before.set(found)
+    try:
+        yield found
+    finally:
+        _before.reset(token)
+
+
+def _base(cache: Cache, progress: Progress, exclude: Sequence[str]) -> Layer:
+    before = _before.get()
+    if before is not None and cache.get(layers.BASE, layers.base_key(exclude)) is None:
+        old = layers.base_before(cache, exclude)
+        if old is not None:
+            before.used = True
+            return old
+    return layers.base(cache, progress, exclude=exclude)
+
+
 def load(cache: Cache | None = None, progress: Progress = SILENT) -> Images:
-    """What was set up; the base layer is made again where the system has changed since, which takes a minute.
+    """What was set up; the base layer is made again where the system has changed since, which takes a minute
+    (`system_as_before` is for those who cannot wait).
 
     Raises BackendUnavailable when nothing was, or it is damaged.
     """
@@ -83,7 +116,7 @@ def load(cache: Cache | None = None, progress: Progress = SILENT) -> Images:
     if settings is None:
         raise BackendUnavailable(f"the microvm backend is not set up: {_RUN_SETUP}")
     found = kernel.load(cache, settings.kernel)
-    base = layers.base(cache, progress, exclude=settings.exclude)
+    base = _base(cache, progress, settings.exclude)
     return Images(cache, found, tools.busybox(cache, progress), base, settings.exclude, progress)
 
 

@@ -2,12 +2,14 @@
 
 It depends on the spec, but not on the notebook's directory, which is copied into it later; on its path only where that is
 neither in the user's home nor in /tmp, as nobody else can make a directory there. What else it depends on (the images, QEMU,
-the interpreter) the backend knows, and refuses one that does not fit any more; then it is made anew.
+the interpreter) the backend knows, and refuses one that does not fit any more; then it is made anew. Where nothing but the
+system has changed (an update, say), it serves once more, while a process of its own (renewing.py) makes the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from isolation.backends.microvm import setup
 from isolation.backends.microvm.cache import Cache
 from isolation.backends.showing import SYSTEM, python_environment
 from isolation.errors import IsolationError, LaunchError
@@ -24,6 +27,8 @@ from isolation.paths import is_within
 from isolation.sandbox import Sandbox
 from isolation.spec import Mount, SandboxSpec
 from isolation.template import Template
+from isolation_kernel.hosting import say
+from isolation_kernel.machine import renewing
 
 PAYLOAD: Final = "isolation_kernel.inside.bridge:main"
 _KEPT_VARIABLES: Final = ("HOME", "LOGNAME", "SHELL", "USER", "XDG_CACHE_HOME")
@@ -65,20 +70,51 @@ def _is_shown(cwd: str) -> bool:
 def template(spec: SandboxSpec, arguments: Sequence[str]) -> Template:
     """The saved one, or a new one, which is then saved; with a kernel that has these arguments. Raises IsolationError."""
     given = list(arguments)
-    place = root() / hashlib.sha256(repr((spec, given, sys.executable, sys.version)).encode()).hexdigest()[:32]
+    place = _place(spec, given)
     with _plain_environment():
         sandbox = Sandbox(spec)
         if place.exists():
             try:
-                found = sandbox.load_template(place, PAYLOAD, given)
-                os.utime(place)
-                return found
+                with setup.system_as_before() as before, _lock(fcntl.LOCK_SH):
+                    found = sandbox.load_template(place, PAYLOAD, given)
             except LaunchError:
-                shutil.rmtree(place, ignore_errors=True)  # something has changed since
+                pass  # something has changed since
+            else:
+                os.utime(place)
+                if before.used:
+                    say("the system has changed since: this kernel has the old one, and a new one is being made")
+                    renewing.start(spec, given)
+                return found
         made = sandbox.template(PAYLOAD, given)
     with contextlib.suppress(OSError, IsolationError):  # one that cannot be kept (a full disk) serves this kernel
         _keep(made, place)
     return made
+
+
+def renew(spec: SandboxSpec, arguments: Sequence[str]) -> None:
+    """Make the saved one again, of the system as it is now; the old one serves until then. Where several processes are asked
+    to, one works. What goes wrong is told by nobody: who finds no new one, and cannot use the old, will."""
+    with contextlib.suppress(OSError, IsolationError), _lock(fcntl.LOCK_EX | fcntl.LOCK_NB, ".renewing"):
+        with _plain_environment():
+            made = Sandbox(spec).template(PAYLOAD, list(arguments))
+        with made:
+            _keep(made, _place(spec, arguments))
+
+
+@contextlib.contextmanager
+def _lock(how: int, name: str = ".lock") -> Iterator[None]:
+    """Nobody reads a saved machine while it is replaced. Raises BlockingIOError."""
+    fd = os.open(root() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, how)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _place(spec: SandboxSpec, arguments: Sequence[str]) -> Path:
+    said = repr((spec, list(arguments), sys.executable, sys.version))
+    return root() / hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager
@@ -100,7 +136,9 @@ def _plain_environment() -> Iterator[None]:
 def _keep(made: Template, place: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="new-", dir=place.parent) as directory:
         made.save(os.path.join(directory, "machine"))
-        with contextlib.suppress(OSError):  # another kernel was first
+        with _lock(fcntl.LOCK_EX):
+            if place.exists():
+                os.rename(place, os.path.join(directory, "old"))
             os.rename(os.path.join(directory, "machine"), place)
     others = sorted(
         (path for path in place.parent.iterdir() if path.name not in ("empty", place.name) and len(path.name) == 32),

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import layers, squashfs, tools, trees
+from isolation.backends.microvm import layers, setup, squashfs, tools, trees
 from isolation.backends.microvm.cache import Cache
+from isolation.backends.microvm.progress import SILENT
 from isolation.errors import BackendUnavailable, LaunchError, SpecError
 
 pytestmark = [
@@ -488,6 +489,26 @@ def test_damage_is_noticed_and_mended(cache: Cache, source: Path) -> None:
     layer.path.unlink()
     with pytest.raises(BackendUnavailable, match="cannot be read"):
         layers.check(layer)
+
+
+def test_the_system_as_it_was_before(cache: Cache, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves who cannot wait for a new image, but nobody who leaves out something else."""
+    (source / "usr").mkdir()
+    assert layers.base_before(cache) is None
+    old = layers.base(cache, root=str(source))
+    assert layers.base_before(cache) == old
+    assert layers.base_before(cache, ["/opt/secret"]) is None
+    monkeypatch.setattr(layers, "base_key", lambda exclude=(): "0" * 40)  # it has changed
+    with setup.system_as_before() as before:
+        assert setup._base(cache, SILENT, ()) == old
+        assert before.used
+    made: list[object] = []
+    monkeypatch.setattr(layers, "base", lambda *_given, **named: made.append(named))
+    setup._base(cache, SILENT, ())
+    with setup.system_as_before() as before:
+        setup._base(cache, SILENT, ("/opt/secret",))
+        assert not before.used
+    assert made == [{"exclude": ()}, {"exclude": ("/opt/secret",)}]
 
 
 @pytest.mark.parametrize("number", [0, 252, 253, 254, 255, 600])
