@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 
+from isolation.control_strings import ControlStrings
 from isolation.errors import SandboxClosed, SpecError
 from isolation.plain import os, select, socket, time
 from isolation.result import Verdict
@@ -370,6 +371,7 @@ class Relay:
         self._screen = screen or self._listen
         self._said = b""  # by the command to its terminal, the end of it
         self._questions = False
+        self._control_strings = ControlStrings()
         self._asked = -_AGAIN_WITHIN
         self._signals: Signals | None = None
         try:
@@ -465,10 +467,10 @@ class Relay:
             host.raw()
 
     def _listen(self, data: bytes) -> bytes:
-        """For questions to the terminal, which may come in pieces."""
+        """For questions to the terminal, which may come in pieces; and without what would do more than show."""
         self._said = self._said[-_QUESTION_AT_MOST:] + data
         self._questions = self._questions or _QUESTIONS.search(self._said) is not None
-        return data
+        return self._control_strings(data)
 
     def _hang_up(self) -> None:
         """The caller's terminal is gone; so is the command's, then."""

@@ -593,6 +593,16 @@ def test_what_a_terminal_answers_is_not_typed_into_the_shell(terminal: Any) -> N
 
 
 @real
+def test_a_clipboard_is_not_filled(terminal: Any) -> None:
+    t = terminal("sh", "-c", r"printf '\033]52;c;cm0gLXJmIH4=\007\033]0;title\007shown'")
+    t.expect("\x1b]0;title\x07shown")
+    assert t.end() == 0
+    t = terminal("sh", "-c", r"printf 'begin\033]52;c;cm0gLXJmIH4=\007end'")
+    t.expect("beginend")
+    assert t.end() == 0
+
+
+@real
 def test_a_terminal_that_is_asked_nothing_is_left_alone(terminal: Any) -> None:
     t = terminal("sh", "-c", r"printf '\033[31mred\033[0m, and [6n is no question'")
     t.expect("no question")
