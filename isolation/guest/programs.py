@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from isolation.guest import linux
 
-FIRST_GIVEN = 3  # number of the first descriptor beyond the standard streams
+FIRST_PASSED = 3  # number of the first descriptor beyond the standard streams
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import stat
 import time
 from typing import Any
 
-from isolation.guest.programs import FIRST_GIVEN, User, start
+from isolation.guest.programs import FIRST_PASSED, User, start
 from isolation.guest.tree import HIDDEN
 
 DUMP_SIGNAL = signal.SIGRTMAX - 1  # makes a payload write the stacks of its threads
@@ -127,6 +127,6 @@ class WarmPayload:
 def argv(python: str, path: list[str], payload: str) -> list[str]:
     """The command of a payload process. `path` is the host's `sys.path`."""
     program = (
-        f"import sys; sys.path[:] = {path!r}; from isolation.guest.payload import main; main({payload!r}, {FIRST_GIVEN})"
+        f"import sys; sys.path[:] = {path!r}; from isolation.guest.payload import main; main({payload!r}, {FIRST_PASSED})"
     )
     return [python, "-c", program]

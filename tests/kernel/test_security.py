@@ -173,6 +173,7 @@ def test_magic(kernels: Kernels, tmp_path: Path) -> None:
     status = kernel.run("%isolation").text
     assert "limits    memory 900M, pids 4096, cell 1h" in status
     assert "network   own loopback only" in status
+    assert "in the sandbox" in kernel.run("%connect_info").text
     assert "nothing was changed" in kernel.run("%isolation changes").text
     kernel.run("open('result.csv', 'w').write('1,2')")
     assert "added    " in kernel.run("%isolation changes").text

@@ -360,6 +360,24 @@ def test_allowed_when_it_has_ended(one: Kernel) -> None:
     assert one.value("readable.seek(0) or readable.read()") == "x"
 
 
+def test_joblib_may_have_been_used(one: Kernel) -> None:
+    """Its workers are gone when they were asked to go; its resource tracker stays, as that of multiprocessing does."""
+    one.run(
+        "from joblib import Parallel, delayed\nfrom joblib.externals.loky import get_reusable_executor\n"
+        "done = Parallel(n_jobs=2)(delayed(abs)(x) for x in (-1, 2))"
+    )
+    assert "process" in one.run("%isolation checkpoint a").error
+    one.run("get_reusable_executor().shutdown(wait=True)")
+    reply = one.run("%isolation checkpoint a")
+    assert reply.status == "ok", reply.error
+    back(one)
+    for _ in range(2):
+        assert one.value("Parallel(n_jobs=2)(delayed(abs)(x) for x in (-3, 4)), done") == "[3, 4] [1, 2]"
+        one.run("get_reusable_executor().shutdown(wait=True)")
+        assert one.run("%isolation checkpoint b").status == "ok"
+        one.run("%isolation rollback b")
+
+
 def test_what_was_started_since_is_ended(kernel: Kernel) -> None:
     kernel.run("import subprocess, threading\np = subprocess.Popen(['sleep', '1000']); os.system('setsid sleep 1001 &')")
     kernel.run("t = threading.Thread(target=lambda: __import__('time').sleep(1000), daemon=True); t.start()")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, identity, lockdown, memory, seccomp, syscalls
+from isolation.backends.namespace import build, fds, identity, lockdown, memory, seccomp, syscalls, words
 from isolation.backends.namespace.aside import Aside, decode
 from isolation.backends.namespace.operations import DEEPEST, FreshOperation
 from isolation.backends.namespace.plan import compiled_template_filter
@@ -68,13 +68,13 @@ class BranchKeeper(Keeper):
     def _prepare(self) -> int:
         self._await_template()
         request, given, _flags, _ = socket.recv_fds(self._midwife, 64, 2)
-        if request != b"m" or len(given) != 2:
+        if request != words.SEALED or len(given) != 2:
             raise OSError("the template did not start")
         self._mounts, user = given
         self._owner = self._make_owner(user)
         os.close(user)
         self._aside = Aside(self._plan, self._fresh, self._mounts, self._level - 1)
-        self._midwife.send(b"m")
+        self._midwife.send(words.SEALED)
         self._midwife.setblocking(False)  # the template need not read what it is sent
         self._await_template()
         return self._read_warm()
@@ -97,7 +97,7 @@ class BranchKeeper(Keeper):
         if not said:
             raise WireError("the template is gone")
         number, *held = said.split(b"\0")
-        if self._warm or number[:1] != b"w" or not number[1:].isdigit() or len(number) > 8:
+        if self._warm or number[:1] != words.WARM or not number[1:].isdigit() or len(number) > 8:
             raise WireError("the template does not speak as it should")
         try:
             self._aside.put(decode(held))
@@ -166,10 +166,10 @@ class BranchKeeper(Keeper):
 
     def _let_join(self, order: Order, pid: int) -> None:
         """The builder wants to be in the sandbox's cgroup, which so is the root that is seen inside."""
-        if self._plan.cgroup is not None and order.ours.recv(1) == b"c":
+        if self._plan.cgroup is not None and order.ours.recv(1) == words.JOIN_CGROUP:
             assert order.cgroup is not None
             order.cgroup.add(pid)
-            order.ours.send(b"c")
+            order.ours.send(words.JOIN_CGROUP)
 
     def _send_order(
         self, order: Order, namespaces: Sequence[int], midwife: socket.socket | None, mounts: int
@@ -195,11 +195,11 @@ class BranchKeeper(Keeper):
         except ConnectionResetError:
             pass
         for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and request == b"b":
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and request == words.BORN:
                 self._is_born(child, _CREDENTIALS.unpack(data)[0])
                 return
         refused = OSError("the template made no copy of itself")
-        self._unforked(child.number, error_in(request) if request[:1] == b"x" else refused)
+        self._unforked(child.number, error_in(request) if request[:1] == words.FAILED else refused)
         self._drop(child)
 
     def _answer_born(self, child: Child) -> None:
@@ -212,9 +212,9 @@ class BranchKeeper(Keeper):
         except ConnectionResetError:
             pass
         try:
-            if request != b"i":
+            if request != words.MAP_INNER:
                 child.leash.close()
-                if request[:1] == b"x":  # it could not become what it should: no test has run in it
+                if request[:1] == words.FAILED:  # it could not become what it should: no test has run in it
                     self._unforked(child.number, error_in(request))
                 return
             self._map_inner(child)
@@ -230,7 +230,7 @@ class BranchKeeper(Keeper):
             child.pid = pid
             if child.cgroup is not None:
                 child.cgroup.add(pid)
-            child.leash.send(b"b")
+            child.leash.send(words.BORN)
         except OSError as error:
             self._unforked(child.number, error)
             self._drop(child)

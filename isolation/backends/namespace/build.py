@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from isolation.backends.namespace import identity, lockdown, network, syscalls, tree
+from isolation.backends.namespace import identity, lockdown, network, syscalls, tree, words
 from isolation.backends.namespace.operations import FreshOperation, Overlay
 from isolation.backends.namespace.plan import Plan, compiled_leaf_filter, compiled_template_filter
 from isolation.backends.namespace.script import Memory, Script
@@ -44,7 +44,7 @@ class Construction:
         script.call("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # see die_with_keeper
         script.call("setsid")
         if plan.cgroup is not None:
-            write_ask(script, self._leash, b"c")
+            write_ask(script, self._leash, words.JOIN_CGROUP)
         _write_enter_base(script, plan, base, namespaces)
         self._fresh = script.mark()
         if "keyring" in plan.defences:
@@ -97,7 +97,7 @@ def become_root_of_namespace(plan: Plan, leash: socket.socket) -> None:
     """In a clone with a new user namespace: have ids in it. Real root keeps its host's, until `leave_host_ids`."""
     who = plan.identity
     if who.ranged:
-        ask_keeper(leash, b"m")  # only real root, outside, can map a range
+        ask_keeper(leash, words.MAP_RANGE)  # only real root, outside, can map a range
     else:
         identity.map_own_ids(0, 0, who.uid, who.gid)  # devpts wants a mapped root (bubblewrap)
     if "counters" in plan.defences:
@@ -213,7 +213,7 @@ def _write_inner_user_namespace(script: Script, plan: Plan, leash: Memory) -> No
     who = plan.identity
     if who.ranged:
         script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root
-        script.call("write", leash.value(), b"i", 1, only=1, about="the keeper")
+        script.call("write", leash.value(), words.MAP_INNER, 1, only=1, about="the keeper")
     else:
         identity.write_map_own_ids(script, who.uid, who.gid, 0, 0)
 

@@ -17,7 +17,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from isolation.backends.namespace import aside, fds, settle, sharing, syscalls
+from isolation.backends.namespace import aside, fds, settle, sharing, syscalls, words
 from isolation.backends.namespace.build import Seal
 from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
@@ -46,10 +46,10 @@ class Descent:
     def introduce(self, mounts: int) -> None:
         """Once it is sealed, and before anything of the guest's runs: show the keeper its namespaces. Closes `mounts`."""
         user = os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-        socket.send_fds(self._midwife, [b"m"], [mounts, user])
+        socket.send_fds(self._midwife, [words.SEALED], [mounts, user])
         os.close(user)
         os.close(mounts)
-        if self._midwife.recv(1) != b"m":
+        if self._midwife.recv(1) != words.SEALED:
             os._exit(1)
 
     def forks(self, guest: Guest) -> Iterator[Guest]:
@@ -65,7 +65,7 @@ class Descent:
         if "sharing" in self._plan.defences:
             self._shared = sharing.look(inherited)
         held = aside.held(inherited)
-        self._midwife.send(b"w%d%s" % (sum(item.scratch for item in inherited), aside.encode(held)))
+        self._midwife.send(b"%s%d%s" % (words.WARM, sum(item.scratch for item in inherited), aside.encode(held)))
         while True:
             request, given, _flags, _ = socket.recv_fds(self._midwife, 1 << 16, _FDS_AT_MOST)
             if not request:
@@ -111,8 +111,8 @@ class Descent:
         """The second process, in its namespaces."""
         template = order["template"]
         os.setsid()
-        leash.send(b"b")  # with its credentials, by which the keeper knows it
-        if leash.recv(1) != b"b":
+        leash.send(words.BORN)  # with its credentials, by which the keeper knows it
+        if leash.recv(1) != words.BORN:
             os._exit(1)
         self._seals[template].run(leash.fileno())
         wire, stdin, stdout, stderr, crash, *given = given

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from isolation.backends.namespace import build, environment, fds, memory, syscalls
+from isolation.backends.namespace import build, environment, fds, memory, syscalls, words
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
@@ -70,7 +70,7 @@ def _build(plan: Plan, birth: Birth) -> int:
         build.die_with_keeper()
         os.setsid()
         if plan.cgroup is not None:
-            build.ask_keeper(birth.leash, b"c")
+            build.ask_keeper(birth.leash, words.JOIN_CGROUP)
         build.become_root_of_namespace(plan, birth.leash)
         build.build_base(plan)
         syscalls.unshare(NAMESPACES)
@@ -88,7 +88,7 @@ def _leave_mounts(leash: socket.socket) -> None:
     """Give the keeper a share in the mount namespace: to take it apart waits for the whole machine twice (RCU), and the end
     of this process, for which the host waits, would wait with it. The keeper lets go of it then, when nobody is in it."""
     mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    socket.send_fds(leash, [b"n"], [mounts])
+    socket.send_fds(leash, [words.MOUNTS], [mounts])
     os.close(mounts)
 
 
@@ -138,7 +138,7 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
 def _show_memory(leash: socket.socket, store: int) -> None:
     """To the keeper, which watches it: this process is within the guest's sight, and could be hindered."""
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    socket.send_fds(leash, [b"w"], [proc, store])
+    socket.send_fds(leash, [words.PLACES], [proc, store])
     os.close(proc)
 
 
@@ -218,7 +218,7 @@ class _Server:
             process.returncode = 0  # reaped here, not by subprocess
             self._commands[process.pid] = number
             if self._watched:
-                os.write(self._leash, b"a")  # now that there is something to watch
+                os.write(self._leash, words.ACTIVE)  # now that there is something to watch
             self._control.send({"event": "spawned", "id": number, "pid": process.pid}, fds=reply)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

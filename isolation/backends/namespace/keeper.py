@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, forking, identity, stage, syscalls
+from isolation.backends.namespace import build, fds, forking, identity, stage, syscalls, words
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.serving import Keeper
 from isolation.backends.namespace.warmkeeper import WarmKeeper
@@ -322,9 +322,9 @@ def serve_warm(
     else:
         theirs.close()
         wire.sock.close()
-        if ours.recv(1) == b"m":
+        if ours.recv(1) == words.MAP_RANGE:
             identity.map_range(pid, base)
-            ours.send(b"m")
+            ours.send(words.MAP_RANGE)
         _see_end(pid, pidfd, host)
         ours.close()
     if cgroups is not None:

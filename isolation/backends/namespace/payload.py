@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.namespace import environment, settle, sharing, syscalls
+from isolation.backends.namespace import environment, settle, sharing, syscalls, words
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.descend import Descent
 from isolation.backends.namespace.fds import Inherited
@@ -57,7 +57,7 @@ def _become(plan: Plan, birth: Birth) -> Guest:
     store = birth.construction.enter_and_build()
     if plan.watch_memory or birth.account:
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        socket.send_fds(birth.leash, [b"w"], [proc, store])  # for the keeper to look at
+        socket.send_fds(birth.leash, [words.PLACES], [proc, store])  # for the keeper to look at
         os.close(proc)
     os.close(store)
     birth.construction.seal()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls
+from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls, words
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.deadlock import DeadlockWatch
@@ -358,24 +358,24 @@ class Keeper:
         except ConnectionResetError:  # it was ended before it had read the last answer
             request, given = b"", []
         try:
-            if request == b"c" and child.cgroup is not None:
+            if request == words.JOIN_CGROUP and child.cgroup is not None:
                 child.cgroup.add(child.pid)
-            elif request == b"m":
+            elif request == words.MAP_RANGE:
                 identity.map_range(child.pid, self._range)
-            elif request == b"i":
+            elif request == words.MAP_INNER:
                 self._map_inner(child)
-            elif child.watch is not None and request and not request.strip(b"a"):
+            elif child.watch is not None and request and not request.strip(words.ACTIVE):
                 child.watch.idle = False
                 return
-            elif request == b"n" and len(given) == 1:
+            elif request == words.MOUNTS and len(given) == 1:
                 child.mounts = given[0]
                 return
-            elif request == b"w" and len(given) == 2:
+            elif request == words.PLACES and len(given) == 2:
                 self._show(child, *given)
                 return
             else:
                 child.leash.close()
-                if request[:1] == b"x":
+                if request[:1] == words.FAILED:
                     self._unforked(child.number, error_in(request))
                 return
             child.leash.send(request)

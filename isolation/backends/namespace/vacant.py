@@ -18,7 +18,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.namespace import build, network, syscalls, tree
+from isolation.backends.namespace import build, network, syscalls, tree, words
 from isolation.backends.namespace.apart import Apart
 from isolation.backends.namespace.operations import FreshOperation
 from isolation.backends.namespace.plan import Plan
@@ -78,7 +78,7 @@ class VacantBuilder:
         self._pid_namespace = script.slot()
         self._init = script.memory(b"\xff" * 8)
         if plan.cgroup is not None:
-            build.write_ask(script, self._leash, b"c")
+            build.write_ask(script, self._leash, words.JOIN_CGROUP)
         build.write_leave_host_ids(script, plan)
         script.call("setns", mounts, syscalls.CLONE_NEWNS, about="the template's mount namespace")
         script.call("setns", owner, syscalls.CLONE_NEWUSER, about="the user namespace of forks")

@@ -41,6 +41,7 @@ class Magic:
         """Offer it in `shell`."""
         self._shell = shell
         shell.register_magic_function(self.isolation, "line", "isolation")
+        shell.register_magic_function(self.connect_info, "line", "connect_info")
         shell.register_magic_function(self._pip_of(shell.find_line_magic("pip")), "line", "pip")
 
     def _pip_of(self, plain: Callable[[str], object]) -> Callable[[str], None]:
@@ -52,6 +53,13 @@ class Magic:
                     print("isolation: this kernel has no network; 'isolation kernel install --network …' gives one")
 
         return pip
+
+    def connect_info(self, _line: str) -> None:
+        """Say how another client connects: not by the file that the kernel itself knows, which is the sandbox's."""
+        print(
+            "This kernel's channels are its host's, and so is the connection file of it. There, not in the sandbox:\n\n"
+            "    $ jupyter console --existing        # the newest kernel; or the name of a file in 'jupyter --runtime-dir'"
+        )
 
     def isolation(self, line: str) -> None:
         """Ask about this kernel's sandbox: `%isolation [status | changes | export PATH | …]`."""

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from isolation_kernel.inside.undo import supervisor
 from isolation_kernel.inside.undo.own import GIVEN, Own
-from isolation_kernel.inside.undo.process import HOLDER_NAME, descriptors, fork, holders, processes, tracker
+from isolation_kernel.inside.undo.process import HOLDER_NAME, descriptors, fork, holders, processes, trackers
 
 SLOTS: Final = 5  # one more than a kernel may have checkpoints, for the one that takes another's place
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
@@ -189,7 +189,7 @@ def become_kernel(wake: Wake, own: Own) -> list[list[bytes]]:
     if not data:
         os._exit(0)
     deadline = time.monotonic() + _ANSWER
-    while strays := [pid for pid in processes() if pid not in (*own.processes, os.getpid(), tracker()[0])]:
+    while strays := [pid for pid in processes() if pid not in (*own.processes, os.getpid(), *trackers()[0])]:
         for pid in strays:
             try:
                 os.kill(pid, signal.SIGKILL)

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 HOLDER_NAME: Final = "iso-check-"  # of the processes that keep checkpoints, and the slot; 15 bytes at most (prctl(2))
+_TRACKERS: Final = (
+    "multiprocessing.resource_tracker", "loky.backend.resource_tracker", "joblib.externals.loky.backend.resource_tracker",
+)  # fmt: skip
 SEMAPHORE: Final = "/dev/shm/sem."  # of multiprocessing's locks, tqdm's among them; each is in a file that is deleted
 
 
@@ -67,13 +70,25 @@ def command_of(which: str) -> str:
         return file.read().strip()
 
 
-def tracker() -> tuple[int, int]:
-    """multiprocessing's resource tracker, which stays once something has needed it, and may serve whoever has its pipe: its
-    pid, and that descriptor; -1 where there is none."""
-    module = sys.modules.get("multiprocessing.resource_tracker")
-    found = getattr(module, "_resource_tracker", None)
-    pid, fd = getattr(found, "_pid", None), getattr(found, "_fd", None)
-    return (-1 if pid is None else pid, -1 if fd is None else fd)
+def trackers() -> tuple[set[int], set[int]]:
+    """The resource trackers of multiprocessing and of loky, which stay once something has needed them, and may serve whoever
+    has their pipes: their pids, and those descriptors. A fork forgets the pid of some (register_at_fork), and is not to end
+    them: so they are remembered here."""
+    found = [getattr(sys.modules.get(name), "_resource_tracker", None) for name in _TRACKERS]
+    pids, fds = ([getattr(tracker, name, None) for tracker in found] for name in ("_pid", "_fd"))
+    _seen.update(pid for pid in pids if pid is not None)
+    return {pid for pid in _seen if _is_tracker(pid)}, {fd for fd in fds if fd is not None}
+
+
+_seen: set[int] = set()
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"resource_tracker" in file.read()
+    except OSError:
+        return False
 
 
 def shared_maps() -> Iterator[str]:

@@ -24,7 +24,7 @@ from isolation_kernel.inside.undo.process import (
     looked_at,
     processes,
     shared_maps,
-    tracker,
+    trackers,
 )
 
 _LIBRARIES: Final = ("ipykernel", "IPython", "zmq", "tornado", "jupyter_client", "isolation_kernel")
@@ -101,7 +101,7 @@ def _unknown_threads() -> list[str]:
 
 def _processes(own: Own) -> Iterator[str]:
     for pid in processes():
-        if pid not in own.processes and pid not in (os.getpid(), tracker()[0]):
+        if pid not in own.processes and pid not in (os.getpid(), *trackers()[0]):
             try:
                 with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
                     words = file.read().replace("\0", " ").strip()
@@ -142,7 +142,7 @@ def _places() -> tuple[str, ...]:
 
 def _open_files(own: Own, ours: set[int]) -> Iterator[str]:
     for fd, link in descriptors():
-        if fd in ours or fd == tracker()[1]:
+        if fd in ours or fd in trackers()[1]:
             continue
         try:
             mode = os.fstat(fd).st_mode
