@@ -8,10 +8,12 @@ such as a pipe both of whose ends are this process's: the backend knows.
 
 from __future__ import annotations
 
+import contextlib
+import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,13 +33,15 @@ initially = pytest.StashKey[tuple["Held", "Held"]]()  # what was held before con
 
 @dataclass(frozen=True)
 class Held:
-    """What this process has of them, by what tells one from another. `threads`: names by thread id."""
+    """What this process has of them, by what tells one from another. `threads`: names by thread id; `files`: paths of those
+    that are open, which a fork has as far as it is shown where they are."""
 
     threads: Mapping[int, str]
     processes: frozenset[str]
     descriptors: frozenset[tuple[str, str]]
     mappings: frozenset[str]
     native: frozenset[int] = field(default_factory=frozenset)
+    files: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
     def now(
@@ -53,14 +57,15 @@ class Held:
         if native - (set() if before is None else before.native):
             _fork_and_end()
             threads, native = _threads()
-        return cls(threads, _processes(own=own), frozenset(_descriptors(carries)), frozenset(_mappings()), native)
+        descriptors = frozenset(_descriptors(carries))
+        return cls(threads, _processes(own=own), descriptors, frozenset(_mappings()), native, frozenset(_files()))
 
     def since(self, before: Held) -> Held:
         """What is new since then."""
         return Held(
             {tid: name for tid, name in self.threads.items() if tid not in before.threads},
             self.processes - before.processes, self.descriptors - before.descriptors, self.mappings - before.mappings,
-            self.native - before.native,
+            self.native - before.native, self.files - before.files,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -173,6 +178,24 @@ def _descriptors(carries: Carries | None) -> list[tuple[str, str]]:
             found[int(name)] = kind, f"{name} {target}" if target.startswith(("anon_inode", "/dev/")) else target
     carried = () if carries is None else carries(found)
     return [each for number, each in found.items() if number not in carried]
+
+
+def _files() -> Iterator[str]:
+    """But for the standard streams, and what was put aside of them."""
+    streams = {(status.st_dev, status.st_ino) for status in map(_status, (0, 1, 2)) if status is not None}
+    for name in os.listdir("/proc/self/fd"):
+        status = _status(int(name))
+        named = status is not None and stat.S_ISREG(status.st_mode) and status.st_nlink > 0
+        if status is not None and named and (status.st_dev, status.st_ino) not in streams:
+            with contextlib.suppress(OSError):
+                yield os.readlink(f"/proc/self/fd/{name}")
+
+
+def _status(fd: int) -> os.stat_result | None:
+    try:
+        return os.fstat(fd)
+    except OSError:
+        return None
 
 
 def _mappings() -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from isolation import registry
+from isolation.backends.showing import SYSTEM, python_environment
 from isolation.errors import IsolationError, LaunchError
 from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, Backend
+from isolation.paths import is_within
 from isolation.plain import os, time
 from isolation.result import Ended, Verdict
 from isolation.template import Branch, Fork, Template
@@ -36,6 +38,7 @@ from pytest_isolation.worker import PAYLOAD, Worker, order_for
 
 _OUTPUT_AT_MOST = 256 << 10
 _SECTIONS_AT_MOST = 100
+_UNSEEN_AT_MOST = 5
 _WARNINGS_AT_MOST = 10_000  # of one set-up, or teardown
 
 
@@ -114,11 +117,10 @@ class Controller:
 
     def _find_lost(self) -> str | None:
         """What the project has started while its tests were collected, and its tests will not have."""
-        if self._of_plugins is None or FORK_HERE not in self._backend.features():
+        held = self._held_by_project()
+        if held is None:
             return None
-        begin = self._config.stash[initially][0]
-        now = Held.now(begin, own=True, carries=self._backend.carries)
-        self.lost = now.since(begin).since(self._of_plugins).describe()
+        self.lost = held.describe()
         self._emission.lost = self.lost
         if not self.lost:
             return None
@@ -126,6 +128,29 @@ class Controller:
             f"started while tests were collected: {self.lost}. Tests run in forks of this process, which do not "
             f"have that; one that waits for it will fail. Start it in a fixture, or use --isolation=microvm."
         )
+
+    def _held_by_project(self) -> Held | None:
+        """What it has made in this process; None where that is of no interest to its tests."""
+        if self._of_plugins is None or FORK_HERE not in self._backend.features():
+            return None
+        begin = self._config.stash[initially][0]
+        return Held.now(begin, own=True, carries=self._backend.carries).since(begin).since(self._of_plugins)
+
+    def _find_unseen(self) -> Iterator[str]:
+        """Files that the project has open, and that are to its tests as /dev/null is."""
+        held = self._held_by_project()
+        if held is None or not held.files:
+            return
+        system = (f"/{name}" for name in (*SYSTEM, "dev", "proc", "sys"))
+        places = [os.path.realpath(path) for path in (*self._reader.places, *system, *python_environment())]
+        unseen = sorted(path for path in held.files if not is_within(path, places))
+        for path in unseen[:_UNSEEN_AT_MOST]:
+            yield (
+                f"{path} was opened while tests were collected, and is empty to them; "
+                f"--isolation-mount={os.path.dirname(path)} shows it"
+            )
+        if len(unseen) > _UNSEEN_AT_MOST:
+            yield f"so are {len(unseen) - _UNSEEN_AT_MOST} more"
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -147,6 +172,7 @@ class Controller:
             self._nth[item] = seen.get(item.nodeid, 0)
             seen[item.nodeid] = self._nth[item] + 1
         self._show_temporaries()
+        self._say(self._find_unseen())
         try:
             self._settings = {item: self._reader.of_item(item) for item in items}
         except IsolationError as error:

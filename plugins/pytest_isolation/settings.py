@@ -111,6 +111,11 @@ class Reader:
         mounts = (*self._mounts, *self._more)
         return [mount.source for mount in mounts if mount.mode != "ro" and mount.source == mount.target]
 
+    @property
+    def places(self) -> list[str]:
+        """All directories and files of the host that tests see at the same path."""
+        return [mount.source for mount in (*self._mounts, *self._more) if mount.source == mount.target]
+
     def show(self, mounts: Iterable[Mount]) -> None:
         """Let every test see these, too; but not those that run in a machine, to which all would have to be copied."""
         targets = {mount.target for mount in (*self._mounts, *self._more)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -220,3 +222,29 @@ def test_places_and_files_of_the_kernel(pytester: pytest.Pytester) -> None:
         def test_below_a_module(wide, time): check()
     """)
     run(pytester).assert_outcomes(passed=4)
+
+
+def test_a_file_that_tests_do_not_see_is_named(pytester: pytest.Pytester, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It is /dev/null to them. What lies in the project, in /tmp or in the system is there."""
+    elsewhere = Path("/var/lib") if os.geteuid() == 0 else Path.home()
+    path = elsewhere / f"isolation-test-{os.getpid()}"
+    path.mkdir()
+    try:
+        (path / "data.txt").write_text("content")
+        pytester.makefile(".txt", seen="content")
+        pytester.makepyfile(
+            f"import tempfile\nHERE = open('seen.txt'); THERE = open({str(path / 'data.txt')!r}); PASSWD = open('/etc/passwd')\n"
+            "BESIDE = tempfile.NamedTemporaryFile('w+')\n"
+            "def test_here(): assert HERE.read() == 'content' and PASSWD.read()\n"
+            "def test_there(): assert THERE.read() == 'content'\n"
+        )
+        result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider")
+        result.assert_outcomes(passed=1, failed=1)
+        named = [line for line in result.outlines if "was opened while tests were collected" in line]
+        assert len(named) == 1
+        assert f"{path}/data.txt" in named[0]
+        result = pytester.runpytest_subprocess("--isolation", f"--isolation-mount={path}", "-p", "no:cacheprovider")
+        result.assert_outcomes(passed=2)
+        assert "was opened while" not in result.stdout.str()
+    finally:
+        shutil.rmtree(path)
