@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from isolation import SandboxSpec, registry
+from isolation.backends import showing
 from isolation.backends.microvm import setup
 from isolation.backends.microvm.cache import Cache
+from isolation.backends.microvm.layers import Layer
 from isolation.backends.microvm.progress import SILENT
 from isolation.backends.namespace import launcher
+from isolation.paths import is_within
 
 pytest_plugins = ["pytester"]
 CI = "CI" in os.environ
@@ -154,9 +157,29 @@ def real_cache() -> str:
 
 
 @pytest.fixture(scope="session")
-def microvm_ready() -> None:
-    """What `isolation microvm setup` does; nothing but a look where it was done before."""
+def microvm_ready() -> Iterator[None]:
+    """What `isolation microvm setup` does; nothing but a look where it was done before.
+
+    Where Python lies is looked through for each machine that is started, to see whether it has changed: some 90,000 files, which
+    takes longer than the machine does. No test that asks for this changes any of it (test_layers.py does): here it is done once.
+    """
     setup.make(Cache.default(), SILENT)
+    found: dict[tuple[object, ...], tuple[Layer, ...]] = {}
+    look = setup.Images.environment
+
+    def environment(images: setup.Images, *, without: Iterable[str] = ()) -> tuple[Layer, ...]:
+        places = showing.python_environment()
+        real = [os.path.realpath(place) for place in places]
+        hidden = [os.path.realpath(path) for path in without]
+        hidden = [path for path in hidden if is_within(path, real) or any(is_within(place, [path]) for place in real)]
+        asked = (images.cache.root, images.exclude, tuple(places), tuple(hidden))
+        if asked not in found:
+            found[asked] = look(images, without=without)
+        return found[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup.Images, "environment", environment)
+        yield
 
 
 @pytest.fixture(params=["namespace", pytest.param("microvm", marks=pytest.mark.once)])
