@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kernel.conftest import USERS
 from kernel.frontend import PATIENCE, Kernel, wait_for_heartbeat
 
 from isolation import cli, registry
@@ -25,6 +26,7 @@ def test_runs_in_a_sandbox(kernel: Kernel) -> None:
     assert kernel.value("(__import__('os').getpgid(0), __import__('os').getsid(0))") == "(2, 2)"
 
 
+@USERS
 def test_what_is_imported_late_is_the_real_thing(kernel: Kernel) -> None:
     late = ("dateutil", "dateutil.parser", "debugpy", "jupyter_client.manager", "platformdirs.unix", "psutil._common")
     assert kernel.value(f"{{*{late}}} & __import__('sys').modules.keys()") == "set()"
@@ -77,12 +79,14 @@ def test_interrupts_of_an_idle_kernel_change_nothing(kernel: Kernel) -> None:
     assert (reply.status, reply.text) == ("ok", "42\n")
 
 
+@USERS
 def test_stdin(kernel: Kernel) -> None:
     asked = kernel.send("print(input('name? ') * 2)", allow_stdin=True)
     reply = kernel.collect(asked, on_input=lambda message: "ab" if message["content"]["prompt"] == "name? " else "?")
     assert reply.text == "abab\n"
 
 
+@USERS
 def test_comms(kernel: Kernel) -> None:
     kernel.run("from ipykernel.comm import Comm\nseen = []")
     code = "def opened(comm, message):\n comm.on_msg(lambda m: comm.send({'twice': m['content']['data']['n'] * 2}))\n"
@@ -97,6 +101,7 @@ def test_comms(kernel: Kernel) -> None:
             return
 
 
+@USERS
 def test_widgets(kernel: Kernel) -> None:
     reply = kernel.run("import ipywidgets\nslider = ipywidgets.IntSlider(value=3)\ndisplay(slider)")
     assert "application/vnd.jupyter.widget-view+json" in reply.data
@@ -107,11 +112,13 @@ def test_widgets(kernel: Kernel) -> None:
     assert kernel.value("slider.value") == "7"
 
 
+@USERS
 def test_plot_inline(kernel: Kernel) -> None:
     reply = kernel.run("import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()", timeout=600)
     assert "image/png" in reply.data, reply.text
 
 
+@USERS
 def test_debugger_stops_at_a_breakpoint(kernel: Kernel) -> None:
     sequence = iter(range(1, 100))
 
@@ -141,6 +148,7 @@ def test_debugger_stops_at_a_breakpoint(kernel: Kernel) -> None:
     debug("disconnect", restart=False, terminateDebuggee=False)
 
 
+@USERS
 def test_subshells(kernel: Kernel) -> None:
     subshell = kernel.control("create_subshell_request", {})["subshell_id"]
     sleeping = kernel.send("import time\nwhile not globals().get('done'): time.sleep(0.01)")
@@ -162,6 +170,7 @@ def test_control_channel_while_busy(kernel: Kernel) -> None:
     assert kernel.collect(sleeping).content["ename"] == "KeyboardInterrupt"
 
 
+@USERS
 def test_heartbeat(kernel: Kernel) -> None:
     kernel.client.hb_channel.unpause()
     time.sleep(1.5)
@@ -185,11 +194,13 @@ def test_a_limit_that_cannot_be_held_is_not_installed(
     assert "cgroup" in capfd.readouterr().err
 
 
+@USERS
 def test_large_message(kernel: Kernel) -> None:
     reply = kernel.run("from IPython.display import display\ndisplay({'x/y': 'a' * 200_000_000}, raw=True)", timeout=600)
     assert len(reply.data["x/y"]) == 200_000_000
 
 
+@USERS
 def test_large_request(kernel: Kernel) -> None:
     assert kernel.run(f"print(len('{'b' * 5_000_000}'))").text == "5000000\n"
 
@@ -242,6 +253,7 @@ def test_end_of_the_kernel_is_noticed(kernel: Kernel, code: str, status: int) ->
     assert not kernel.manager.is_alive()
 
 
+@USERS
 def test_history(kernel: Kernel) -> None:
     kernel.run("first = 1")
     kernel.run("second = 2")
@@ -252,6 +264,7 @@ def test_history(kernel: Kernel) -> None:
     assert [entry[2] for entry in reply["content"]["history"]] == ["first = 1", "second = 2"]
 
 
+@USERS
 def test_arguments_for_ipykernel(kernels: Kernels) -> None:
     kernel = kernels("argv", extra=("--HistoryManager.hist_file=:memory:",))
     assert kernel.value("get_ipython().history_manager.hist_file") == ":memory:"
@@ -264,6 +277,7 @@ def test_encryption_passes_untouched(kernels: Kernels) -> None:
         assert kernel.manager.get_connection_info()["curve_publickey"]
 
 
+@USERS
 def test_connections_that_say_nothing(kernels: Kernels) -> None:
     """As VS Code makes them, to see whether somebody listens."""
     kernel = kernels("argv")
