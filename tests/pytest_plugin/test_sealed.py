@@ -32,6 +32,8 @@ from isolation.errors import SpecError
 PROGRAM = [sys.executable, "-I", "-m", "isolation", "pytest"]
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "untrusted"
 PATIENCE = 600.0
+# What a suite's own words or pytest's options mean, whoever runs it; what comes out of the sandbox, and how, is for both.
+USERS = pytest.mark.once("user")
 
 Run = subprocess.CompletedProcess[str]
 
@@ -163,6 +165,7 @@ def test_a_start_that_runs_the_project_s_code_is_refused(suite: Path, monkeypatc
 # What a user sees is what plain pytest shows
 
 
+@USERS
 @pytest.mark.parametrize("arguments", [["-rA"], ["-v"], ["-q", "-x"], ["-k", "test_pass or test_warns", "-rA"]])
 def test_output_is_that_of_plain_pytest(suite: Path, arguments: list[str]) -> None:
     (suite / "test_suite.py").write_text(dedented(SUITE))
@@ -175,6 +178,7 @@ def test_output_is_that_of_plain_pytest(suite: Path, arguments: list[str]) -> No
     assert shape(suite / "out.xml") == plain_shape
 
 
+@USERS
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -218,6 +222,7 @@ def test_last_failed_over_two_runs(suite: Path) -> None:
     assert not (suite / ".pytest_cache" / "v" / "cache" / "lastfailed").exists()
 
 
+@USERS
 def test_cache_of_a_part_with_an_ini_file_of_its_own(suite: Path) -> None:
     (suite / "part").mkdir()
     (suite / "part" / "pytest.ini").write_text("[pytest]\n")
@@ -261,6 +266,7 @@ def test_coverage_comes_out_where_it_was_asked_for(suite: Path) -> None:
     data.close()
 
 
+@USERS
 def test_coverage_is_that_of_a_plain_run(suite: Path) -> None:
     """As far as lines run where pytest does: what runs in a test's fork is the plug-in's to report."""
     (suite / "product.py").write_text(
@@ -280,6 +286,7 @@ def test_coverage_is_that_of_a_plain_run(suite: Path) -> None:
     assert found[0] == found[1]
 
 
+@USERS
 def test_report_on_the_sandboxes(suite: Path) -> None:
     (suite / "test_it.py").write_text("def test_it(): pass\n")
     assert sealed("-q", "--isolation-report=out/run.json").returncode == 0
@@ -298,6 +305,7 @@ def test_places_outside_of_the_project(suite: Path, tmp_path: Path) -> None:
     assert not os.path.exists("/etc/isolation-test.xml")
 
 
+@USERS
 def test_user_s_variables_in_a_place(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (suite / "test_it.py").write_text("def test_it(): pass\n")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
@@ -377,6 +385,7 @@ def test_a_suite_that_does_not_listen_and_floods(suite: Path) -> None:
         assert process.wait(PATIENCE) == 130
 
 
+@USERS
 def test_debugger(suite: Path) -> None:
     (suite / "test_it.py").write_text("def test_a():\n    answer = 6 * 7\n    assert answer == 0\n")
     code, seen = on_terminal(["--pdb"], [(b"(Pdb)", b"p answer + 1\n"), (b"43", b"c\n")])
@@ -654,6 +663,7 @@ def test_arguments(argv: list[str], words: list[str] | None, found: list[str]) -
     assert [os.path.relpath(artefact.path, "/project") for artefact in request.artefacts] == found
 
 
+@USERS
 @pytest.mark.parametrize("argv", [["--export", "."], ["--export=.."], ["--export", "/"], ["--export="], ["--memory"], ["--pids="]])
 def test_bad_arguments(suite: Path, argv: list[str]) -> None:
     done = sealed(*argv)
