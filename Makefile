@@ -1,5 +1,5 @@
 # make demo    the main job on real input: real projects' own suites, every test in a sandbox of its own
-# make test    all that CI checks
+# make test    all that CI checks: linters, and the suite
 # make quick   linters, and the tests that are done within a minute
 # make bench   the figures that README.md quotes
 
@@ -11,7 +11,7 @@ RUN = $(VENV)/bin/python
 QEMU = qemu-system-$(shell uname -m)
 PACKAGE = $(if $(filter x86_64,$(shell uname -m)),qemu-system-x86,qemu-system-arm)
 
-.PHONY: demo test quick lint bench clean machine
+.PHONY: demo test suite quick lint bench clean machine
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +31,9 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-test: lint machine
+test: lint suite
+
+suite: machine
 	$(RUN) tests/suite.py $(TESTS)
 
 quick: lint
