@@ -64,9 +64,7 @@ def clean_environment(python: Path, **extra: str) -> dict[str, str]:
     return {**environment, **extra}
 
 
-def timed_run(
-    command: Sequence[str | Path], *, cwd: Path, environment: Mapping[str, str], log: Path, timeout: float
-) -> Run:
+def timed_run(command: Sequence[str | Path], *, cwd: Path, environment: Mapping[str, str], log: Path, timeout: float) -> Run:
     """Run `command`, its output in `log`; after `timeout` seconds kill its process group, and only that."""
     with log.open("wb") as output:
         start = time.perf_counter()
@@ -136,9 +134,7 @@ def make_venv(
         wanted = f"{checkout}\n{hashlib.sha256(project).hexdigest()}"
         if _read(editable) != wanted:
             # The requirements again, so that the project's own cannot move a pinned one.
-            run_to_log(
-                [*pip, "-e", f"{checkout}[pytest]", *requirements], log, f"installing {checkout}[pytest]"
-            )
+            run_to_log([*pip, "-e", f"{checkout}[pytest]", *requirements], log, f"installing {checkout}[pytest]")
             editable.write_text(wanted, encoding="utf-8")
     return interpreter
 

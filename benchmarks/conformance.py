@@ -94,9 +94,7 @@ def prepare() -> tuple[Path, Path]:
     return source, make_venv(cache / "venvs" / "pytest-conformance", [f"pytest=={VERSION}", *NEEDS], checkout=CHECKOUT)
 
 
-def compare(
-    plain: dict[str, Outcome], isolated: dict[str, Outcome], explained: dict[str, str], *, verbose: bool
-) -> int:
+def compare(plain: dict[str, Outcome], isolated: dict[str, Outcome], explained: dict[str, str], *, verbose: bool) -> int:
     """Print it all, with the reasons, by pattern, for some; the exit status."""
     tests: Counter[str] = Counter()
     different: Counter[str] = Counter()

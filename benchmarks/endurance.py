@@ -1,6 +1,6 @@
 """10,000 forks from one template: memory, descriptors and time per fork must stay what they were.
 
-    python benchmarks/endurance.py [--forks 10000]
+python benchmarks/endurance.py [--forks 10000]
 """
 
 from __future__ import annotations

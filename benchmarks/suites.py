@@ -57,9 +57,7 @@ class Suite:
     tests: str
     needs: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
-    pytest: str | None = (
-        None  # the newest pytest that these tests work with, where that is not the newest of all
-    )
+    pytest: str | None = None  # the newest pytest that these tests work with, where that is not the newest of all
     large: bool = False  # run only when named
     varying: str = ""  # a pattern of what changes in the names of tests and subtests from run to run
     deselected: Mapping[str, str] = field(default_factory=dict)
@@ -272,9 +270,7 @@ def fetch(suite: Suite, options: Options) -> Path:
     download.mkdir(parents=True, exist_ok=True)
     command = [options.python, "-m", "pip", "--no-input", "download", "--no-deps", "--no-binary", suite.name]
     log = options.cache / "sdists" / f"{name}.log"
-    run_to_log(
-        [*command, "--dest", download, f"{suite.name}=={suite.version}"], log, f"fetching the sdist of {name}"
-    )
+    run_to_log([*command, "--dest", download, f"{suite.name}=={suite.version}"], log, f"fetching the sdist of {name}")
     unpacked = options.cache / "sources" / f"{name}.partly"
     if unpacked.exists():
         rmtree(unpacked)
@@ -514,9 +510,7 @@ def _described(difference: Difference) -> list[str]:
 
 def _compared_closer(plain: Result, isolated: Result) -> list[str]:
     """What differs although the outcomes are the same: worth a look, and no failure."""
-    lines = (
-        [f"  warnings: {plain.warnings} → {isolated.warnings}"] if plain.warnings != isolated.warnings else []
-    )
+    lines = [f"  warnings: {plain.warnings} → {isolated.warnings}"] if plain.warnings != isolated.warnings else []
     for nodeid, was in plain.outcomes.items():
         now = isolated.outcomes.get(nodeid, NOT_REPORTED)
         if was.same(now) and was.verdict == "skipped" and was.reason != now.reason:
@@ -580,43 +574,27 @@ def list_suites() -> str:
     ]
     lines = [table(("suite", "version", "tests", "pytest", "large", "needs"), rows, left=range(6))]
     for suite in SUITES:
-        lines += [
-            f"{suite.name}: deselects {nodeid}: {reason}" for nodeid, reason in suite.deselected.items()
-        ]
-        lines += [
-            f"{suite.name}: may differ {nodeid}: {reason}" for nodeid, reason in suite.explained.items()
-        ]
+        lines += [f"{suite.name}: deselects {nodeid}: {reason}" for nodeid, reason in suite.deselected.items()]
+        lines += [f"{suite.name}: may differ {nodeid}: {reason}" for nodeid, reason in suite.explained.items()]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     known = {suite.name: suite for suite in SUITES}
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="suites to run (default: all but the large ones)"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="suites to run (default: all but the large ones)")
     parser.add_argument("--list", action="store_true", help="show the suites and end")
-    parser.add_argument(
-        "--python", default=sys.executable, help="interpreter, with pip, to make the venvs from"
-    )
+    parser.add_argument("--python", default=sys.executable, help="interpreter, with pip, to make the venvs from")
     parser.add_argument("--pytest", default=DEFAULT_PYTEST, metavar="VERSION", help="default: %(default)s")
-    parser.add_argument(
-        "--cache", type=Path, default=default_cache("suites"), metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_argument("--cache", type=Path, default=default_cache("suites"), metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--flags",
         help="what the second run adds, written --flags=… (default: --isolation, but with --sealed nothing)",
     )
     parser.add_argument("--sealed", action="store_true", help="start the second run by `isolation pytest`")
-    parser.add_argument(
-        "--plain-only", action="store_true", help="without the second run, and without the checkout"
-    )
-    parser.add_argument(
-        "--repeat", type=int, default=1, metavar="N", help="runs of each kind; times are medians"
-    )
-    parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for each run (default: 300 and more)"
-    )
+    parser.add_argument("--plain-only", action="store_true", help="without the second run, and without the checkout")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of each kind; times are medians")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for each run (default: 300 and more)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here as well")
     asked = parser.parse_args(arguments)
     if asked.list:
@@ -648,9 +626,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("not run", file=sys.stderr)
             continue
         comparisons.append(comparison)
-        print(
-            "ok" if comparison.good() else "NOT OK", comparison.plain[0].summary, file=sys.stderr, flush=True
-        )
+        print("ok" if comparison.good() else "NOT OK", comparison.plain[0].summary, file=sys.stderr, flush=True)
 
     print(table(HEADERS, [row(comparison) for comparison in comparisons], left=(0, 2)))
     for comparison in comparisons:

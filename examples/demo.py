@@ -1,6 +1,6 @@
 """What `make demo` shows, step by step. It looks at each outcome itself: status 1 if one is not as it should be.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ class Demo:
         self._number = 0
         self.wrong: list[str] = []
 
-    def step(
-        self, title: str, command: str, *expected: str, project: str = "", status: int = 0, copy: bool = False
-    ) -> None:
+    def step(self, title: str, command: str, *expected: str, project: str = "", status: int = 0, copy: bool = False) -> None:
         """Run a command, in an example's directory or a copy of that. All of `expected` must be in what it prints."""
         self._number += 1
         where = f"cd examples/{project}; " if project else ""

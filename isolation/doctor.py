@@ -29,10 +29,7 @@ def as_data(probes: Mapping[str, Probe]) -> dict[str, Any]:
             name: {
                 "works": probe.works,
                 "reason": probe.reason,
-                "checks": [
-                    dataclasses.asdict(check)
-                    for check in probe.checks
-                ],
+                "checks": [dataclasses.asdict(check) for check in probe.checks],
                 "features": sorted(probe.features),
             }
             for name, probe in probes.items()

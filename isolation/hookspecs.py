@@ -1,11 +1,11 @@
 """The contract between the core and a backend. A backend is an ordinary pluggy plug-in.
 
-    # pyproject.toml:  [project.entry-points.isolation]  mine = "my_package.plugin"
-    import isolation
+# pyproject.toml:  [project.entry-points.isolation]  mine = "my_package.plugin"
+import isolation
 
-    @isolation.hookimpl
-    def isolation_backend():
-        return MyBackend()
+@isolation.hookimpl
+def isolation_backend():
+    return MyBackend()
 """
 
 from __future__ import annotations

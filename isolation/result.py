@@ -60,7 +60,7 @@ class Verdict:
 
 
 def signal_name(number: int) -> str:
-    """"SIGSEGV" for 11; "signal 99" for what has no name."""
+    """ "SIGSEGV" for 11; "signal 99" for what has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -97,9 +97,7 @@ class Process:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         """Like `subprocess.Popen`: close the streams, and wait for the end."""
         self.close()
         self.wait()
@@ -121,9 +119,7 @@ class Process:
 class _Communication:
     """One `communicate`: a poll(2) loop over the streams and the machine."""
 
-    def __init__(
-        self, process: Process, input: bytes | None, timeout: float | None, output_limit: int | None
-    ) -> None:
+    def __init__(self, process: Process, input: bytes | None, timeout: float | None, output_limit: int | None) -> None:
         self._process = process
         self._input = memoryview(input or b"")
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -312,9 +308,7 @@ class Sandbox:
         data = input.encode() if isinstance(input, str) else input
         limit = None if output_limit is None else parse_size(output_limit, "output limit")
         seconds = None if timeout is None else parse_seconds(timeout, "timeout")
-        process = self.popen(
-            args, stdin=None if data is None else PIPE, stdout=PIPE, stderr=PIPE, env=env, cwd=cwd
-        )
+        process = self.popen(args, stdin=None if data is None else PIPE, stdout=PIPE, stderr=PIPE, env=env, cwd=cwd)
         return process.communicate(data, seconds, limit)
 
     def copy_in(self, source: str | os.PathLike[str], target: str) -> None:
@@ -431,9 +425,7 @@ class Sandbox:
         _ = self.machine
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

@@ -1,12 +1,12 @@
 """The streams of `isolation run`: which descriptors the command gets, and the relay of all the others.
 
-    terminal                        the sandbox's own terminal, relayed; the host's is raw meanwhile
-    /dev/null                       the very descriptor
-    pipe, FIFO as standard input    the very descriptor: a relay would take from it what was meant for whoever reads next
-                                    (`while read x; do isolation run …; done`); a command of the same user's can write to it
-    file, socket, device, anything  a pipe, relayed: whoever holds a file can reopen or truncate it, whoever holds a socket
-                                    may reach the network through it, a directory is a way out of the root, and a pipe for
-                                    output can be opened by /proc/self/fd, and read: what others have written, too
+terminal                        the sandbox's own terminal, relayed; the host's is raw meanwhile
+/dev/null                       the very descriptor
+pipe, FIFO as standard input    the very descriptor: a relay would take from it what was meant for whoever reads next
+                                (`while read x; do isolation run …; done`); a command of the same user's can write to it
+file, socket, device, anything  a pipe, relayed: whoever holds a file can reopen or truncate it, whoever holds a socket
+                                may reach the network through it, a directory is a way out of the root, and a pipe for
+                                output can be opened by /proc/self/fd, and read: what others have written, too
 """
 
 from __future__ import annotations
@@ -253,9 +253,7 @@ class _HostTerminal:
         self._own = -1
         try:
             # An open file of our own can be non-blocking. Fails for a terminal that is another user's (su).
-            self._own = os.open(
-                f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            )
+            self._own = os.open(f"/proc/self/fd/{self.fd}", os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
             pass
         self.source = self._own if self._own >= 0 else self.fd
@@ -561,9 +559,7 @@ class Relay:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 

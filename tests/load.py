@@ -1,6 +1,6 @@
 """Keeps all processors busy while a command runs: a test that fails then waits for time, and not for events.
 
-    python tests/load.py 8 make test      # with eight processes that do nothing but work
+python tests/load.py 8 make test      # with eight processes that do nothing but work
 """
 
 from __future__ import annotations

@@ -282,7 +282,11 @@ def test_neither_template_nor_fork_has_privileges() -> None:
             child = os.fork()
             if child == 0:
                 if name == "setns":
-                    os._exit(0 if _libc().setns(os.open("/proc/self/ns/user", os.O_RDONLY), 0x10000000) == 0 else ctypes.get_errno())
+                    os._exit(
+                        0
+                        if _libc().setns(os.open("/proc/self/ns/user", os.O_RDONLY), 0x10000000) == 0
+                        else ctypes.get_errno()
+                    )
                 failed = _libc().unshare(flag)
                 if not failed and name == "NEWUSER":
                     failed = not _libc().mount(b"none", b"/tmp", b"tmpfs", 0, None)
@@ -328,7 +332,9 @@ def test_a_fork_reaches_neither_its_template_nor_its_siblings(project: Path) -> 
                             client.connect(address)
                         except OSError as error:
                             found.append(type(error).__name__)
-                guest.send({"found": found, "kill": _libc().kill(-1, 0), "open": sorted(map(int, os.listdir("/proc/self/fd")))})
+                guest.send(
+                    {"found": found, "kill": _libc().kill(-1, 0), "open": sorted(map(int, os.listdir("/proc/self/fd")))}
+                )
 
     server_address = ("127.0.0.1", 1)
     with here(payload) as root, root.branch("x") as branch:
@@ -352,10 +358,12 @@ def test_a_template_that_makes_no_forks() -> None:
                 descent._midwife.send(b"nonsense")
                 time.sleep(30)
             if job == "alone":  # a process without namespaces says that it is the fork
+
                 def alone(order: Any, given: list[int], guest: Guest, inherited: Any) -> None:
                     leash = socket.socket(fileno=os.dup(given[len(order["namespaces"])]))
                     leash.send(b"b")
                     leash.recv(1)
+
                 descent._give_birth = alone
             for _job in guest.forks():
                 guest.send({"here": True})

@@ -541,7 +541,7 @@ def test_doctor_and_backends() -> None:
 def test_values_of_variables_are_in_nobody_s_command_line() -> None:
     """Neither for other users of this machine, nor inside, where PID 1 was a fork of the host's process."""
     word = f"secret{os.getpid()}of{time.monotonic_ns()}"
-    script = "cat /proc/*/cmdline; echo; echo \"$A$B\"; read line"
+    script = 'cat /proc/*/cmdline; echo; echo "$A$B"; read line'
     command = [*CLI, "run", "--env", f"A={word}", f"--env=B={word}", "--", "sh", "-c", script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None

@@ -41,7 +41,16 @@ def test_what_does_more_is_left_out(text: bytes) -> None:
         for passed in (filtered(whole[:cut], whole[cut:]), filtered(*(bytes([byte]) for byte in whole))):
             assert passed.startswith(b"before")
             assert passed.endswith(b"after")
-            for beginning in (b"\x1b]", b"\x1bP", b"\x1b_", b"\x1b^", b"\x1bX", "\x9d".encode(), "\x90".encode(), "\x9f".encode()):
+            for beginning in (
+                b"\x1b]",
+                b"\x1bP",
+                b"\x1b_",
+                b"\x1b^",
+                b"\x1bX",
+                "\x9d".encode(),
+                "\x90".encode(),
+                "\x9f".encode(),
+            ):
                 assert beginning not in passed
 
 

@@ -77,7 +77,9 @@ ALL = [
 
 @pytest.mark.parametrize("section", ALL)
 def test_section(section: Section, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "CI", "BUILD_NUMBER"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "CI", "BUILD_NUMBER"))
+    }
     environment |= {
         "PATH": f"{os.path.dirname(sys.executable)}:{environment['PATH']}", "COLUMNS": "80", "LC_ALL": "C.UTF-8",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p isolation", "PYTHONDONTWRITEBYTECODE": "1",

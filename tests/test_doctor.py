@@ -27,7 +27,9 @@ def test_text_says_what_works_what_failed_and_the_remedy() -> None:
 def test_a_remedy_is_told_once() -> None:
     remedy = "ask for another container"
     one = Probe(False, f"it may not; {remedy}", (Check("/proc", False, "covered", remedy),), frozenset({"fork"}))
-    other = Probe(False, "needs one", (Check("one", False, f"does not work: it may not; {remedy}", remedy),), frozenset({"fork"}))
+    other = Probe(
+        False, "needs one", (Check("one", False, f"does not work: it may not; {remedy}", remedy),), frozenset({"fork"})
+    )
     text = doctor.as_text({"one": one, "other": other})
     assert text.count(remedy) == 1
     assert "→ as above" in text

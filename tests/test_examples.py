@@ -17,9 +17,7 @@ def run(example: str, directory: Path, *arguments: str) -> subprocess.CompletedP
     shutil.copytree(EXAMPLES / example, directory, dirs_exist_ok=True)
     command = [sys.executable, "-m", "pytest", "-p", "isolation", "-q", *arguments]
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # one shuffles the tests
-    return subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_leaky(tmp_path: Path) -> None:

@@ -124,7 +124,9 @@ def test_mounts(project: Path, tmp_path: Path, backend: str) -> None:
     assert (tmp_path / "rw" / "g").stat().st_uid == os.getuid()
 
 
-@pytest.mark.parametrize("name", ["with space", "co:lon", "com,ma", "back\\slash", "ünï çödé ☃", "-dash", "nl\nnl", "'quote\""])
+@pytest.mark.parametrize(
+    "name", ["with space", "co:lon", "com,ma", "back\\slash", "ünï çödé ☃", "-dash", "nl\nnl", "'quote\""]
+)
 def test_any_directory_name(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.mkdir()
@@ -164,7 +166,10 @@ def test_bad_specs_leave_nothing(project: Path, backend: str) -> None:
 
 def test_timeout(project: Path, backend: str) -> None:
     with Sandbox(of(project)) as box:
-        done = box.run(["sh", "-c", "echo started; trap '' TERM INT; sleep 60 & wait; sleep 60"], timeout=0.3 if backend == "namespace" else 3)
+        done = box.run(
+            ["sh", "-c", "echo started; trap '' TERM INT; sleep 60 & wait; sleep 60"],
+            timeout=0.3 if backend == "namespace" else 3,
+        )
         assert done.verdict.ended is Ended.TIMED_OUT
         assert done.stdout == b"started\n"
         assert box.run(["true"]).verdict.ok
@@ -309,10 +314,7 @@ def test_closed(project: Path) -> None:
 
 
 def test_nesting(project: Path, backend: str) -> None:
-    program = (
-        "from isolation import *\n"
-        "with Sandbox(SandboxSpec()) as box: print(box.run(['echo', 'inner']).stdout)"
-    )
+    program = "from isolation import *\nwith Sandbox(SandboxSpec()) as box: print(box.run(['echo', 'inner']).stdout)"
     with Sandbox(of(project, nesting=True)) as box:
         done = box.run([sys.executable, "-c", program], timeout=600)
         assert done.stdout == b"b'inner\\n'\n", done.stderr.decode()

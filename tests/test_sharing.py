@@ -68,7 +68,11 @@ def in_child(work: Callable[[], object]) -> int:
 def test_each_fork_has_its_own_and_shares_it_with_its_children(project: Path, tmp_path: Path, deep: bool) -> None:
     for path in (project / "in", tmp_path / "out", project / "unlinked"):
         path.write_bytes(b"0" * PAGE)
-    with (project / "in").open("r+b") as one, (tmp_path / "out").open("r+b") as two, (project / "unlinked").open("r+b") as three:
+    with (
+        (project / "in").open("r+b") as one,
+        (tmp_path / "out").open("r+b") as two,
+        (project / "unlinked").open("r+b") as three,
+    ):
         (project / "unlinked").unlink()
         maps = [mmap.mmap(file.fileno(), PAGE) for file in (one, two, three)] + [mmap.mmap(-1, PAGE)]
         maps[3][:1] = b"0"
@@ -152,7 +156,9 @@ def test_what_is_larger_than_a_copy_for_each_is_copied_on_write() -> None:
 def test_memory_of_a_device_is_not_there() -> None:
     nameless = mmap.mmap(-1, PAGE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(nameless))
-    item = sharing.Object("/dev/gpu", 1, [sharing.Area(start, start + PAGE, mmap.PROT_READ | mmap.PROT_WRITE, 0)], device=True)
+    item = sharing.Object(
+        "/dev/gpu", 1, [sharing.Area(start, start + PAGE, mmap.PROT_READ | mmap.PROT_WRITE, 0)], device=True
+    )
 
     def touch() -> None:
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)

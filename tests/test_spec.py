@@ -15,7 +15,15 @@ pytestmark = pytest.mark.once
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1", 1), (4096, 4096), ("64K", 65536), ("512M", 512 << 20), ("512MiB", 512 << 20), ("1.5G", 3 << 29), ("2 T", 2 << 40)],
+    [
+        ("1", 1),
+        (4096, 4096),
+        ("64K", 65536),
+        ("512M", 512 << 20),
+        ("512MiB", 512 << 20),
+        ("1.5G", 3 << 29),
+        ("2 T", 2 << 40),
+    ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
@@ -27,7 +35,9 @@ def test_bad_sizes(text: object) -> None:
         parse_size(text)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("2s", 2), ("500ms", 0.5), ("5min", 300), ("5m", 300), ("1h", 3600), (0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2s", 2), ("500ms", 0.5), ("5min", 300), ("5m", 300), ("1h", 3600), (0.1, 0.1)]
+)
 def test_times(text: str | float, seconds: float) -> None:
     assert parse_seconds(text) == pytest.approx(seconds)
 

@@ -104,7 +104,11 @@ def test_how_forks_end() -> None:
             os.kill(os.getpid(), job)
 
     with here(payload) as template:
-        for job, ended, status in (("raise", Ended.EXITED, 1), (signal.SIGSEGV, Ended.SIGNALLED, 11), (9, Ended.SIGNALLED, 9)):
+        for job, ended, status in (
+            ("raise", Ended.EXITED, 1),
+            (signal.SIGSEGV, Ended.SIGNALLED, 11),
+            (9, Ended.SIGNALLED, 9),
+        ):
             with template.fork(job) as fork:
                 assert list(fork) == []
                 verdict = fork.wait(60)

@@ -20,9 +20,7 @@ class Guest:
     wire    the messages of this fork; the host sends the job first
     """
 
-    def __init__(
-        self, wire: Wire, config: Any = None, fork: Callable[[Guest], Iterator[Guest]] | None = None
-    ) -> None:
+    def __init__(self, wire: Wire, config: Any = None, fork: Callable[[Guest], Iterator[Guest]] | None = None) -> None:
         self.wire = wire
         self.config = config
         self._fork = fork

@@ -171,6 +171,4 @@ def _warm(options: argparse.Namespace) -> int:
         return commands.stop()
     if options.status:
         return commands.status()
-    return commands.start(
-        options.names, options.count, options.directory, options.idle, foreground=options.foreground
-    )
+    return commands.start(options.names, options.count, options.directory, options.idle, foreground=options.foreground)

@@ -49,9 +49,7 @@ def content(options: Options, display_name: str, *, provisioner: bool) -> dict[s
     }
 
 
-def install(
-    options: Options, name: str, display_name: str, *, user: bool, prefix: str | None, provisioner: bool
-) -> str:
+def install(options: Options, name: str, display_name: str, *, user: bool, prefix: str | None, provisioner: bool) -> str:
     """Write a kernelspec; returns its directory. Raises SpecError, OSError."""
     if not _NAME.fullmatch(name):
         raise SpecError(f"a kernel's name is made of letters, digits, '.', '_' and '-'; {name!r} is not")

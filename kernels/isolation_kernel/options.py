@@ -132,9 +132,7 @@ class Options:
 
     def _limits(self) -> Limits:
         memory, pids = (None, None) if self.in_machine else (fitting_memory(), PIDS)
-        return Limits(
-            unless_none(self.memory, memory), unless_none(self.pids, pids), self.cpus, self.disk, self.timeout
-        )
+        return Limits(unless_none(self.memory, memory), unless_none(self.pids, pids), self.cpus, self.disk, self.timeout)
 
     @property
     def machine_environment(self) -> dict[str, str]:

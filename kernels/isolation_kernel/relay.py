@@ -141,9 +141,7 @@ class Relay:
 
     def _ask(self, end: _End) -> None:
         """Of epoll, what this end waits for now."""
-        wanted = (select.EPOLLIN if end.open and end.peer.waiting is None else 0) | (
-            _OUT if end.waiting is not None else 0
-        )
+        wanted = (select.EPOLLIN if end.open and end.peer.waiting is None else 0) | (_OUT if end.waiting is not None else 0)
         if wanted == end.asked:
             return
         if end.asked == _ASLEEP:

@@ -44,9 +44,7 @@ class Held:
     files: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
-    def now(
-        cls, before: Held | None = None, *, own: bool = False, carries: Carries | None = None
-    ) -> Held:
+    def now(cls, before: Held | None = None, *, own: bool = False, carries: Carries | None = None) -> Held:
         """`own`: of processes, only those below this one; not all of its PID namespace, which is the host's. `carries` tells
         which descriptors a fork has nevertheless.
 

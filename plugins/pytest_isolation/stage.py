@@ -141,9 +141,7 @@ class Stage:
         for name, data in self._carriers.collect(item, phase):
             self._send({"carried": name, "of": item.nodeid}, data)
 
-    def _perform(
-        self, boundary: Boundary, work: Callable[[Boundary], pytest.CallInfo[None]]
-    ) -> pytest.CallInfo[None]:
+    def _perform(self, boundary: Boundary, work: Callable[[Boundary], pytest.CallInfo[None]]) -> pytest.CallInfo[None]:
         """Within what pytest wraps around a test: its warnings are caught, its assertions explained."""
         made: list[pytest.CallInfo[None]] = []
         boundary.protocol = lambda: made.append(work(boundary))

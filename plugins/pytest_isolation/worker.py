@@ -286,5 +286,3 @@ def quiet_terminal(manager: pytest.PytestPluginManager) -> None:
     reporter = manager.unregister(name="terminalreporter")
     if reporter is not None:
         manager.register(_QuietTerminal(reporter), "terminalreporter")
-
-

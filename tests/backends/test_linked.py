@@ -135,15 +135,28 @@ def test_they_can_be_imported(packages: Path, home: Path, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("nothing_left")
 def test_pytest_finds_them(packages: Path, tmp_path: Path) -> None:
     """Modules that are imported late, too, and in the processes that a test starts."""
-    write(tmp_path / "project" / "test_it.py", """
+    write(
+        tmp_path / "project" / "test_it.py",
+        """
 import subprocess, sys
 def test_late():
     import by_uv, by_pdm, mine
 def test_child(): subprocess.run([sys.executable, "-c", "import by_uv, by_pdm, mine, module"], check=True)
-""")
+""",
+    )
     python_path = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": python_path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "pytest_isolation.plugin", "-p", "no:cacheprovider", "--isolation"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "pytest_isolation.plugin",
+        "-p",
+        "no:cacheprovider",
+        "--isolation",
+    ]
     done = subprocess.run(command, cwd=tmp_path / "project", env=environment, capture_output=True, text=True, check=False)
     assert "2 passed" in done.stdout, done
 

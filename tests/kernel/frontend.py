@@ -52,7 +52,9 @@ class Reply:
 class Kernel:
     """A kernel by its kernelspec's name."""
 
-    def __init__(self, name: str, cwd: Path, *, extra: tuple[str, ...] = (), encryption: str = "disabled", **start: Any) -> None:
+    def __init__(
+        self, name: str, cwd: Path, *, extra: tuple[str, ...] = (), encryption: str = "disabled", **start: Any
+    ) -> None:
         self.manager = KernelManager(kernel_name=name, transport_encryption=encryption)
         self.manager.start_kernel(cwd=str(cwd), extra_arguments=list(extra), **start)
         self.connect()

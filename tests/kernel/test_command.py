@@ -69,9 +69,7 @@ def test_provisioner_is_named(tmp_path: Path) -> None:
         (["--frobnicate"], "unrecognized"),
     ],
 )
-def test_mistakes_are_told_at_once(
-    tmp_path: Path, options: list[str], said: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_told_at_once(tmp_path: Path, options: list[str], said: str, capfd: pytest.CaptureFixture[str]) -> None:
     try:
         code = cli.main(["kernel", "install", "--prefix", str(tmp_path), *options])
     except SystemExit as error:

@@ -25,7 +25,9 @@ assert not {"jupyter_client", "jupyter_client.manager", "platformdirs", "platfor
 
 def said(code: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}  # it chooses
-    done = subprocess.run([sys.executable, "-I", "-c", BEFORE + code], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", BEFORE + code], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -37,18 +39,36 @@ def said(code: str) -> str:
         ("print(hasattr(client, 'nothing'), hasattr(client, '__nothing__'), hasattr(dirs, '__file__'))", "False False True"),
         ("client.KernelManager = 1; client.run_kernel; print(client.KernelManager)", "1"),
         ("import types; client.KernelManager; print(type(client) is types.ModuleType)", "True"),
-        ("import jupyter_client; print(jupyter_client is client, jupyter_client.session.__name__)", "True jupyter_client.session"),
+        (
+            "import jupyter_client; print(jupyter_client is client, jupyter_client.session.__name__)",
+            "True jupyter_client.session",
+        ),
         ("import jupyter_client.session; print(callable(jupyter_client.session.Session))", "True"),
         ("from jupyter_client.manager import KernelManager; print(KernelManager is client.KernelManager)", "True"),
         ("from jupyter_client.ioloop import IOLoopKernelManager as M; print(issubclass(M, client.KernelManager))", "True"),
         ("import platformdirs.unix; print(platformdirs.unix.Unix('x').appname, platformdirs is dirs)", "x True"),
         ("from jupyter_client import *; print(callable(run_kernel))", "True"),
-        ("import importlib, jupyter_client; print(importlib.reload(client) is client, callable(client.run_kernel))", "True True"),
-        ("from unittest import mock\nwith mock.patch('platformdirs.user_data_dir', lambda: -1): print(dirs.user_data_dir())", "-1"),
-        ("import inspect; print(inspect.getsource(client)[0] != '', inspect.getmodule(dirs.user_data_dir) is dirs)", "True True"),
+        (
+            "import importlib, jupyter_client; print(importlib.reload(client) is client, callable(client.run_kernel))",
+            "True True",
+        ),
+        (
+            "from unittest import mock\nwith mock.patch('platformdirs.user_data_dir', lambda: -1): print(dirs.user_data_dir())",
+            "-1",
+        ),
+        (
+            "import inspect; print(inspect.getsource(client)[0] != '', inspect.getmodule(dirs.user_data_dir) is dirs)",
+            "True True",
+        ),
         ("sys.modules['jupyter_client'] = sys; print(client.version == sys.version)", "True"),
-        ("import importlib.util as u; print(type(u.find_spec('jupyter_client').loader.get_data(client.__file__)).__name__)", "bytes"),
-        ("print(debugger.known); import ipykernel.debugger; print(ipykernel.debugger.Debugger is debugger.Debugger)", "42\nTrue"),
+        (
+            "import importlib.util as u; print(type(u.find_spec('jupyter_client').loader.get_data(client.__file__)).__name__)",
+            "bytes",
+        ),
+        (
+            "print(debugger.known); import ipykernel.debugger; print(ipykernel.debugger.Debugger is debugger.Debugger)",
+            "42\nTrue",
+        ),
         ("import importlib; print(importlib.reload(debugger) is debugger, callable(debugger.Debugger))", "True True"),
         ("import psutil; print(psutil.changed, psutil.cpu_count() > 0)", "yes True"),
         ("from psutil._common import usage_percent; import psutil; print(psutil.changed)", "yes"),

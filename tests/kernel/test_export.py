@@ -26,7 +26,9 @@ def copied(data: bytes, target: Path, room: Room) -> int:
     return size
 
 
-@pytest.mark.parametrize("data", [b"", b"x", bytes(3 << 20), b"x" * 70_000 + bytes(200_000) + b"y", bytes(100_000) + b"z" * 5])
+@pytest.mark.parametrize(
+    "data", [b"", b"x", bytes(3 << 20), b"x" * 70_000 + bytes(200_000) + b"y", bytes(100_000) + b"z" * 5]
+)
 def test_it_is_the_same_file(tmp_path: Path, data: bytes) -> None:
     assert copied(data, tmp_path / "x", Room()) == len(data)
     assert (tmp_path / "x").read_bytes() == data

@@ -37,7 +37,10 @@ def test_files_and_modules(kernels: Kernels, tmp_path: Path, mode: str) -> None:
     assert kernel.value("__import__('later_module').X") == "1"
     put(there / "another_module.py", "X = 2\n")
     (there / "data.csv").unlink()
-    assert kernel.value("__import__('another_module').X, os.path.exists('data.csv'), 'data.csv' in os.listdir()") == "2 False False"
+    assert (
+        kernel.value("__import__('another_module').X, os.path.exists('data.csv'), 'data.csv' in os.listdir()")
+        == "2 False False"
+    )
     (there / "package").mkdir()
     put(there / "package" / "__init__.py", "")
     assert kernel.value("__import__('package').__name__") == "package"

@@ -195,7 +195,9 @@ def test_all_cells_of_a_notebook_that_goes_back(lab: Lab) -> None:
     for _ in range(2):
         lab.command("notebook:run-all-cells")
         wait(lambda: lab.text(4).rstrip().endswith("x is 1"))
-        wait(lambda: "*" not in "".join(lab.text(number, ".querySelector('.jp-InputPrompt')") for number in range(len(codes))))
+        wait(
+            lambda: "*" not in "".join(lab.text(number, ".querySelector('.jp-InputPrompt')") for number in range(len(codes)))
+        )
         lab.wait_until_idle("back.ipynb")
         assert "checkpoint a in" in lab.text(1)
         assert "back at checkpoint a" in lab.text(3)

@@ -71,7 +71,8 @@ class TestInAMachine(Samples, jupyter_kernel_test.KernelTests):
         """Not in the project's directory, parts of which a machine has already, as something to import from."""
         start = functools.partial(jupyter_kernel_test.start_new_kernel, startup_timeout=FIRST_START)
         with (
-            tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory),
+            tempfile.TemporaryDirectory() as directory,
+            contextlib.chdir(directory),
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setattr(jupyter_kernel_test, "start_new_kernel", start)
@@ -117,7 +118,9 @@ STATE = "repr((state, open('file').read(), child.poll(), sorted(os.listdir())))"
 @pytest.mark.parametrize("route", ["argv", "provisioner"])
 def test_checkpoint_and_rollback(kernels: Kernels, machine_kernel: str, route: str) -> None:
     """Memory, files, threads and child processes go back; the frontend stays connected."""
-    kernel = kernels(machine_kernel if route == "argv" else "provisioner", *([] if route == "argv" else ["--backend", "microvm"]))
+    kernel = kernels(
+        machine_kernel if route == "argv" else "provisioner", *([] if route == "argv" else ["--backend", "microvm"])
+    )
     assert kernel.run(UNDONE).status == "ok"
     assert "checkpoint one in" in kernel.run("%isolation checkpoint one").text
     kernel.run("state = 'after'; open('file', 'w').write('after'); child.kill(); child.wait(); open('new', 'w')")
@@ -143,7 +146,9 @@ def test_encryption_is_neither_promised_nor_pretended(jupyter: Path, machine_ker
     ports = {f"{name}_port": 0 for name in ("shell", "iopub", "stdin", "control", "hb")}
     path = tmp_path / "connection.json"
     path.write_text(json.dumps({"transport": "tcp", "ip": "127.0.0.1", "key": "k", "curve_secretkey": "s", **ports}))
-    done = subprocess.run([*spec["argv"][:-1], str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [*spec["argv"][:-1], str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 125
     assert "no transport encryption" in done.stderr
 
@@ -382,7 +387,9 @@ def test_the_old_machine_serves_while_a_new_one_is_made(
     monkeypatch.setattr(FakeMachine, "fits", False)
     assert saved.template(spec, words).text == "second"  # type: ignore[attr-defined]
     assert FakeMachine.made == 3
-    assert sorted(path.name for path in saved.root().iterdir() if not path.name.startswith(".")) == [saved._place(spec, words).name]
+    assert sorted(path.name for path in saved.root().iterdir() if not path.name.startswith(".")) == [
+        saved._place(spec, words).name
+    ]
 
 
 # A guest that lies.
@@ -483,7 +490,9 @@ def test_nothing_is_left_of_a_file_that_was_on_its_way(faked: tuple[box.MachineB
 
 
 @pytest.mark.parametrize("size", ["more than was said", "more than is allowed", "less than was said"])
-def test_a_file_that_is_not_what_was_said_is_not_kept(faked: tuple[box.MachineBox, FakeBranch], tmp_path: Path, size: str) -> None:
+def test_a_file_that_is_not_what_was_said_is_not_kept(
+    faked: tuple[box.MachineBox, FakeBranch], tmp_path: Path, size: str
+) -> None:
     made, branch = faked
     told: list[int | str] = []
     made.fetch("/x", str(tmp_path / "x"), Room(each=1000), told.append)

@@ -168,9 +168,7 @@ def test_it_ends_with_its_frontend_and_the_rest_with_the_daemon(pool: Callable[.
     again.close()
 
 
-def test_something_that_was_installed_meanwhile_is_seen(
-    pool: Callable[..., Pool], kernels: Kernels
-) -> None:
+def test_something_that_was_installed_meanwhile_is_seen(pool: Callable[..., Pool], kernels: Kernels) -> None:
     waiting = pool("provisioner")
     ready = descendants(waiting.process.pid)
     waiting.directory.rename(waiting.directory.with_name("old"))

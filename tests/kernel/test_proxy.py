@@ -110,7 +110,9 @@ def test_a_tunnel(kernels: Kernels, index: Index) -> None:
     assert index.asked == ["/tunnelled"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "2130706433", "[::1]", "0.0.0.0", "example.org", "localhost.example.org"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.1", "2130706433", "[::1]", "0.0.0.0", "example.org", "localhost.example.org"]
+)
 def test_other_hosts_are_refused(kernels: Kernels, index: Index, host: str) -> None:
     kernel = kernels("argv", "--network", "allow:localhost")
     code = (
@@ -253,14 +255,40 @@ def listener() -> Iterator[socket.socket]:
 
 
 # What ends a name for one function and not for another, or is something else to it.
-ODD = ("\0", "\0.", "%00", " ", "\t", "\n", "\r", "\x0b", "\x1f", "\x7f", "\x80", "\xa0", "\xad", "\xff", "%25lo", "#", "?", "\\", "@", ",", ":")
+ODD = (
+    "\0",
+    "\0.",
+    "%00",
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    "\x0b",
+    "\x1f",
+    "\x7f",
+    "\x80",
+    "\xa0",
+    "\xad",
+    "\xff",
+    "%25lo",
+    "#",
+    "?",
+    "\\",
+    "@",
+    ",",
+    ":",
+)
 
 
 @pytest.mark.parametrize("odd", ODD)
 def test_a_name_is_a_name_or_nothing(guest: Guest, listener: socket.socket, odd: str) -> None:
     port = listener.getsockname()[1]
     name = f"127.0.0.1{odd}.example.org"
-    for request in (f"CONNECT {name}:{port} HTTP/1.1", f"GET http://{name}:{port}/ HTTP/1.1", f"GET http://{name}/ HTTP/1.1"):
+    for request in (
+        f"CONNECT {name}:{port} HTTP/1.1",
+        f"GET http://{name}:{port}/ HTTP/1.1",
+        f"GET http://{name}/ HTTP/1.1",
+    ):
         assert guest.ask(request.encode("latin-1") + b"\r\n\r\n").split()[1] in (b"400", b"403", b"502")
     with pytest.raises(Refused):
         Allowed(["*.example.org"]).addresses(name, port)
@@ -268,9 +296,7 @@ def test_a_name_is_a_name_or_nothing(guest: Guest, listener: socket.socket, odd:
         listener.accept()
 
 
-def test_the_grammar_of_names_is_what_holds(
-    monkeypatch: pytest.MonkeyPatch, guest: Guest, listener: socket.socket
-) -> None:
+def test_the_grammar_of_names_is_what_holds(monkeypatch: pytest.MonkeyPatch, guest: Guest, listener: socket.socket) -> None:
     """Without it, getaddrinfo(3) is asked for what stands before the NUL."""
     port = listener.getsockname()[1]
     monkeypatch.setattr(proxy, "parse", lambda head: proxy.Target(head.split()[1].rpartition(b":")[0].decode(), port, b""))
@@ -301,7 +327,16 @@ def test_requests() -> None:
 
 
 def test_the_header_fields_of_a_request_are_lines() -> None:
-    for line in (b"A: b\nHost: inner", b"A: b\rHost: inner", b"A: b\0", b" folded", b"Connection : x", b": x", b"no field", b""):
+    for line in (
+        b"A: b\nHost: inner",
+        b"A: b\rHost: inner",
+        b"A: b\0",
+        b" folded",
+        b"Connection : x",
+        b": x",
+        b"no field",
+        b"",
+    ):
         with pytest.raises(Refused, match="no request"):
             parse(b"GET http://a.org/ HTTP/1.1\r\nAccept: x\r\n" + line + b"\r\nB: c")
 

@@ -133,9 +133,7 @@ def test_descriptors(kernels: Kernels) -> None:
     ("mode", "reads", "writes", "kept"),
     [("overlay", True, True, False), ("ro", True, False, False), ("rw", True, True, True), ("none", False, False, False)],
 )
-def test_the_notebooks_directory(
-    kernels: Kernels, tmp_path: Path, mode: str, reads: bool, writes: bool, kept: bool
-) -> None:
+def test_the_notebooks_directory(kernels: Kernels, tmp_path: Path, mode: str, reads: bool, writes: bool, kept: bool) -> None:
     directory = tmp_path / "notebook"
     directory.mkdir()
     (directory / "data.csv").write_text("1,2")
@@ -228,7 +226,7 @@ def test_export_leads_nowhere_else(kernels: Kernels, tmp_path: Path, escape: str
         "struct.pack('>II', 2, 0) + b'[]'",
         "struct.pack('>II', 60000, 0) + b'[' * 60000",
         "b''.join(struct.pack('>II', 15, 0) + b'{\"op\":\"status\"}' for _ in range(100000))",
-        "struct.pack('>II', 36, 0) + b'{\"op\":\"cell\",\"parent\":{\"msg_id\":[]}}'",
+        'struct.pack(\'>II\', 36, 0) + b\'{"op":"cell","parent":{"msg_id":[]}}\'',
         "struct.pack('>II', 13, 0) + b'{\"op\":[1,{}]}'",
     ],
 )
@@ -290,7 +288,7 @@ def test_nothing_is_left_after_sigkill(jupyter: Path, tmp_path: Path, route: str
     code = (
         "import sys, time\nsys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\nfrom kernel.frontend import Kernel\n"
         "k = Kernel(sys.argv[3], Path(sys.argv[2]))\n"
-        "k.run('import subprocess; subprocess.Popen([\"sleep\", \"1000\"], start_new_session=True)')\n"
+        'k.run(\'import subprocess; subprocess.Popen(["sleep", "1000"], start_new_session=True)\')\n'
         "print(k.pid, flush=True)\ntime.sleep(100)"
     )
     before = set(os.listdir(runtime_root()))

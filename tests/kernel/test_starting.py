@@ -52,7 +52,9 @@ def test_it_ends_with_its_frontend(what: str) -> None:
 
 
 def test_it_says_what_takes_so_long() -> None:
-    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         assert "making the virtual machine" in process.stderr.readline()
         process.kill()

@@ -181,8 +181,8 @@ def test_only_cells_go_back(one: Kernel) -> None:
     session = one.client.session
     one.client.shell_channel.send(session.msg("comm_open", {"comm_id": "c", "target_name": "t", "data": {}}))
     assert one.value("said") == (
-        "[\"a checkpoint is taken when a cell has ended; this is none (a widget's callback?)\", "
-        "\"only a cell can go back; this is none (a widget's callback?)\"]"
+        '["a checkpoint is taken when a cell has ended; this is none (a widget\'s callback?)", '
+        '"only a cell can go back; this is none (a widget\'s callback?)"]'
     )
     twice = one.run("%isolation checkpoint b\n%isolation checkpoint c")
     assert "this cell takes a checkpoint already (b)" in twice.error
@@ -193,7 +193,9 @@ def test_no_room_for_another_process(kernels: Kernels) -> None:
     """The kernel that is there stays, whole; and so does the checkpoint."""
     kernel = kernels("argv", "--pids", "20")
     kernel.run("import subprocess; x = 1\n%isolation checkpoint a")
-    kernel.run("x = 2; open('file', 'w')\nmore = []\ntry:\n    while True: more.append(subprocess.Popen(['sleep', '1000']))\nexcept OSError: pass")
+    kernel.run(
+        "x = 2; open('file', 'w')\nmore = []\ntry:\n    while True: more.append(subprocess.Popen(['sleep', '1000']))\nexcept OSError: pass"
+    )
     reply = kernel.run("%isolation rollback a")
     assert "cannot go back to checkpoint 'a': Resource temporarily unavailable" in reply.error
     assert kernel.value("(x, __import__('os').listdir())") == "(2, ['file'])"
@@ -289,7 +291,9 @@ def test_taken_when_the_cell_has_ended(one: Kernel) -> None:
     assert one.value("x") == "end of the cell"
     assert one.run("%isolation checkpoint b\n1/0").error == "ZeroDivisionError: division by zero"
     assert "there is no checkpoint 'b'" in one.run("%isolation rollback b").error
-    late = one.run("import threading, time\n%isolation checkpoint b\nthreading.Thread(target=time.sleep, args=[9], name='late').start()")
+    late = one.run(
+        "import threading, time\n%isolation checkpoint b\nthreading.Thread(target=time.sleep, args=[9], name='late').start()"
+    )
     assert late.status == "error"
     assert "thread 'late'" in late.error
     assert one.run("6*7").data["text/plain"] == "42"
@@ -382,7 +386,9 @@ def test_what_was_started_since_is_ended(kernel: Kernel) -> None:
     kernel.run("import subprocess, threading\np = subprocess.Popen(['sleep', '1000']); os.system('setsid sleep 1001 &')")
     kernel.run("t = threading.Thread(target=lambda: __import__('time').sleep(1000), daemon=True); t.start()")
     back(kernel)
-    names = kernel.value("sorted(open(f'/proc/{p}/comm').read().strip() for p in os.listdir('/proc') if p.isdigit())").split(", ")
+    names = kernel.value("sorted(open(f'/proc/{p}/comm').read().strip() for p in os.listdir('/proc') if p.isdigit())").split(
+        ", "
+    )
     assert "'sleep'" not in str(names)
     assert kernel.value("__import__('threading').active_count() < 10") == "True"
 
@@ -406,7 +412,9 @@ def test_again_and_again(kernel: Kernel) -> None:
 
 def test_a_lost_checkpoint(kernel: Kernel) -> None:
     kernel.run("x = 2; open('file', 'w').write('2')")
-    kill = "[os.kill(int(p), 9) for p in os.listdir('/proc') if p.isdigit() and 'iso-check' in open(f'/proc/{p}/comm').read()]"
+    kill = (
+        "[os.kill(int(p), 9) for p in os.listdir('/proc') if p.isdigit() and 'iso-check' in open(f'/proc/{p}/comm').read()]"
+    )
     assert kernel.run(kill).data["text/plain"] == "[None]"
     reply = kernel.run("%isolation rollback a")
     assert "cannot go back to checkpoint 'a': the process that kept it has ended" in reply.error
@@ -500,9 +508,9 @@ def test_subshells(one: Kernel) -> None:
         assert one.value("x") == "1"
         assert sorted(one.control("list_subshell_request", {})["subshell_id"]) == sorted([first, second])
         for name in (first, second):
-            assert one.collect(in_subshell(one, name, "import threading; print(threading.current_thread().name, x)")).text == (
-                f"subshell-{name} 1\n"
-            )
+            assert one.collect(
+                in_subshell(one, name, "import threading; print(threading.current_thread().name, x)")
+            ).text == (f"subshell-{name} 1\n")
     assert one.control("delete_subshell_request", {"subshell_id": first})["status"] == "ok"
 
 
@@ -553,6 +561,9 @@ def test_not_refused_for_what_a_frontend_asks_as_it_opens_a_notebook(one: Kernel
 
 
 def test_refused_once_the_debugger_was_used(one: Kernel) -> None:
-    one.control("debug_request", {"type": "request", "command": "initialize", "seq": 1, "arguments": {"clientID": "t", "adapterID": ""}})
+    one.control(
+        "debug_request",
+        {"type": "request", "command": "initialize", "seq": 1, "arguments": {"clientID": "t", "adapterID": ""}},
+    )
     assert "the debugger, which has been used" in one.run("%isolation checkpoint a").error
     assert one.value("6*7") == "42"

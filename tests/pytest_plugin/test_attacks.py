@@ -65,7 +65,9 @@ def test_what_goes_wrong_behind_the_last_report_is_an_error(pytester: pytest.Pyt
 
 
 def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(SENDS + """
+    pytester.makepyfile(
+        SENDS
+        + """
     huge = 10 ** 4000
     warning = {"message": "m", "category": "UserWarning", "filename": "f", "lineno": 1, "line": "l", "when": "runtest",
                "nodeid": "n", "location": ["f", 1, "g"]}
@@ -94,7 +96,8 @@ def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytest
         found = files and [[parts, ""] for parts in files]
         send(request, {"carried": "tmp_path"}, json.dumps({"files": found, "cut": False}).encode())
     def test_fine(): pass
-    """)
+    """
+    )
     result = run(pytester, "--isolation", "-rA", "--junitxml=out.xml")
     result.assert_outcomes(passed=1, failed=52)
     assert "INTERNALERROR>" not in result.stdout.str() + result.stderr.str()
@@ -103,7 +106,9 @@ def test_messages_that_break_who_reads_them_end_one_test(pytester: pytest.Pytest
 
 def test_what_is_told_in_time_counts_when_it_is_heard_late(pytester: pytest.Pytester) -> None:
     """The process that reads may be busy with another test when a time limit passes."""
-    pytester.makeconftest("import time\ndef pytest_runtest_logreport(report):\n    if report.when == 'setup': time.sleep(3)\n")
+    pytester.makeconftest(
+        "import time\ndef pytest_runtest_logreport(report):\n    if report.when == 'setup': time.sleep(3)\n"
+    )
     pytester.makepyfile("import pytest\n@pytest.mark.parametrize('n', range(2))\ndef test_it(n): pass\n")
     result = run(pytester, "--isolation", "--isolation-jobs=2", "--isolation-timeout=5s")
     result.assert_outcomes(passed=2)
@@ -111,7 +116,9 @@ def test_what_is_told_in_time_counts_when_it_is_heard_late(pytester: pytest.Pyte
 
 def test_a_run_keeps_no_more_than_it_has_room_for(pytester: pytest.Pytester) -> None:
     """What a test sends for other plug-ins is bounded in all, and of tests that pass no files are kept."""
-    pytester.makepyfile(SENDS + """
+    pytester.makepyfile(
+        SENDS
+        + """
     @pytest.fixture
     def flood(request, tmp_path):
         yield
@@ -121,7 +128,8 @@ def test_a_run_keeps_no_more_than_it_has_room_for(pytester: pytest.Pytester) -> 
             send(request, {"carried": "tmp_path"}, json.dumps({"files": files, "cut": False}).encode())
     def test_passes(flood): pass
     def test_fails(flood): assert False
-    """)
+    """
+    )
     result = run(pytester, "--isolation", "--basetemp=base", "-o", "tmp_path_retention_policy=failed")
     result.assert_outcomes(passed=1, failed=1)
     made = sorted({path.name.partition("-")[0] for path in (pytester.path / "base").glob("*/*")})
@@ -130,7 +138,9 @@ def test_a_run_keeps_no_more_than_it_has_room_for(pytester: pytest.Pytester) -> 
 
 def test_a_flood_of_what_is_kept_is_bounded(pytester: pytest.Pytester) -> None:
     """Of small and of large messages alike, from a test and from a template: in the memory of whoever reads them."""
-    pytester.makepyfile(SENDS + """
+    pytester.makepyfile(
+        SENDS
+        + """
     def flood(request, message):
         while True: send(request, message)
     @pytest.fixture(scope="module")
@@ -139,13 +149,18 @@ def test_a_flood_of_what_is_kept_is_bounded(pytester: pytest.Pytester) -> None:
     def test_attribute(request): flood(request, {"xml_attribute": ["n", "v" * 60_000]})
     def test_of_a_template(floods): pass
     def test_fine(): pass
-    """)
+    """
+    )
     code = (
         "import resource, sys, pytest; status = pytest.main(sys.argv[1:]); "
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(status)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "--isolation", "-q", "-p", "no:cacheprovider"], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, "-c", code, "--isolation", "-q", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert "3 failed, 1 passed" in done.stdout
     assert int(re.findall(r"peak (\d+)", done.stdout)[0]) < 2000  # without a bound, all that the machine has
@@ -154,7 +169,8 @@ def test_a_flood_of_what_is_kept_is_bounded(pytester: pytest.Pytester) -> None:
 def test_a_template_speaks_for_its_own_tests_only(pytester: pytest.Pytester) -> None:
     """And what it says is shown as what a test says."""
     pytester.makepyfile(
-        test_a=SENDS + """
+        test_a=SENDS
+        + """
     @pytest.fixture(scope="module")
     def evil(request):
         other = "test_b.py::test_other"
@@ -189,13 +205,16 @@ def test_a_template_speaks_for_its_own_tests_only(pytester: pytest.Pytester) -> 
 
 def test_a_debugger_that_nobody_has_asked_for(pytester: pytest.Pytester) -> None:
     """Where nobody sits at a terminal, it does not stop the clock."""
-    pytester.makepyfile(SENDS + """
+    pytester.makepyfile(
+        SENDS
+        + """
     import time
     def test_it(request): send(request, {"debugger": "enter"}); time.sleep(60)
     def test_template(evil): pass
     @pytest.fixture(scope="module")
     def evil(request): send(request, {"debugger": "enter"}); time.sleep(60)
-    """)
+    """
+    )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--isolation", "--isolation-timeout=3s", "-q", "-p", "no:cacheprovider"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
@@ -206,7 +225,9 @@ def test_a_debugger_that_nobody_has_asked_for(pytester: pytest.Pytester) -> None
 
 # Runs that are to hang, and processes that are to outlive them.
 
-HANGS = SENDS + """
+HANGS = (
+    SENDS
+    + """
     import ctypes, signal, time
     libc = ctypes.CDLL(None, use_errno=True)
     CLONE, PTRACE = (56, 101) if os.uname().machine == "x86_64" else (220, 117)
@@ -236,6 +257,7 @@ HANGS = SENDS + """
             time.sleep(600)
         return made
 """
+)
 
 
 def keepers(mark: str) -> set[int]:
@@ -253,14 +275,17 @@ def keepers(mark: str) -> set[int]:
 
 def test_a_tracer_does_not_keep_the_dead(pytester: pytest.Pytester) -> None:
     """The keeper is single-threaded, and waited for a process that another one traced; then nobody's time was kept."""
-    pytester.makepyfile(HANGS + """
+    pytester.makepyfile(
+        HANGS
+        + """
     def test_zombie(): traced_zombie()
     @pytest.fixture(scope="module")
     def wide(): return 1
     def test_zombie_of_a_template(wide): traced_zombie()
     def test_slow(): time.sleep(600)
     def test_fine(wide): pass
-    """)
+    """
+    )
     result = run(pytester, "--isolation", "--isolation-timeout=8s", "-q")
     result.assert_outcomes(passed=1, failed=3)
     text = result.stdout.str()
@@ -269,35 +294,44 @@ def test_a_tracer_does_not_keep_the_dead(pytester: pytest.Pytester) -> None:
 
 
 def test_a_wide_fixture_that_is_traced_to_death(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(HANGS + """
+    pytester.makepyfile(
+        HANGS
+        + """
     @pytest.fixture(scope="module")
     def evil(): traced_zombie()
     def test_one(evil): pass
     def test_fine(): pass
-    """)
+    """
+    )
     run(pytester, "--isolation", "-q").assert_outcomes(passed=1, failed=1)
 
 
 def test_no_guest_makes_siblings(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(HANGS + """
+    pytester.makepyfile(
+        HANGS
+        + """
     @pytest.fixture(scope="module")
     def wide(): return sibling()
     def test_of_a_test(): assert sibling() == -1 and ctypes.get_errno() == 1
     def test_of_a_template(wide): assert wide == -1
     def test_of_its_fork(wide): assert sibling() == -1
-    """)
+    """
+    )
     run(pytester, "--isolation", "-q").assert_outcomes(passed=3)
 
 
 def test_everything_ends_with_a_killed_host(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(HANGS + """
+    pytester.makepyfile(
+        HANGS
+        + """
     @pytest.fixture(scope="module")
     def wide(): return 1
     def test_zombie(wide, request):
         send(request, {"debugger": "enter"}) if False else None
         print("begun", file=sys.__stderr__, flush=True)
         traced_zombie()
-    """.replace("import ", "import sys, ", 1))
+    """.replace("import ", "import sys, ", 1)
+    )
     mark = str(pytester.path)
     command = [sys.executable, "-m", "pytest", "--isolation", "-s", "-q", "-p", "no:cacheprovider", mark]
     host = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -321,13 +355,16 @@ def test_everything_ends_with_a_killed_host(pytester: pytest.Pytester) -> None:
     ("options", "times"), [("", 1), ("-p pytest_rerunfailures", 1), ("-p pytest_rerunfailures --reruns=2", 3)]
 )
 def test_no_test_runs_more_often_than_an_option_says(pytester: pytest.Pytester, options: str, times: int) -> None:
-    pytester.makepyfile(SENDS + """
+    pytester.makepyfile(
+        SENDS
+        + """
     def test_again(request):
         os.write(2, b"run\\n")
         send(request, {"done": {"rerun": True}})
         while True: pass
     def test_fine(): pass
-    """)
+    """
+    )
     result = run(pytester, "--isolation", "-q", "--capture=no", *options.split())
     assert result.errlines.count("run") == times
     assert "1 failed, 1 passed" in result.stdout.str()
@@ -366,7 +403,8 @@ def test_a_template_that_refuses_to_be_forked_spoils_its_own_tests_only(pytester
 def test_a_template_speaks_of_its_own_fixtures_only(pytester: pytest.Pytester) -> None:
     """Those that it says cannot be shared, every test sets up: another's would be torn from under it."""
     pytester.makepyfile(
-        test_a=SENDS + """
+        test_a=SENDS
+        + """
     @pytest.fixture(scope="module")
     def evil(request): send(request, {"unshared": ["shared", "evil2", "request"], "name": "shared", "left": "nothing"})
     def test_own(evil): pass

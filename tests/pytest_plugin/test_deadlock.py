@@ -43,7 +43,9 @@ def test_a_test_that_waits_for_what_it_has_not(pytester: pytest.Pytester) -> Non
     result = pytester.runpytest_subprocess("--isolation", "--isolation-jobs=5", "-p", "no:cacheprovider", timeout=300)
     result.assert_outcomes(failed=5)
     text = result.stdout.str()
-    result.stdout.fnmatch_lines(["isolation: started while tests were collected: a thread (of-the-module_0). Tests run in forks*"])
+    result.stdout.fnmatch_lines(
+        ["isolation: started while tests were collected: a thread (of-the-module_0). Tests run in forks*"]
+    )
     assert text.count("the test waits for ever: each of its threads waits for another") >= 5
     assert text.count("no threads or processes of it: a thread (of-the-module_0).") >= 5
     assert "in test_pool" in text  # its stack
@@ -109,12 +111,14 @@ def test_long_waits_that_come_to_an_end(pytester: pytest.Pytester) -> None:
 
 
 def test_nothing_is_said_of_what_plugins_start(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(plugin="""
+    pytester.makepyfile(
+        plugin="""
         import socket, threading, time
         def pytest_configure(config):
             config.server = socket.create_server(("127.0.0.1", 0))
             threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
-    """)
+    """
+    )
     pytester.makepyfile("def test_one(): pass")
     result = pytester.runpytest_subprocess("--isolation", "-p", "plugin", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=1)

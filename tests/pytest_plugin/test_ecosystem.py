@@ -186,7 +186,9 @@ def test_coverage_run(measured: pytest.Pytester, config: str) -> None:
 
 def test_coverage_of_a_liar(measured: pytest.Pytester) -> None:
     """A test says what it likes of lines and files: only lines of the project's own files are taken."""
-    measured.makepyfile(**{"tests/test_it": """
+    measured.makepyfile(
+        **{
+            "tests/test_it": """
         import pytest, sys
         from app import code
 
@@ -196,7 +198,9 @@ def test_coverage_of_a_liar(measured: pytest.Pytester) -> None:
             for path in ("/etc/passwd", sys.modules["pytest"].__file__, "/nowhere/app/code.py", "app/code.py\\0"):
                 recorder.add_lines({path: {1, 2}})
             recorder.add_lines({code.__file__: {2, 999_999}})
-    """})
+    """
+        }
+    )
     done = run(measured, "-p", "pytest_cov", "--cov=app", ISOLATION, "tests")
     assert done.ret == 0
     assert {os.path.basename(file) for _context, file in data(measured.path / ".coverage")} == {"__init__.py", "code.py"}
@@ -304,12 +308,19 @@ RERUNS = """
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--reruns=2"], ["--reruns=1", "--only-rerun=Value"], ["--reruns=3", "--max-suite-reruns=2"], ["-p", "xdist", "-n2", "--reruns=2"]],
+    [
+        ["--reruns=2"],
+        ["--reruns=1", "--only-rerun=Value"],
+        ["--reruns=3", "--max-suite-reruns=2"],
+        ["-p", "xdist", "-n2", "--reruns=2"],
+    ],
     ids=" ".join,
 )
 def test_rerunfailures(pytester: pytest.Pytester, arguments: list[str]) -> None:
     need("pytest_rerunfailures", "xdist")
-    pytester.makepyfile(RERUNS.replace('assert not os.path.exists("made-here")', 'if os.path.exists("made-here"): os.unlink("made-here")'))
+    pytester.makepyfile(
+        RERUNS.replace('assert not os.path.exists("made-here")', 'if os.path.exists("made-here"): os.unlink("made-here")')
+    )
     _plain, isolated = both(pytester, "-p", "rerunfailures", *arguments)
     assert "rerun" in isolated.outlines[-1]
 
@@ -354,7 +365,9 @@ FLAKY = """
 """
 
 
-@pytest.mark.parametrize("arguments", [[], ["--force-flaky", "--max-runs=3"], ["--no-success-flaky-report"], ["-p", "xdist", "-n1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [[], ["--force-flaky", "--max-runs=3"], ["--no-success-flaky-report"], ["-p", "xdist", "-n1"]], ids=" ".join
+)
 def test_flaky(pytester: pytest.Pytester, arguments: list[str]) -> None:
     """A retry is a retry, and told of at the end."""
     need("flaky", "xdist")
@@ -402,10 +415,16 @@ def test_retry(pytester: pytest.Pytester, arguments: list[str]) -> None:
     [
         (None, ["retried"], "no such outcome"),
         ("pytest_retry.retry_plugin", ["retried", "retried"], "a second report of its call"),
-        ("flaky.flaky_pytest_plugin", ["call", "teardown", "setup", "call", "teardown", "setup"], "a second report of its setup"),
+        (
+            "flaky.flaky_pytest_plugin",
+            ["call", "teardown", "setup", "call", "teardown", "setup"],
+            "a second report of its setup",
+        ),
     ],
 )
-def test_no_test_is_retried_more_often_than_its_marker_says(pytester: pytest.Pytester, plugin: str | None, sent: list[str], said: str) -> None:
+def test_no_test_is_retried_more_often_than_its_marker_says(
+    pytester: pytest.Pytester, plugin: str | None, sent: list[str], said: str
+) -> None:
     need("flaky", "pytest_retry")
     pytester.makeini("[pytest]\nmarkers = flaky: runs again\n")
     pytester.makepyfile(f"""
@@ -483,14 +502,17 @@ DEPENDENCIES = """
 def test_dependency(pytester: pytest.Pytester, arguments: list[str]) -> None:
     """A dependent test runs, in a fork as elsewhere, when what it depends on has passed."""
     need("pytest_dependency")
-    pytester.makepyfile(test_one=DEPENDENCIES.replace("{module}", "test_one.py"), test_two="""
+    pytester.makepyfile(
+        test_one=DEPENDENCIES.replace("{module}", "test_one.py"),
+        test_two="""
         import pytest
         @pytest.mark.dependency(depends=["test_one.py::TestClass::test_four"], scope="session")
         def test_on_other_module(): pass
         @pytest.mark.dependency(depends=["test_one.py::test_b"], scope="session")
         def test_on_other_failure(): raise RuntimeError
         def test_plain(): pass
-    """)
+    """,
+    )
     mine = [each for each in arguments if "isolation" in each]
     theirs = [each for each in arguments if each not in mine]
     plain = run(pytester, "-rA", "-v", "-p", "pytest_dependency", *theirs)
@@ -559,9 +581,19 @@ def test_bdd(pytester: pytest.Pytester, verbose: str) -> None:
     pytester.makepyfile(STEPS)
     seen = []
     for more in ([], [ISOLATION]):
-        options = ["-p", "pytest-bdd", "--cucumberjson=out.json", "--gherkin-terminal-reporter", *([verbose] if verbose else [])]
+        options = [
+            "-p",
+            "pytest-bdd",
+            "--cucumberjson=out.json",
+            "--gherkin-terminal-reporter",
+            *([verbose] if verbose else []),
+        ]
         done = run(pytester, *options, *more)
-        lines = [line.strip() for line in done.outlines if re.match(r"\s*(Feature|Rule|Scenario|Given|When|Then|\* |PASSED|FAILED)", line)]
+        lines = [
+            line.strip()
+            for line in done.outlines
+            if re.match(r"\s*(Feature|Rule|Scenario|Given|When|Then|\* |PASSED|FAILED)", line)
+        ]
         data = json.loads(re.sub(r'(?<="duration": )\d+|0x\w+', "0", (pytester.path / "out.json").read_text()))
         seen.append((done.ret, done.parseoutcomes(), lines, data))
     assert seen[1] == seen[0]
@@ -581,7 +613,17 @@ def test_scenario_of_a_liar(pytester: pytest.Pytester, request: pytest.FixtureRe
             if report.when == "call": report.pytest_bdd_context = {"scenario": {"steps": [1], "feature": []}, "name": []}
             return report
     """)
-    done = run(pytester, "-p", "pytest-bdd", "--cucumberjson=out.json", "--gherkin-terminal-reporter", "-v", "-k", "no_scenario", ISOLATION)
+    done = run(
+        pytester,
+        "-p",
+        "pytest-bdd",
+        "--cucumberjson=out.json",
+        "--gherkin-terminal-reporter",
+        "-v",
+        "-k",
+        "no_scenario",
+        ISOLATION,
+    )
     assert done.parseoutcomes()["passed"] == 1
     assert json.loads((pytester.path / "out.json").read_text()) == []
 
@@ -802,26 +844,40 @@ ALLURE = """
 
 def allure_of(folder: Path) -> tuple[list[object], list[object]]:
     """Results, and which fixtures each test has used, without what differs from run to run."""
+
     def steps(of: dict[str, object]) -> list[object]:
-        files = [(each["name"], each.get("type", ""), (folder / each["source"]).read_bytes()) for each in of.get("attachments", ())]  # type: ignore[attr-defined]
+        files = [
+            (each["name"], each.get("type", ""), (folder / each["source"]).read_bytes())
+            for each in of.get("attachments", ())
+        ]  # type: ignore[attr-defined]
         return [of["name"], of.get("status"), files, [steps(each) for each in of.get("steps", ())]]  # type: ignore[attr-defined]
 
     data = {path: json.loads(path.read_text()) for path in folder.glob("*.json")}
     results = {each["uuid"]: each for path, each in data.items() if path.name.endswith("-result.json")}
     found: list[object] = []
     for each in results.values():
-        labels = sorted((label["name"], label["value"]) for label in each.get("labels", ()) if label["name"] not in ("host", "thread"))
-        rest = [each.get(name) for name in ("fullName", "historyId", "testCaseId", "description", "parameters", "links", "titlePath")]
+        labels = sorted(
+            (label["name"], label["value"]) for label in each.get("labels", ()) if label["name"] not in ("host", "thread")
+        )
+        rest = [
+            each.get(name)
+            for name in ("fullName", "historyId", "testCaseId", "description", "parameters", "links", "titlePath")
+        ]
         found.append([steps(each), labels, rest, each.get("statusDetails", {}).get("message")])
     used = [
         (results[child]["fullName"], results[child]["name"], phase, *steps(fixture))
-        for path, each in data.items() if path.name.endswith("-container.json")
-        for child in each.get("children", ()) for phase in ("befores", "afters") for fixture in each.get(phase, ())
+        for path, each in data.items()
+        if path.name.endswith("-container.json")
+        for child in each.get("children", ())
+        for phase in ("befores", "afters")
+        for fixture in each.get(phase, ())
     ]
     return sorted(found, key=repr), sorted(used, key=repr)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=module"], ["-p", "xdist", "-n2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=module"], ["-p", "xdist", "-n2"]], ids=" ".join
+)
 def test_allure(pytester: pytest.Pytester, arguments: list[str]) -> None:
     """Results with their steps and attachments, and the fixtures that tests have used."""
     need("allure_pytest", "xdist")
@@ -833,7 +889,9 @@ def test_allure(pytester: pytest.Pytester, arguments: list[str]) -> None:
         found.append(allure_of(pytester.path / name))
     assert found[1][0] == found[0][0]
     assert len(found[0][0]) == 7
-    assert [each for each in found[1][1] if "tmp_path" not in str(each)] == [each for each in found[0][1] if "tmp_path" not in str(each)]
+    assert [each for each in found[1][1] if "tmp_path" not in str(each)] == [
+        each for each in found[0][1] if "tmp_path" not in str(each)
+    ]
 
 
 def test_allure_of_the_dead_and_of_liars(pytester: pytest.Pytester) -> None:
@@ -891,7 +949,9 @@ def test_json_report(pytester: pytest.Pytester) -> None:
     """)
     found = []
     for more in ([], [ISOLATION]):
-        done = run(pytester, "-p", "metadata", "-p", "pytest_jsonreport", "--json-report", "--json-report-file=out.json", *more)
+        done = run(
+            pytester, "-p", "metadata", "-p", "pytest_jsonreport", "--json-report", "--json-report-file=out.json", *more
+        )
         data = json.loads((pytester.path / "out.json").read_text())
         assert "report saved" in done.stdout.str()
         for test in data["tests"]:
@@ -921,7 +981,14 @@ def test_csv(pytester: pytest.Pytester) -> None:
         def test_skip(): pytest.skip("not today")
     """)
     rows = []
-    options = ["-p", "pytest_csv._plugin", "--csv=out.csv", "--csv-columns=id,doc,status,message,parameters,properties,success", "-W", "ignore"]
+    options = [
+        "-p",
+        "pytest_csv._plugin",
+        "--csv=out.csv",
+        "--csv-columns=id,doc,status,message,parameters,properties,success",
+        "-W",
+        "ignore",
+    ]
     for more in ([], [ISOLATION]):
         run(pytester, *options, *more)
         rows.append((pytester.path / "out.csv").read_text())
@@ -961,7 +1028,15 @@ def test_html_extras(pytester: pytest.Pytester) -> None:
         files = {path.name: path.read_bytes() for path in (where / "assets").iterdir()}
         blob = html.unescape((where / "out.html").read_text().split('data-jsonblob="')[1].split('"')[0])
         tests = json.loads(blob)["tests"]
-        found.append((files, {test: [(each["extras"], each["resultsTableRow"][3]) for each in results] for test, results in tests.items()}))
+        found.append(
+            (
+                files,
+                {
+                    test: [(each["extras"], each["resultsTableRow"][3]) for each in results]
+                    for test, results in tests.items()
+                },
+            )
+        )
     assert found[1] == found[0]
     assert sum(b" of a test" in content for content in found[0][0].values()) == 2
 
@@ -976,7 +1051,15 @@ def test_html(pytester: pytest.Pytester) -> None:
         blob = re.search(r'data-jsonblob="([^"]*)"', text)
         assert blob is not None
         assert "printed text" in text
-        tests = json.loads(blob[1].replace("&#34;", '"').replace("&quot;", '"').replace("&amp;", "&").replace("&#39;", "'").replace("&lt;", "<").replace("&gt;", ">"))["tests"]
+        tests = json.loads(
+            blob[1]
+            .replace("&#34;", '"')
+            .replace("&quot;", '"')
+            .replace("&amp;", "&")
+            .replace("&#39;", "'")
+            .replace("&lt;", "<")
+            .replace("&gt;", ">")
+        )["tests"]
         rows.append({test: [each["result"] for each in results] for test, results in tests.items()})
     assert rows[1] == rows[0]
 
@@ -1051,7 +1134,8 @@ def pytester_dedent(text: str) -> str:
 
 
 def test_doctests(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(module='''
+    pytester.makepyfile(
+        module='''
         def f(x):
             """
             >>> f(1)
@@ -1066,7 +1150,8 @@ def test_doctests(pytester: pytest.Pytester) -> None:
             1
             """
             return x
-    ''')
+    '''
+    )
     pytester.maketxtfile(test_text=">>> 1 + 1\n2\n")
     plain, isolated = both(pytester, "--doctest-modules", "--doctest-glob=*.txt")
     assert [line for line in isolated.outlines if line.startswith(("Expected", "Got", "    "))] == [
@@ -1075,7 +1160,9 @@ def test_doctests(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--lf"], ["--ff"], ["--sw"], ["--nf"], ["--cache-clear"], ["--lf", "--lfnf=none"], ["--sw", "--sw-skip"]], ids=" ".join
+    "arguments",
+    [["--lf"], ["--ff"], ["--sw"], ["--nf"], ["--cache-clear"], ["--lf", "--lfnf=none"], ["--sw", "--sw-skip"]],
+    ids=" ".join,
 )
 def test_cache(pytester: pytest.Pytester, arguments: list[str]) -> None:
     """The second run goes by the first, and leaves the same cache for a third."""
@@ -1086,7 +1173,8 @@ def test_cache(pytester: pytest.Pytester, arguments: list[str]) -> None:
         runs = [run(pytester, "-v", *(arguments if number else []), *more, cache=True) for number in range(3)]
         cache = {
             str(path.relative_to(pytester.path)): re.sub(r'(_date_str": )".*"', r"\1…", path.read_text())
-            for path in sorted((pytester.path / ".pytest_cache" / "v").rglob("*")) if path.is_file()
+            for path in sorted((pytester.path / ".pytest_cache" / "v").rglob("*"))
+            if path.is_file()
         }
         # What a TestCase's subtests report at once, plain pytest writes into its own capture of the test.
         lines = [[line for line in each.outlines if "%]" in line and "test_sub SUB" not in line] for each in runs]

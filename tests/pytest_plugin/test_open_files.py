@@ -67,7 +67,8 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 def test_a_database_can_be_written_to_at_every_level(pytester: pytest.Pytester) -> None:
     path = pytester.path / "test_one_imported.db"
     pytester.makepyfile(
-        test_one=DATABASES + """
+        test_one=DATABASES
+        + """
     @pytest.mark.parametrize("time", [1, 2])
     def test_alone(database, in_project, time): insert(1, IMPORTED, database, in_project)
 
@@ -77,7 +78,8 @@ def test_a_database_can_be_written_to_at_every_level(pytester: pytest.Pytester) 
         @pytest.mark.parametrize("time", [1, 2])
         def test_below_a_class(self, database, in_project, idle, closer, time): insert(1, IMPORTED, database, in_project)
     """,
-        test_two=DATABASES + """
+        test_two=DATABASES
+        + """
     def test_filled(database, in_project, filled): insert(2, IMPORTED, database, in_project)
 
     class TestClass:

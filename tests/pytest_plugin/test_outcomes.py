@@ -150,10 +150,10 @@ def test_last_failed_and_stepwise(pytester: pytest.Pytester) -> None:
 
 
 def test_the_value_of_the_option_is_not_a_path(pytester: pytest.Pytester) -> None:
-    pytester.mkpydir("sub").joinpath("conftest.py").write_text(
-        "def pytest_addoption(parser): parser.addoption('--mine')\n"
+    pytester.mkpydir("sub").joinpath("conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--mine')\n")
+    pytester.path.joinpath("sub", "test_x.py").write_text(
+        "def test_x(pytestconfig): assert pytestconfig.getoption('mine') == '1'\n"
     )
-    pytester.path.joinpath("sub", "test_x.py").write_text("def test_x(pytestconfig): assert pytestconfig.getoption('mine') == '1'\n")
     pytester.runpytest_subprocess("--isolation", "sub", "--mine=1").assert_outcomes(passed=1)
     pytester.runpytest_subprocess("--isolation=namespace", "sub", "--mine=1").assert_outcomes(passed=1)
     result = pytester.runpytest_subprocess("--isolation=nonsense", "sub")
@@ -222,7 +222,9 @@ def test_conftest_files_above_the_root_are_not_loaded(pytester: pytest.Pytester,
     pytester.makeconftest("raise RuntimeError('above')\n")
     root = pytester.mkdir("root")
     (root / "pytest.ini").write_text("[pytest]\n")
-    (root / "test_it.py").write_text("def test_it(request): assert sorted(request.node.keywords) == ['', 'root', 'test_it', 'test_it.py']\n")
+    (root / "test_it.py").write_text(
+        "def test_it(request): assert sorted(request.node.keywords) == ['', 'root', 'test_it', 'test_it.py']\n"
+    )
     os.chdir(root)
     for arguments in ([], [option]):
         pytester.runpytest_subprocess(*arguments, "-p", "no:cacheprovider").assert_outcomes(passed=1)
@@ -369,7 +371,9 @@ def test_a_test_may_end_the_session(pytester: pytest.Pytester) -> None:
 
 
 def test_a_test_cannot_end_the_session_well(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("import pytest\ndef test_a(): assert 0\ndef test_b(): pytest.exit('bye', returncode=0)\ndef test_c(): pass\n")
+    pytester.makepyfile(
+        "import pytest\ndef test_a(): assert 0\ndef test_b(): pytest.exit('bye', returncode=0)\ndef test_c(): pass\n"
+    )
     assert pytester.runpytest_subprocess("--isolation").ret == 2
 
 
@@ -427,7 +431,9 @@ def test_interrupted_at_any_moment(pytester: pytest.Pytester, number: signal.Sig
     While Python and pytest still import and collect, an interrupt may have any exit code: importlib loses it now and
     then, and pytest fails on one in its own assertion rewriting. From the first sandbox on, it is 2, always.
     """
-    path = pytester.makepyfile("import pytest, time\n@pytest.mark.parametrize('n', range(500))\ndef test_x(n): time.sleep(0.01)\n")
+    path = pytester.makepyfile(
+        "import pytest, time\n@pytest.mark.parametrize('n', range(500))\ndef test_x(n): time.sleep(0.01)\n"
+    )
     command = [sys.executable, "-u", "-m", "pytest", "--isolation", "--isolation-memory=200M", path.name]
     for delay in (0.2, 0.35, 0.45, 0.5, 0.6, 0.7):
         process = subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -518,8 +524,22 @@ def test_forged_messages(pytester: pytest.Pytester) -> None:
 
 def test_without_pytest_s_own_plugins(pytester: pytest.Pytester) -> None:
     """Those that can be left out; nothing of ours relies on one."""
-    pytester.makepyfile("import pytest\n@pytest.fixture(scope='module')\ndef wide(): return 1\ndef test_x(wide): assert wide\ndef test_y(): assert 0\n")
-    for name in ("capture", "terminal", "logging", "junitxml", "warnings", "tmpdir", "faulthandler", "skipping", "debugging", "unittest", "subtests"):
+    pytester.makepyfile(
+        "import pytest\n@pytest.fixture(scope='module')\ndef wide(): return 1\ndef test_x(wide): assert wide\ndef test_y(): assert 0\n"
+    )
+    for name in (
+        "capture",
+        "terminal",
+        "logging",
+        "junitxml",
+        "warnings",
+        "tmpdir",
+        "faulthandler",
+        "skipping",
+        "debugging",
+        "unittest",
+        "subtests",
+    ):
         plain = pytester.runpytest_subprocess("-p", f"no:{name}", "-p", "no:cacheprovider")
         result = pytester.runpytest_subprocess("--isolation", "-p", f"no:{name}", "-p", "no:cacheprovider")
         assert (name, result.ret, result.stderr.str()) == (name, plain.ret, plain.stderr.str())

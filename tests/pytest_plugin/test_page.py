@@ -54,7 +54,12 @@ def sample(count: int = 300, jobs: int = 4) -> RunRecord:
     """A run as it might have been: mostly passed, in lanes without gaps."""
     tests: list[TestRecord] = []
     free = [BEGUN] * jobs
-    modules = ("shop/tests/test_cart.py", "shop/tests/test_orders.py", "shop/tests/api/test_http.py::TestLogin", "test_cli.py")
+    modules = (
+        "shop/tests/test_cart.py",
+        "shop/tests/test_orders.py",
+        "shop/tests/api/test_http.py::TestLogin",
+        "test_cli.py",
+    )
     for number in range(1, count + 1):
         worker = free.index(min(free))
         wall = 0.004 + (number * 7919 % 101) ** 2 / 60_000
@@ -71,18 +76,24 @@ def sample(count: int = 300, jobs: int = 4) -> RunRecord:
             verdict="exited with status 0",
         )
         if test.outcome == "failed":
-            test = replace(test, message=FAILURE, sections=(("Captured stdout call", "adding \x1b[32mpear\x1b[0m\n1 of 3\n"),))
+            test = replace(
+                test, message=FAILURE, sections=(("Captured stdout call", "adding \x1b[32mpear\x1b[0m\n1 of 3\n"),)
+            )
         elif test.outcome == "error":
             test = replace(test, verdict="killed by signal 11 (SIGSEGV)", message=CRASH)
         elif test.outcome in ("skipped", "xfailed"):
             test = replace(test, message="Skipped: needs a database")
         if number % 9 == 0:
             changes = (Change("/project/out.csv", "added", "file", 1234), Change("/tmp/cache", "deleted", "directory"))
-            test = replace(test, changes=changes, processes=("python -m http.server 8000",), refused=("192.0.2.7:443 (TCP)",))
+            test = replace(
+                test, changes=changes, processes=("python -m http.server 8000",), refused=("192.0.2.7:443 (TCP)",)
+            )
         tests.append(test)
         free[worker] += wall + 0.001
     loud = min(15, count - 1)
-    tests[loud] = replace(tests[loud], message=HOSTILE, sections=((HOSTILE, HOSTILE),), changes=(Change(HOSTILE, "added"),), refused=(HOSTILE,))
+    tests[loud] = replace(
+        tests[loud], message=HOSTILE, sections=((HOSTILE, HOSTILE),), changes=(Change(HOSTILE, "added"),), refused=(HOSTILE,)
+    )
     return RunRecord(
         created=max(free) + 0.2,
         wall=max(free) - BEGUN,
@@ -297,7 +308,9 @@ class Browser:
     def click(self, selector: str) -> None:
         """With the mouse, in the middle of what is really there."""
         self.ask(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = self.ask(f"(box => [box.x + box.width / 2, box.y + box.height / 2])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())")
+        box = self.ask(
+            f"(box => [box.x + box.width / 2, box.y + box.height / 2])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
+        )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
@@ -389,7 +402,11 @@ def test_it_opens_without_a_complaint(browser: Browser, report: Path) -> None:
 
 def test_complaints_would_be_seen(browser: Browser, tmp_path: Path) -> None:
     spoilt = tmp_path / "report.html"
-    spoilt.write_text(page.render(sample(3)).replace("</body>", "<script>document.hacked = 1</script><img src='http://127.0.0.1:9/x'></body>"))
+    spoilt.write_text(
+        page.render(sample(3)).replace(
+            "</body>", "<script>document.hacked = 1</script><img src='http://127.0.0.1:9/x'></body>"
+        )
+    )
     browser.open(spoilt)
     said = str(browser.complaints())
     assert said.count("Content Security Policy") >= 2
@@ -446,7 +463,9 @@ def test_search_and_filters_narrow_it(browser: Browser, report: Path) -> None:
 
 def test_the_reason_in_a_line(browser: Browser, report: Path) -> None:
     browser.open(report)
-    reasons = browser.ask("[...document.querySelectorAll('tr.test:has(.reason)')].map(r => [r.className, r.querySelector('.reason').textContent].join('|'))")
+    reasons = browser.ask(
+        "[...document.querySelectorAll('tr.test:has(.reason)')].map(r => [r.className, r.querySelector('.reason').textContent].join('|'))"
+    )
     said = {line.partition("|")[2] for line in reasons}
     assert "the test's process was killed by signal 11 (SIGSEGV)" in said
     assert "AssertionError: assert 3.6 == 4.2" in said
@@ -459,7 +478,15 @@ def test_a_row_opens(browser: Browser, report: Path) -> None:
     browser.type("test_case[144-")
     browser.click("tr.test td.wall")
     said = browser.ask("document.querySelector('tr.details').innerText")
-    for part in ("test_case[144-€]", "exited with status 0", "/project/out.csv", "1.21 KiB", "/tmp/cache", "http.server 8000", "192.0.2.7:443"):
+    for part in (
+        "test_case[144-€]",
+        "exited with status 0",
+        "/project/out.csv",
+        "1.21 KiB",
+        "/tmp/cache",
+        "http.server 8000",
+        "192.0.2.7:443",
+    ):
         assert part in said
     assert browser.ask("document.querySelector('.name').getAttribute('aria-expanded')") == "true"
     assert browser.ask("location.hash") == "#test-143"
@@ -502,10 +529,14 @@ def test_hostile_output_does_nothing(browser: Browser, report: Path) -> None:
 
 def test_timeline(browser: Browser, report: Path) -> None:
     browser.open(report)
-    lanes = browser.ask("[...document.querySelectorAll('.lane')].map(lane => [...lane.children].map(bar => Number(bar.dataset.index)))")
+    lanes = browser.ask(
+        "[...document.querySelectorAll('.lane')].map(lane => [...lane.children].map(bar => Number(bar.dataset.index)))"
+    )
     run = sample()
     assert lanes == [[index for index, test in enumerate(run.tests) if test.worker == worker] for worker in range(run.jobs)]
-    boxes = browser.ask("[...document.querySelectorAll('.lane')].map(lane => [...lane.children].map(bar => bar.getBoundingClientRect().toJSON()))")
+    boxes = browser.ask(
+        "[...document.querySelectorAll('.lane')].map(lane => [...lane.children].map(bar => bar.getBoundingClientRect().toJSON()))"
+    )
     for lane in boxes:
         assert all(left["right"] <= right["left"] + 2.1 for left, right in itertools.pairwise(lane)), "no overlap"
     browser.ask("document.querySelector('.bar[data-index=\"15\"]').click()")
@@ -557,7 +588,9 @@ def test_ten_thousand_tests(browser: Browser, tmp_path: Path) -> None:
     assert browser.ask(STATUS) == "10,000 tests"
     assert browser.ask(f"{ROWS}.length") < 500, "rows are made as one scrolls"
     assert browser.ask("document.querySelectorAll('.bar').length") == 10_000
-    took = browser.ask("(start => { document.querySelector('th.wall button').click(); document.body.offsetHeight; return performance.now() - start })(performance.now())")
+    took = browser.ask(
+        "(start => { document.querySelector('th.wall button').click(); document.body.offsetHeight; return performance.now() - start })(performance.now())"
+    )
     assert took < 20_000  # ms: a bound on a hang, not on speed
     made = browser.ask(f"{ROWS}.length")
     browser.ask("document.getElementById('end').scrollIntoView()")

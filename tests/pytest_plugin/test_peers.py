@@ -62,9 +62,9 @@ def test_an_error_at_the_end_of_a_module_is_reported_wherever_it_ends(pytester: 
             yield
             raise ValueError("bad end")
 
-        @pytest.mark.isolation(enabled={last == 'here'})
+        @pytest.mark.isolation(enabled={last == "here"})
         def test_one(bad_end): pass
-        @pytest.mark.isolation(enabled={last == 'inside'})
+        @pytest.mark.isolation(enabled={last == "inside"})
         def test_two(): pass
     """)
     result = run(pytester, "--isolation", "--junitxml=out.xml")
@@ -279,8 +279,12 @@ def test_started_elsewhere(pytester: pytest.Pytester) -> None:
         "def test_o():\n    import product\n    assert product.VALUE\ndef test_p(tmp_path): open(tmp_path / 'x', 'w').close()\n"
     )
     os.chdir(pytester.path / "elsewhere")
-    for arguments in (["../project/tests/test_o.py"], ["../project/tests/test_o.py::test_o", "../project/tests/test_o.py::test_p"],
-                      ["--rootdir=../project", "../project/tests"], ["-c", "../project/pytest.ini", "../project"]):
+    for arguments in (
+        ["../project/tests/test_o.py"],
+        ["../project/tests/test_o.py::test_o", "../project/tests/test_o.py::test_p"],
+        ["--rootdir=../project", "../project/tests"],
+        ["-c", "../project/pytest.ini", "../project"],
+    ):
         for mode in ("prepend", "importlib"):
             run(pytester, "--isolation", f"--import-mode={mode}", *arguments).assert_outcomes(passed=2)
 
@@ -295,10 +299,16 @@ def test_times_counts_and_the_end(pytester: pytest.Pytester) -> None:
         def test_two(): assert 0
         def test_three(): assert 0
     """)
-    result = run(pytester, "--isolation", "--maxfail=2", "--durations=1", "--deselect=test_times_counts_and_the_end.py::test_three")
+    result = run(
+        pytester, "--isolation", "--maxfail=2", "--durations=1", "--deselect=test_times_counts_and_the_end.py::test_three"
+    )
     result.assert_outcomes(passed=1, failed=2, deselected=1)
     result.stdout.re_match_lines([r"0\.[34]\ds call +\S+::test_slow"])
-    for arguments, status in ((["nowhere.py"], 4), (["test_times_counts_and_the_end.py::test_none"], 4), (["-k", "none"], 5)):
+    for arguments, status in (
+        (["nowhere.py"], 4),
+        (["test_times_counts_and_the_end.py::test_none"], 4),
+        (["-k", "none"], 5),
+    ):
         assert run(pytester, "--isolation", *arguments).ret == status
     pytester.makepyfile(test_broken="import nothing_of_that_name")
     result = run(pytester, "--isolation")

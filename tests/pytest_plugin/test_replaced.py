@@ -53,7 +53,9 @@ def test_what_a_project_replaces(pytester: pytest.Pytester, where: str) -> None:
     if where == "conftest":
         pytester.makeconftest(code)
     early = code if where == "module" else ""
-    late = "import replacing\n\n@pytest.fixture(autouse=True)\ndef replaced(): replacing.replace()\n" if where == "test" else ""
+    late = (
+        "import replacing\n\n@pytest.fixture(autouse=True)\ndef replaced(): replacing.replace()\n" if where == "test" else ""
+    )
     pytester.makepyfile(test_it=early + TESTS + late)
     result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider", "-rA")
     result.stdout.fnmatch_lines(["*ended with status 3*"])

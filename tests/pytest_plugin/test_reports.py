@@ -133,7 +133,9 @@ def test_what_is_no_plain_value_stays_and_is_named(pytester: pytest.Pytester) ->
     result.assert_outcomes(passed=1)
     assert "TOLD [False, False, False] ['text', \"<class 'object'>\"]" in result.stdout.str()
     result.stdout.fnmatch_lines(
-        ["*attributes of reports that are no plain values stay in the tests' processes: call (CallInfo), bad (Bad), long (too large)"]
+        [
+            "*attributes of reports that are no plain values stay in the tests' processes: call (CallInfo), bad (Bad), long (too large)"
+        ]
     )
 
 
@@ -253,7 +255,9 @@ def test_no_report_takes_another_test_s_name(pytester: pytest.Pytester) -> None:
         @pytest.mark.parametrize("word", ["x", "y"], ids=["\\\\x41", "A"])
         def test_escaped(word): assert word == "y"
     """)
-    result = run(pytester, "--isolation", "-v", "-o", "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true")
+    result = run(
+        pytester, "--isolation", "-v", "-o", "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true"
+    )
     result.assert_outcomes(passed=2, failed=2)
     result.stdout.fnmatch_lines(["*::test_poses PASSED*", "*::test_victim FAILED*", "*test_escaped?A? PASSED*"])
     assert sum("test_escaped[A]" in line and "%]" in line for line in result.outlines) == 1
@@ -261,14 +265,21 @@ def test_no_report_takes_another_test_s_name(pytester: pytest.Pytester) -> None:
 
 def test_an_outcome_of_a_project_s_own(pytester: pytest.Pytester) -> None:
     """Where the project says how it is shown. Elsewhere it is none."""
-    pytester.makeconftest(CHANGES + """
+    pytester.makeconftest(
+        CHANGES
+        + """
     def pytest_report_teststatus(report, config):
         if report.outcome == "postponed" and report.when == "call": return "postponed", "P", "POSTPONED"
-    """)
-    pytester.makepyfile("import pytest\n@pytest.mark.change(outcome='postponed')\ndef test_it(): pass\ndef test_fine(): pass\n")
+    """
+    )
+    pytester.makepyfile(
+        "import pytest\n@pytest.mark.change(outcome='postponed')\ndef test_it(): pass\ndef test_fine(): pass\n"
+    )
     _plain, isolated = both(pytester)
     assert isolated.parseoutcomes() == {"postponed": 1, "passed": 1}
-    pytester.makepyfile("import pytest\n@pytest.mark.change(outcome='splendid')\ndef test_it(): pass\ndef test_fine(): pass\n")
+    pytester.makepyfile(
+        "import pytest\n@pytest.mark.change(outcome='splendid')\ndef test_it(): pass\ndef test_fine(): pass\n"
+    )
     result = run(pytester, "--isolation")
     assert result.parseoutcomes() == {"failed": 1, "passed": 1}
     result.stdout.fnmatch_lines(["*no such outcome*"])
@@ -317,7 +328,20 @@ def test_what_is_no_attribute_is_refused(sent: Any) -> None:
 
 
 def test_values_come_out_as_they_went_in() -> None:
-    for value in (None, True, -1, 1.5, "text", [1, [2]], (1, (2,)), {1, 2}, frozenset("a"), {"a": {"b": 1}}, {1: 2, (3, 4): 5}, {"$": "set"}):
+    for value in (
+        None,
+        True,
+        -1,
+        1.5,
+        "text",
+        [1, [2]],
+        (1, (2,)),
+        {1, 2},
+        frozenset("a"),
+        {"a": {"b": 1}},
+        {1: 2, (3, 4): 5},
+        {"$": "set"},
+    ):
         assert unpack(json.loads(json.dumps(pack(value)))) == value
     assert unpack(pack("\x1b]0;title\x07")) == "\\x1b]0;title\\x07"
     assert unpack(pack({"\x1b[2J": 1})) == {"\\x1b[2J": 1}
@@ -370,23 +394,30 @@ def test_what_a_plugin_keeps_is_named_before_the_first_test(pytester: pytest.Pyt
     options = ["-p", "inline_snapshot.pytest_plugin", "-p", "pytest_vcr", "-p", "mine", "--inline-snapshot=create", *quiet]
     result = run(pytester, "--isolation", *options)
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines([
-        "isolation: inline-snapshot keeps new snapshots in the test's process; run it with --isolation=no for that",
-        "isolation: mine keeps*x1b?2J this",
-        "isolation: mine keeps that",
-        "*1 passed*",
-    ])
+    result.stdout.fnmatch_lines(
+        [
+            "isolation: inline-snapshot keeps new snapshots in the test's process; run it with --isolation=no for that",
+            "isolation: mine keeps*x1b?2J this",
+            "isolation: mine keeps that",
+            "*1 passed*",
+        ]
+    )
     assert "vcr" not in "".join(line for line in result.outlines if line.startswith("isolation"))
     assert sum("mine keeps that" in line for line in result.outlines) == 1
     assert "mine" not in run(pytester, "--isolation=no", *options).stdout.str().replace("-p mine", "")
 
 
 def test_results_that_other_tests_would_ask_for(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(**{
-        "pytest_harvest/__init__": "", "pytest_harvest/plugin": "import pytest\n@pytest.fixture\ndef results_bag(): return {}\n",
-        "test_it": "def test_it(results_bag): pass\n",
-    })
+    pytester.makepyfile(
+        **{
+            "pytest_harvest/__init__": "",
+            "pytest_harvest/plugin": "import pytest\n@pytest.fixture\ndef results_bag(): return {}\n",
+            "test_it": "def test_it(results_bag): pass\n",
+        }
+    )
     pytester.syspathinsert()
     result = run(pytester, "--isolation", "-p", "pytest_harvest.plugin")
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["isolation: pytest-harvest keeps results in the test's process, where no other test finds them*"])
+    result.stdout.fnmatch_lines(
+        ["isolation: pytest-harvest keeps results in the test's process, where no other test finds them*"]
+    )

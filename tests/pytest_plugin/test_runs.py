@@ -139,7 +139,9 @@ def test_bad_settings(pytester: pytest.Pytester, arguments: list[str], said: str
 
 def test_ini(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("seen = []\ndef test_a(): seen.append(1)\ndef test_b(): assert seen == [1]")
-    pytester.makeini("[pytest]\nisolation = namespace\nisolation_jobs = auto\nisolation_per = module\nisolation_strict = true")
+    pytester.makeini(
+        "[pytest]\nisolation = namespace\nisolation_jobs = auto\nisolation_per = module\nisolation_strict = true"
+    )
     result = run(pytester)
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["isolation: namespace, a fresh sandbox for every module*"])
@@ -213,7 +215,9 @@ def test_a_failure_says_what_the_test_did(pytester: pytest.Pytester) -> None:
             assert False
     """)
     result = run(pytester, "--isolation")
-    result.stdout.re_match_lines([r"-+ isolation -+", r"wall \d+\.\d\d s, cpu .* s, peak memory .*, 1 process or threads started"])
+    result.stdout.re_match_lines(
+        [r"-+ isolation -+", r"wall \d+\.\d\d s, cpu .* s, peak memory .*, 1 process or threads started"]
+    )
     result.stdout.fnmatch_lines(["network: * refused, as there is no route"])
 
 
@@ -380,7 +384,11 @@ def test_a_file_for_junit_s_newer_schema_is_valid(pytester: pytest.Pytester) -> 
     """In which a test case has no properties; pytest writes them there only for who asks for them, and warns."""
     pytester.makepyfile("def test_one(): pass")
     run(pytester, "--isolation", "--junitxml=out.xml", "--isolation-strict").assert_outcomes(passed=1)
-    assert [each.tag for each in ElementTree.parse(pytester.path / "out.xml").iter()] == ["testsuites", "testsuite", "testcase"]
+    assert [each.tag for each in ElementTree.parse(pytester.path / "out.xml").iter()] == [
+        "testsuites",
+        "testsuite",
+        "testcase",
+    ]
 
 
 def test_a_directory_that_is_asked_for_by_name(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

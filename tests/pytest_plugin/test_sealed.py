@@ -58,7 +58,13 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(command: list[str], *words: str, **options: Any) -> Run:
     return subprocess.run(
-        [*command, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
+        [*command, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        **options,
     )
 
 
@@ -90,7 +96,10 @@ def make_environment(path: Path, marks: Path) -> Path:
     (packages / "evil-1.0.dist-info").mkdir()
     (packages / "evil-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     (packages / "evil-1.0.dist-info" / "entry_points.txt").write_text("[pytest11]\nevil = evil_entry\n")
-    rest = [sysconfig.get_path("purelib"), *(os.path.dirname(module.__path__[0]) for module in (isolation, pytest_isolation))]
+    rest = [
+        sysconfig.get_path("purelib"),
+        *(os.path.dirname(module.__path__[0]) for module in (isolation, pytest_isolation)),
+    ]
     (packages / "rest.pth").write_text("\n".join(rest) + "\n")
     return path / "bin" / "python"
 
@@ -98,7 +107,9 @@ def make_environment(path: Path, marks: Path) -> Path:
 def test_hostile_suite_leaves_no_mark_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marks, project = tmp_path / "marks", tmp_path / "project"
     (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the control runs on the host, and what a person has there is his own
+    monkeypatch.setenv(
+        "HOME", str(tmp_path / "home")
+    )  # the control runs on the host, and what a person has there is his own
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     shutil.copytree(EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__"))
     for path in project.rglob("*"):
@@ -126,7 +137,18 @@ def test_hostile_suite_leaves_no_mark_on_the_host(tmp_path: Path, monkeypatch: p
     assert control.returncode == 0, control.stdout + control.stderr
     left = set(os.listdir(marks))
     left.add("sitecustomize")  # Debian's Python finds its own first
-    assert left >= {"cache", "conftest", "entry", "junit.xml", "plugin", "pth", "pygments", "sitecustomize", "test", "unconfigure"}
+    assert left >= {
+        "cache",
+        "conftest",
+        "entry",
+        "junit.xml",
+        "plugin",
+        "pth",
+        "pygments",
+        "sitecustomize",
+        "test",
+        "unconfigure",
+    }
     assert not (marks / "victim" / "precious").exists()
 
 
@@ -255,7 +277,17 @@ def test_coverage_comes_out_where_it_was_asked_for(suite: Path) -> None:
     (suite / "conftest.py").write_text(COVERAGE)
     (suite / "test_it.py").write_text("def test_it(): pass\n")
     before = set(tree(suite))
-    done = sealed("--cov", "--cov-report=xml", "--cov-report", "html", "--cov-report=json:other/c.json", "-q", "-p", "no:cacheprovider", "-pno:pytest_cov")
+    done = sealed(
+        "--cov",
+        "--cov-report=xml",
+        "--cov-report",
+        "html",
+        "--cov-report=json:other/c.json",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-pno:pytest_cov",
+    )
     assert done.returncode == 0, done.stderr
     assert "1 file in" in done.stderr  # setup.py
     assert set(tree(suite)) - before == {
@@ -269,13 +301,13 @@ def test_coverage_comes_out_where_it_was_asked_for(suite: Path) -> None:
 @USERS
 def test_coverage_is_that_of_a_plain_run(suite: Path) -> None:
     """As far as lines run where pytest does: what runs in a test's fork is the plug-in's to report."""
-    (suite / "product.py").write_text(
-        "def at_import():\n    return 1\ndef unused():\n    return 3\nVALUE = at_import()\n"
-    )
+    (suite / "product.py").write_text("def at_import():\n    return 1\ndef unused():\n    return 3\nVALUE = at_import()\n")
     (suite / "test_it.py").write_text("import product\ndef test_it(): assert product.VALUE == 1\n")
     found = []
     for start in (plain, sealed):
-        done = start("-p", "pytest_cov", "--cov=product", "--cov-report=term-missing", "--cov-report=xml", "--cov-report=json", "-q")
+        done = start(
+            "-p", "pytest_cov", "--cov=product", "--cov-report=term-missing", "--cov-report=xml", "--cov-report=json", "-q"
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert (suite / ".coverage").read_bytes().startswith(b"SQLite format 3")
         assert "line-rate" in (suite / "coverage.xml").read_text()
@@ -354,7 +386,9 @@ def on_terminal(words: list[str], talk: list[tuple[bytes, bytes]]) -> tuple[int,
 
 
 def test_colours_and_interrupt(suite: Path) -> None:
-    (suite / "test_it.py").write_text("import time\ndef test_a(): pass\ndef test_b(): print('here', flush=True); time.sleep(60)\n")
+    (suite / "test_it.py").write_text(
+        "import time\ndef test_a(): pass\ndef test_b(): print('here', flush=True); time.sleep(60)\n"
+    )
     code, seen = on_terminal(["-s", "--junitxml=out.xml"], [(b"here", b"\x03")])
     assert code == 2, seen
     assert b"KeyboardInterrupt" in seen
@@ -490,7 +524,9 @@ def test_exported_tree(suite: Path) -> None:
         (["--export", "a/b"], {"a": "victims"}),
     ],
 )
-def test_links_of_the_checkout_are_not_followed(suite: Path, tmp_path: Path, words: list[str], links: dict[str, str]) -> None:
+def test_links_of_the_checkout_are_not_followed(
+    suite: Path, tmp_path: Path, words: list[str], links: dict[str, str]
+) -> None:
     (tmp_path / "victim").write_text("victim")
     (tmp_path / "victims").mkdir()
     for name, to in links.items():
@@ -649,11 +685,23 @@ def test_flood_of_refusals_is_bounded(receiver: Any) -> None:
         (["-p", "no:cacheprovider"], ["-p", "no:cacheprovider"], []),
         (["--", "--memory", "--export=x"], ["--memory", "--export=x"], [".pytest_cache"]),
         (["a", "--memory", "1G", "-k", "b", "--pids=3", "c"], ["a", "-k", "b", "c"], [".pytest_cache"]),
-        (["--junitxml", "x.xml", "--", "--junitxml=y"], ["--junitxml", "x.xml", "--junitxml=y"], ["x.xml", "y", ".pytest_cache"]),
+        (
+            ["--junitxml", "x.xml", "--", "--junitxml=y"],
+            ["--junitxml", "x.xml", "--junitxml=y"],
+            ["x.xml", "y", ".pytest_cache"],
+        ),
         (["--cov", "src"], ["--cov", "src"], [".coverage", ".pytest_cache"]),
         (["--cov=src", "--no-cov"], ["--cov=src", "--no-cov"], [".pytest_cache"]),
-        (["--cov-report=term-missing", "--cov-report=html:d/e", "--cov-report=xml"], None, ["d/e", "coverage.xml", ".pytest_cache"]),
-        (["--export", "out/", "--isolation-report=r.html"], ["--isolation-report=r.html"], ["r.html", ".pytest_cache", "out"]),
+        (
+            ["--cov-report=term-missing", "--cov-report=html:d/e", "--cov-report=xml"],
+            None,
+            ["d/e", "coverage.xml", ".pytest_cache"],
+        ),
+        (
+            ["--export", "out/", "--isolation-report=r.html"],
+            ["--isolation-report=r.html"],
+            ["r.html", ".pytest_cache", "out"],
+        ),
         (["--cov", "--export=.coverage"], ["--cov"], [".coverage", ".pytest_cache"]),
     ],
 )
@@ -664,7 +712,9 @@ def test_arguments(argv: list[str], words: list[str] | None, found: list[str]) -
 
 
 @USERS
-@pytest.mark.parametrize("argv", [["--export", "."], ["--export=.."], ["--export", "/"], ["--export="], ["--memory"], ["--pids="]])
+@pytest.mark.parametrize(
+    "argv", [["--export", "."], ["--export=.."], ["--export", "/"], ["--export="], ["--memory"], ["--pids="]]
+)
 def test_bad_arguments(suite: Path, argv: list[str]) -> None:
     done = sealed(*argv)
     assert done.returncode == 125
@@ -739,7 +789,9 @@ def test_environment_cannot_name_what_is_shown(tmp_path: Path) -> None:
 
 def test_environment_does_not_lead_to_another_project(suite: Path, tmp_path: Path) -> None:
     """One that was made in the root of a project is an environment, and all the rest of that project."""
-    python = bare_environment(tmp_path / "other", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
+    python = bare_environment(
+        tmp_path / "other", "pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py"
+    )
     (tmp_path / "other" / ".env").write_text("TOKEN=secret")
     (suite / "test_it.py").write_text(f"import os\ndef test_it(): print(sorted(os.listdir({str(tmp_path / 'other')!r})))\n")
     done = sealed("--python", str(python), "-rP")
@@ -776,7 +828,9 @@ def test_entry_points_of_the_project_are_not_loaded(suite: Path, tmp_path: Path,
     """On an import path that ends in the project, a backend or a command could be its own."""
     (suite / "evil.egg-info").mkdir()
     (suite / "evil.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
-    (suite / "evil.egg-info" / "entry_points.txt").write_text("[isolation]\nevil = evil\n[isolation.commands]\npytest = evil:main\n")
+    (suite / "evil.egg-info" / "entry_points.txt").write_text(
+        "[isolation]\nevil = evil\n[isolation.commands]\npytest = evil:main\n"
+    )
     (suite / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\ndef main(argv): return 0\n")
     start = "import sys; sys.path.append(sys.argv.pop(1)); from isolation.cli import main; sys.exit(main())"
     done = run([sys.executable, "-I", "-c", start, str(suite), "pytest"], "-q")

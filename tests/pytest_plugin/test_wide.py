@@ -116,7 +116,9 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 @pytest.fixture
 def suite(pytester: pytest.Pytester) -> pytest.Pytester:
     pytester.makeconftest(CONFTEST)
-    pytester.makepyfile(test_one=CLEAN, test_kinds=KINDS, test_two="def test_other(database, rows): rows.append(1); assert rows == ['x', 1]")
+    pytester.makepyfile(
+        test_one=CLEAN, test_kinds=KINDS, test_two="def test_other(database, rows): rows.append(1); assert rows == ['x', 1]"
+    )
     return pytester
 
 
@@ -125,7 +127,16 @@ def test_each_is_set_up_once_and_seen_as_it_was_then(suite: pytest.Pytester, job
     result = run(suite, "--isolation", f"--isolation-jobs={jobs}")
     result.assert_outcomes(passed=11)
     happened = steps(result)
-    for step in ("up session", "up always", "up xunit module", "up class", "up xunit class", "up setUpClass", "up p", "up q"):
+    for step in (
+        "up session",
+        "up always",
+        "up xunit module",
+        "up class",
+        "up xunit class",
+        "up setUpClass",
+        "up p",
+        "up q",
+    ):
         assert happened.count(step) == 1, (step, happened)
     assert happened.count("up module") == 2  # one for each module
     # What tests did is not there at the end.
@@ -437,7 +448,8 @@ def test_a_set_up_that_ends_its_process(pytester: pytest.Pytester, how: str) -> 
 
 
 def test_teardown_that_hangs_or_dies(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("""
+    pytester.makepyfile(
+        """
         import os, time
         import pytest
 
@@ -447,7 +459,8 @@ def test_teardown_that_hangs_or_dies(pytester: pytest.Pytester) -> None:
             time.sleep(60)
 
         def test_hangs(hangs): pass
-    """, test_dies="""
+    """,
+        test_dies="""
         import os
         import pytest
 
@@ -457,7 +470,8 @@ def test_teardown_that_hangs_or_dies(pytester: pytest.Pytester) -> None:
             os._exit(0)
 
         def test_dies(dies): pass
-    """)
+    """,
+    )
     result = run(pytester, "--isolation", "--isolation-timeout=8s")
     result.assert_outcomes(passed=2, errors=2)
     result.stdout.fnmatch_lines(["*timed out after 8s*", "*ended with status 0*"])
@@ -539,7 +553,9 @@ def test_a_warning_and_an_assertion_of_a_wide_fixture(pytester: pytest.Pytester)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--isolation-jobs=2"], ["--isolation-per=class"]], ids=" ".join)
-def test_warnings_are_told_at_the_test_that_plain_pytest_tells_them_at(pytester: pytest.Pytester, arguments: list[str]) -> None:
+def test_warnings_are_told_at_the_test_that_plain_pytest_tells_them_at(
+    pytester: pytest.Pytester, arguments: list[str]
+) -> None:
     """Those of a set-up at the first test, those of a teardown at the last, in their order: none is another test's, none lost,
     none told twice where a template is made anew (`threaded`)."""
     pytester.makeconftest("""

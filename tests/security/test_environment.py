@@ -34,7 +34,9 @@ for path in sys.argv[1:]:
 
 def read(paths: list[Path], environment: list[str], without: str = "") -> list[str]:
     """What comes of opening them in a sandbox that shows this Python, and `environment`, too."""
-    plan = make_plan(SandboxSpec(), python=[*python_environment(), *environment], defences=ALL_DEFENCES - set(without.split()))
+    plan = make_plan(
+        SandboxSpec(), python=[*python_environment(), *environment], defences=ALL_DEFENCES - set(without.split())
+    )
     with Sandbox.borrowed(NamespaceMachine(plan)) as box:
         done = box.run([sys.executable, "-c", READ, *map(str, paths)], timeout=600)
         assert done.returncode == 0, done.stderr

@@ -45,7 +45,10 @@ def test_locks_and_leases(tmp_path: Path, mode: str, shared: bool) -> None:
     path = tmp_path / "file"
     path.write_text("content")
     spec = SandboxSpec(mounts=[Mount(str(path), "/given/file", mode)])
-    with Sandbox(spec) as box, box.popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with (
+        Sandbox(spec) as box,
+        box.popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+    ):
         assert process.stdout is not None
         assert process.stdout.readline() == b"content\n"
         assert bool(hindrances(path)) is shared

@@ -78,10 +78,16 @@ def _inits_of_this_test() -> set[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                status = dict(line.split(":\t", 1) for line in Path(f"/proc/{name}/status").read_text().splitlines() if ":\t" in line)
+                status = dict(
+                    line.split(":\t", 1) for line in Path(f"/proc/{name}/status").read_text().splitlines() if ":\t" in line
+                )
             except OSError:
                 continue
-            if status["Name"] == "isolation-init" and status["NSpid"].split()[1:] == ["1"] and os.getpid() in _above(int(name)):
+            if (
+                status["Name"] == "isolation-init"
+                and status["NSpid"].split()[1:] == ["1"]
+                and os.getpid() in _above(int(name))
+            ):
                 found.add(int(name))
     return found
 
@@ -106,7 +112,11 @@ def test_what_cannot_be_looked_at_is_over_the_limit(error: int, said: str, monke
 
     monkeypatch.setattr(memory.Watch, "_read", fail)
     watch = memory.Watch(
-        1 << 30, None, os.open("/proc", os.O_RDONLY | os.O_DIRECTORY), os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY), kills=True
+        1 << 30,
+        None,
+        os.open("/proc", os.O_RDONLY | os.O_DIRECTORY),
+        os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY),
+        kills=True,
     )
     try:
         assert watch.look() == said
@@ -150,7 +160,9 @@ def test_a_fork_and_a_fork_of_a_fork_see_it_too() -> None:
             for _job in guest.forks():
                 guest.send({"total": total()})
 
-    with NamespaceTemplate(make_plan(SandboxSpec(limits=Limits(memory="300M")), python=python_environment()), payload) as root:
+    with NamespaceTemplate(
+        make_plan(SandboxSpec(limits=Limits(memory="300M")), python=python_environment()), payload
+    ) as root:
         with root.branch() as branch:
             template = branch.template(600)
             assert template is not None

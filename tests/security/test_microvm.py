@@ -206,7 +206,16 @@ def test_what_a_qemu_reaches_that_was_taken_over(host: Host, monkeypatch: pytest
     assert sum(target.startswith("socket:") for target, _mode in fds.values()) == 3
     for what in ("ram", "drive"):
         for way in ("write", "map", "truncate", "reopen"):
-            assert found[f"{what} {way}"] in ("EPERM", "EACCES", "EBADF", "EROFS", "EINVAL", "ENOENT", "ETXTBSY", "ValueError"), (what, way)
+            assert found[f"{what} {way}"] in (
+                "EPERM",
+                "EACCES",
+                "EBADF",
+                "EROFS",
+                "EINVAL",
+                "ENOENT",
+                "ETXTBSY",
+                "ValueError",
+            ), (what, way)
         assert found[f"{what} punch"] == "-1"
     assert ram == b"template"
     assert image == b"layer" * 1000
@@ -216,7 +225,24 @@ def test_what_a_qemu_reaches_that_was_taken_over(host: Host, monkeypatch: pytest
     assert found["interfaces"] == "[(1, 'lo')]"
     if found["home"].startswith("["):
         assert not {".ssh", ".bashrc", ".profile"} & set(json.loads(found["home"].replace("'", '"')))
-    assert set(found["devices"]) <= {"fd", "full", "null", "ptmx", "pts", "random", "shm", "stderr", "stdin", "stdout", "tty", "urandom", "zero", "mqueue", "core", "console"}
+    assert set(found["devices"]) <= {
+        "fd",
+        "full",
+        "null",
+        "ptmx",
+        "pts",
+        "random",
+        "shm",
+        "stderr",
+        "stdin",
+        "stdout",
+        "tty",
+        "urandom",
+        "zero",
+        "mqueue",
+        "core",
+        "console",
+    }
 
 
 def test_the_probe_finds_what_is_not_sealed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,14 @@ def test_fork_breaks_out_without(host: Host, attack: str, without: str) -> None:
 
 @pytest.mark.parametrize("runner", ["template", "fork-of-fork"])
 @pytest.mark.parametrize(
-    ("attack", "without"), [("TCP", "network"), ("SYSTEM_CALLS", "seccomp"), ("SIBLING", "seccomp"), ("INHERITED_SOCKET", "fds"), ("HOST_FILE", "view")]
+    ("attack", "without"),
+    [
+        ("TCP", "network"),
+        ("SYSTEM_CALLS", "seccomp"),
+        ("SIBLING", "seccomp"),
+        ("INHERITED_SOCKET", "fds"),
+        ("HOST_FILE", "view"),
+    ],
 )
 @pytest.mark.usefixtures("nothing_left")
 def test_forks_of_forks_break_out_without(host: Host, attack: str, without: str, runner: str) -> None:

@@ -171,9 +171,7 @@ class BranchKeeper(Keeper):
             order.cgroup.add(pid)
             order.ours.send(words.JOIN_CGROUP)
 
-    def _send_order(
-        self, order: Order, namespaces: Sequence[int], midwife: socket.socket | None, mounts: int
-    ) -> None:
+    def _send_order(self, order: Order, namespaces: Sequence[int], midwife: socket.socket | None, mounts: int) -> None:
         named = dict(zip([name for name, _flag in ENTERED], [self._owner, *namespaces], strict=True))
         there = {name: fd for name, fd in named.items() if fd >= 0}
         about = {"namespaces": list(there), "template": order.template, "aside": self._aside.put_aside}
@@ -299,9 +297,7 @@ class BranchKeeper(Keeper):
                 syscalls.unshare(syscalls.CLONE_NEWPID)
                 first, first_pidfd = syscalls.clone(syscalls.CLONE_PARENT)
                 if first == 0:
-                    BranchKeeper(
-                        self, wire, ours, self._fresh, self._sleeper, self._stacks, level=self._level + 1
-                    ).live()
+                    BranchKeeper(self, wire, ours, self._fresh, self._sleeper, self._stacks, level=self._level + 1).live()
                 namespace = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
                 socket.send_fds(its_answers, [b"k"], [first_pidfd, namespace])
             except OSError as error:

@@ -129,9 +129,13 @@ class Cgroup:
         if "memory" not in self.paths:
             return None
         path = self.paths["memory"]
-        names = ("memory.current", "memory.events") if self.version == 2 else (
-            "memory.usage_in_bytes",
-            "memory.oom_control",
+        names = (
+            ("memory.current", "memory.events")
+            if self.version == 2
+            else (
+                "memory.usage_in_bytes",
+                "memory.oom_control",
+            )
         )
         use, events = (os.open(f"{path}/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in names)
         return use, events

@@ -127,8 +127,6 @@ class Descent:
         # The template's, not this fork's. Closed here, or they would close whatever has their numbers then.
         guest.wire.sock.close()
         self._midwife.close()
-        settle.streams(
-            self._plan, inherited, self._shared, (stdin, stdout, stderr), given, crash, self._stacks, leash, keep
-        )
+        settle.streams(self._plan, inherited, self._shared, (stdin, stdout, stderr), given, crash, self._stacks, leash, keep)
         settle.name()
         return Guest(Wire(socket.socket(fileno=wire), accept_fds=True), fork=None if descent is None else descent.forks)

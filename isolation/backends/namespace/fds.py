@@ -83,7 +83,7 @@ def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
         return Inherited(fd, identity)
     path = os.readlink(f"/proc/self/fd/{fd}")
     if (match := _OF_PROCESS.match(path)) is not None and int(match[1]) in (os.getpid(), os.getppid()):
-        return Inherited(fd, identity, path=f"/proc/self/{path[match.end():]}", flags=flags)  # of who is forked
+        return Inherited(fd, identity, path=f"/proc/self/{path[match.end() :]}", flags=flags)  # of who is forked
     if not path.startswith("/"):  # a pipe, which anew.py is for
         return Inherited(fd, identity)
     if path.startswith(f"/memfd:{PREFIX}"):

@@ -294,9 +294,7 @@ def _become_keeper(
         os._exit(status)
 
 
-def serve_warm(
-    plan: Plan, wire: Wire, host: int, mask: frozenset[int], function: Callable[[Guest], object]
-) -> None:
+def serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int], function: Callable[[Guest], object]) -> None:
     """The keeper of a template is itself PID 1 of a PID namespace, beneath which it makes its forks: so the kernel ends
     them all with it. Its parent only waits, and clears up."""
     inherited = fds.inventory(exclude=[wire.fileno(), host])

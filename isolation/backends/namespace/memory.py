@@ -48,7 +48,7 @@ class Watch:
         return max(1.0, (self._next - time.monotonic()) * 1000)
 
     def look(self) -> str:
-        """"low", "near" the limit or "over" it (only where nobody else holds it); "unknown" between two looks."""
+        """ "low", "near" the limit or "over" it (only where nobody else holds it); "unknown" between two looks."""
         now = time.monotonic()
         if now < self._next:
             return "unknown"

@@ -427,7 +427,6 @@ class DevPts(FreshOperation):
         return f"devpts   {self.target} (new instance)"
 
 
-
 def make_directory(path: str, mode: int = 0o755) -> None:
     """mkdir -p, without the stat calls of `os.makedirs` where the directory exists."""
     try:

@@ -112,9 +112,7 @@ ALL_DEFENCES = frozenset(
 )
 
 
-def make_plan(
-    spec: SandboxSpec, *, python: Iterable[str] = (), defences: frozenset[str] = ALL_DEFENCES
-) -> Plan:
+def make_plan(spec: SandboxSpec, *, python: Iterable[str] = (), defences: frozenset[str] = ALL_DEFENCES) -> Plan:
     """Resolve `spec` on this machine; `python` are paths of the Python environment to show.
 
     Raises SpecError for what cannot be found, FeatureMissing for what cannot be enforced here.

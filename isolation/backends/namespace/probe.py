@@ -78,9 +78,7 @@ def _settings() -> list[Check]:
         )
     most = _sysctl("user/max_user_namespaces")
     if most is not None:
-        checks.append(
-            Check("user.max_user_namespaces", most != "0", most, "sudo sysctl user.max_user_namespaces=15000")
-        )
+        checks.append(Check("user.max_user_namespaces", most != "0", most, "sudo sysctl user.max_user_namespaces=15000"))
     apparmor = _sysctl("kernel/apparmor_restrict_unprivileged_userns")
     if apparmor is not None and unprivileged:
         checks.append(

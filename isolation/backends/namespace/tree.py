@@ -66,9 +66,7 @@ def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
         raise OSError("the working directory is outside of the sandbox's root")
 
 
-def write_fresh(
-    script: Script, operations: Sequence[FreshOperation], store_size: int | None, level: int = 1
-) -> Result:
+def write_fresh(script: Script, operations: Sequence[FreshOperation], store_size: int | None, level: int = 1) -> Result:
     """What a sandbox writes to, to be made in a mount namespace with the base as its root, or (level 2 and more) that of a
     template. The result is a descriptor of its store."""
     here = syscalls.AT_FDCWD

@@ -130,9 +130,7 @@ class VacantBuilder:
 class _Furnishing:
     """What the furnisher does."""
 
-    def __init__(
-        self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, level: int, *, template: bool
-    ) -> None:
+    def __init__(self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, level: int, *, template: bool) -> None:
         self._script = script = Script()
         script.call("umask", 0)
         self._store = tree.write_fresh(script, fresh, plan.limits.disk, level)

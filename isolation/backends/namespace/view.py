@@ -229,9 +229,7 @@ class View:
                 done = step
         return done
 
-    def _overlay(
-        self, real: str, target: str, *, owned: bool, writable: bool, explicit: bool = False
-    ) -> None:
+    def _overlay(self, real: str, target: str, *, owned: bool, writable: bool, explicit: bool = False) -> None:
         if not os.path.isdir(real):
             if os.path.exists(real) and not self.shows(target):
                 self.bind(real, target)

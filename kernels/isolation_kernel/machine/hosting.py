@@ -253,5 +253,3 @@ class MachineHosting:
 
     def __exit__(self, *_details: object) -> None:
         self.close()
-
-

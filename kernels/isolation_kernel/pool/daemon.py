@@ -248,7 +248,6 @@ def own_directory() -> str:
     return directory
 
 
-
 def warm_keys(names: Sequence[str], cwd: str) -> list[Key]:
     """Of installed kernelspecs, by name."""
     from isolation_kernel import kernelspec

@@ -88,8 +88,7 @@ class HypothesisCarrier(Carrier):
         last = {(key, value): saved for saved, key, value in self._changes}  # a search for the smallest saves many
         self._changes = []
         kept = [
-            [saved, base64.b64encode(key).decode(), base64.b64encode(value).decode()]
-            for (key, value), saved in last.items()
+            [saved, base64.b64encode(key).decode(), base64.b64encode(value).decode()] for (key, value), saved in last.items()
         ]
         return kept[-_CHANGES_AT_MOST:] or None
 

@@ -83,9 +83,7 @@ def _files(path: str, parts: list[str]) -> Iterator[tuple[str, list[str]]]:
             todo += [(os.path.join(path, name), [*parts, name]) for name in reversed(names)]
 
 
-def _file(
-    number: int, path: str, parts: list[str], size: int, left: list[int]
-) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _file(number: int, path: str, parts: list[str], size: int, left: list[int]) -> Iterator[tuple[dict[str, Any], bytes]]:
     kind = stat.S_IFMT(os.lstat(path).st_mode)
     if kind != stat.S_IFREG:
         raise _Refused(_KINDS.get(kind, "unreadable"))

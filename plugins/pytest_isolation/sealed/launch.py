@@ -81,9 +81,7 @@ def _run_pytest(box: Sandbox, request: Request, python: Interpreter) -> int:
     with Relay(screen=Screen()) as relay:
         relay.watch_signals()
         stdin, stdout, stderr = relay.given
-        process = box.popen(
-            _command(request, python), stdin=stdin, stdout=stdout, stderr=stderr, tty=relay.tty
-        )
+        process = box.popen(_command(request, python), stdin=stdin, stdout=stdout, stderr=stderr, tty=relay.tty)
         try:
             verdict = relay.run(process, box.machine.fileno())
         except Interrupted as interrupted:

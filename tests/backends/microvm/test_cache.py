@@ -208,7 +208,11 @@ def test_nothing_is_used_where_others_can_write(tmp_path: Path, level: int, use:
             with again.exclusive("name"):
                 pass
         else:
-            {"get": lambda: again.get("kind", "key"), "read": lambda: again.read("name"), "write": lambda: again.write("n", b"")}[use]()
+            {
+                "get": lambda: again.get("kind", "key"),
+                "read": lambda: again.read("name"),
+                "write": lambda: again.write("n", b""),
+            }[use]()
 
     used()
     directory.chmod(0o777)

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.once
 AGENT = [("isolation/__init__.py", b""), ("isolation/guest/agent.py", b"def main():\n    return 42\n")]
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(
-    QEMU is None or shutil.which("mksquashfs") is None or os.uname().machine != "x86_64", reason="needs QEMU and squashfs-tools"
+    QEMU is None or shutil.which("mksquashfs") is None or os.uname().machine != "x86_64",
+    reason="needs QEMU and squashfs-tools",
 )
 
 
@@ -98,7 +99,9 @@ def test_the_agent_comes_with_all_it_imports(tmp_path: Path) -> None:
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    modules = [name[:-3].replace("/", ".").removesuffix(".__init__") for name in files if name.startswith("isolation/guest/")]
+    modules = [
+        name[:-3].replace("/", ".").removesuffix(".__init__") for name in files if name.startswith("isolation/guest/")
+    ]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfor name in {modules!r}: __import__(name)"
     done = subprocess.run([sys.executable, "-I", "-S", "-B", "-c", code], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
@@ -158,7 +161,10 @@ class Machine:
 @pytest.fixture
 def machine(fetched_kernel: Kernel, downloads: Cache, tmp_path: Path) -> Machine:
     made = Machine(fetched_kernel, downloads, tmp_path)
-    made.layer("zero", {"bin/busybox": made.busybox.read_bytes(), "etc/who": b"zero", "etc/both": b"zero", "bin/broken": b"#!/no/loader\n"})
+    made.layer(
+        "zero",
+        {"bin/busybox": made.busybox.read_bytes(), "etc/who": b"zero", "etc/both": b"zero", "bin/broken": b"#!/no/loader\n"},
+    )
     return made
 
 

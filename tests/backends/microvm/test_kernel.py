@@ -40,7 +40,9 @@ def lz4(data: bytes) -> bytes:
 
 def elf(*, machine: int = 62, pvh: bool = True, size: int = 100_000) -> bytes:
     note = struct.pack("<III", 4, 8, 18 if pvh else 6) + b"Xen\0" + struct.pack("<Q", 0x1000000)
-    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 2, 64, 0, 0)
+    header = (
+        b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 2, 64, 0, 0)
+    )
     load = struct.pack("<IIQQQQQQ", 1, 5, 1000, 0, 0, size - 1000, size, 4096)
     notes = struct.pack("<IIQQQQQQ", 4, 4, 500, 0, 0, len(note), len(note), 4)
     data = (header + load + notes).ljust(500, b"\0") + note
@@ -67,7 +69,9 @@ def module(depends: str = "", *, release: str = "6.9.1-test") -> bytes:
     names = b"\0.modinfo\0.shstrtab\0"
     start = 64
     sections = start + len(info) + len(names)
-    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, sections, 0, 64, 0, 0, 64, 3, 2)
+    header = (
+        b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, sections, 0, 64, 0, 0, 64, 3, 2)
+    )
     table = bytes(64)
     table += struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, start, len(info), 0, 0, 1, 0)
     table += struct.pack("<IIQQQQIIQQ", 10, 3, 0, 0, start + len(info), len(names), 0, 0, 1, 0)
@@ -274,7 +278,11 @@ def test_a_kernel_in_the_cache_that_was_damaged_is_told(cache: Cache, tmp_path: 
 def make_deb(data: bytes, name: str = "data.tar.xz") -> bytes:
     out = b"!<arch>\n"
     for member, content in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"xyz"), (name, data)):
-        out += f"{member:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content + b"\n" * (len(content) % 2)
+        out += (
+            f"{member:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+            + content
+            + b"\n" * (len(content) % 2)
+        )
     return out
 
 
@@ -373,7 +381,8 @@ def test_a_real_package_is_unpacked_as_dpkg_does(downloads: Cache, tmp_path: Pat
 
     def tree(root: Path) -> dict[str, object]:
         return {
-            str(path.relative_to(root)): path.read_bytes() if path.is_file() else path.is_symlink() for path in root.rglob("*")
+            str(path.relative_to(root)): path.read_bytes() if path.is_file() else path.is_symlink()
+            for path in root.rglob("*")
         }
 
     assert tree(tmp_path / "ours") == tree(tmp_path / "theirs")

@@ -138,7 +138,10 @@ def test_owners_are_those_of_the_host(cache: Cache, source: Path) -> None:
         os.chown(source / "theirs", 3_000_000, 70_000)  # more than seven octal digits
         assert listing(layers.tree(cache, source))[b"/tree/theirs"][1] == "3000000/70000"
     assert listing(layers.tree(cache, source))[b"/tree/mine"][1] == expected
-    assert listing(layers.tree(cache, "/etc/hostname" if os.path.exists("/etc/hostname") else "/etc/passwd"))[b"/file"][1] == "0/0"
+    assert (
+        listing(layers.tree(cache, "/etc/hostname" if os.path.exists("/etc/hostname") else "/etc/passwd"))[b"/file"][1]
+        == "0/0"
+    )
 
 
 def test_a_single_file_and_other_places(cache: Cache, source: Path, tmp_path: Path) -> None:
@@ -281,7 +284,9 @@ def test_the_key_notices(source: Path, change: str) -> None:
     assert trees.digest([str(source)], trees.Rules()) != before
 
 
-def test_only_the_last_images_of_a_source_are_kept(cache: Cache, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_images_of_a_source_are_kept(
+    cache: Cache, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layers, "_KEEP_TREES", 3)
     other = tmp_path / "other"
     other.mkdir()
@@ -464,7 +469,9 @@ def test_many_environments_share_a_layer(cache: Cache, source: Path) -> None:
     assert layers.environment(cache, paths=["/usr/lib"]) == ()
 
 
-def test_an_environment_in_a_private_part_of_the_system_is_not_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_environment_in_a_private_part_of_the_system_is_not_missed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(layers, "_SYSTEM", (str(tmp_path).split("/")[1],))
     (tmp_path / "open").mkdir(mode=0o755)
     (tmp_path / "closed").mkdir(mode=0o700)
@@ -548,7 +555,9 @@ def test_a_layer_made_afresh_from_what_its_cheap_key_did_not_notice_has_another_
     assert layers.base(cache, root=str(source), refresh=True).key != before.key
 
 
-def test_what_mksquashfs_says_is_passed_on(cache: Cache, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_mksquashfs_says_is_passed_on(
+    cache: Cache, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = tmp_path / "bin/mksquashfs"
     fake.parent.mkdir()
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")

@@ -552,7 +552,9 @@ def test_a_fork_that_speaks_of_other_things(agent: Agent, held: MicrovmMachine, 
     assert fork.stacks() == ""
     assert fork.scratch(3) == b""
     stop.set()
-    agent.say(control({"event": "stacks"}, b"\0\nThread 1\n" + b"x" * (1 << 20)) + control({"event": "deleted"}, bytes(20 << 20)))
+    agent.say(
+        control({"event": "stacks"}, b"\0\nThread 1\n" + b"x" * (1 << 20)) + control({"event": "deleted"}, bytes(20 << 20))
+    )
     fork._stacks = None
     assert len(fork.stacks()) <= 256 << 10
     assert len(fork.scratch(3)) == 16 << 20

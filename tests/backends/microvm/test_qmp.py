@@ -40,7 +40,9 @@ def flood(theirs: socket.socket, data: bytes) -> None:
 
 def test_answers_and_events(ends: tuple[Qmp, socket.socket]) -> None:
     qmp, theirs = ends
-    theirs.sendall(b'{"QMP": {}}\n{"return": {}}\n{"event": "RESUME"}\n{"return": {"status": "ok"}}\n{"error": {"desc": "bad\\u001b[2J"}}\n')
+    theirs.sendall(
+        b'{"QMP": {}}\n{"return": {}}\n{"event": "RESUME"}\n{"return": {"status": "ok"}}\n{"error": {"desc": "bad\\u001b[2J"}}\n'
+    )
     qmp.wait_for("RESUME", 10)
     assert qmp.answer(10) == {}
     assert qmp.execute("query-x") == {"status": "ok"}
@@ -62,7 +64,16 @@ def test_a_descriptor_goes_along(ends: tuple[Qmp, socket.socket]) -> None:
 
 @pytest.mark.parametrize(
     "said",
-    [b"{]}\n", b"[]\n", b"5\n", b"[" * 100_000 + b"\n", b"\xff\xfe\n", b'{"error": "text"}\n', b'{"error": []}\n', b'{"error": {}}\n'],
+    [
+        b"{]}\n",
+        b"[]\n",
+        b"5\n",
+        b"[" * 100_000 + b"\n",
+        b"\xff\xfe\n",
+        b'{"error": "text"}\n',
+        b'{"error": []}\n',
+        b'{"error": {}}\n',
+    ],
 )
 def test_nonsense(ends: tuple[Qmp, socket.socket], said: bytes) -> None:
     qmp, theirs = ends
@@ -113,7 +124,11 @@ def test_a_qemu_that_does_not_read(ends: tuple[Qmp, socket.socket]) -> None:
 
 @pytest.mark.parametrize(
     ("status", "match"),
-    [(b'{"return": {"status": "active"}}\n', "active"), (b'{"return": []}\n', "nothing"), (b'{"return": {"status": "\\u001b"}}\n', r"'\?'")],
+    [
+        (b'{"return": {"status": "active"}}\n', "active"),
+        (b'{"return": []}\n', "nothing"),
+        (b'{"return": {"status": "\\u001b"}}\n', r"'\?'"),
+    ],
 )
 def test_saving_with_a_qemu_that_lies(monkeypatch: pytest.MonkeyPatch, status: bytes, match: str) -> None:
     monkeypatch.setattr(vms, "_SAVE_PATIENCE", 0.5)

@@ -179,7 +179,9 @@ def test_a_damaged_cache_is_told_at_launch_and_mended_by_setup(cache: Cache, sys
     setup.load(cache)
 
 
-def test_without_qemu_the_package_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_without_qemu_the_package_is_named(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(shutil, "which", lambda name, **_rest: None)
     with pytest.raises(BackendUnavailable, match=r"apt-get install --no-install-recommends qemu-system-x86$"):
@@ -203,7 +205,9 @@ def test_usage_errors_end_with_125(argv: list[str], capfd: pytest.CaptureFixture
 
 
 @needs_tools
-def test_what_the_user_gave_wrongly_is_told_in_one_line(cache: Cache, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_the_user_gave_wrongly_is_told_in_one_line(
+    cache: Cache, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "no\x1bkernel").write_text("text")
     for argv, message in (
         (["--kernel", "/no/such\nkernel"], "cannot read the kernel: /no/such kernel: No such file"),
@@ -219,7 +223,9 @@ def test_what_the_user_gave_wrongly_is_told_in_one_line(cache: Cache, tmp_path: 
 
 
 @needs_tools
-def test_ctrl_c_leaves_a_cache_that_the_next_setup_goes_on_with(cache: Cache, system: Path, image: list[str], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_cache_that_the_next_setup_goes_on_with(
+    cache: Cache, system: Path, image: list[str], tmp_path: Path
+) -> None:
     real, begun = shutil.which("mksquashfs"), tmp_path / "begun"
     assert real is not None
     slow = tmp_path / "bin/mksquashfs"  # begins an image, and has no end

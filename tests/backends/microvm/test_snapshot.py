@@ -30,7 +30,15 @@ def _no_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def key(**changes: object) -> Key:
-    fields = {"hardware": HARDWARE, "kernel": "k", "initramfs": "i", "layers": ["l"], "python": "p", "trees": ["t"], "payload": "x"}
+    fields = {
+        "hardware": HARDWARE,
+        "kernel": "k",
+        "initramfs": "i",
+        "layers": ["l"],
+        "python": "p",
+        "trees": ["t"],
+        "payload": "x",
+    }
     return Key.of(**(fields | changes))  # type: ignore[arg-type]
 
 

@@ -217,6 +217,7 @@ def test_a_guest_that_does_not_read(template: Template) -> None:
     from isolation.errors import WireError
 
     with template.fork("hang") as fork:
+
         def send() -> None:
             for _ in range(100):
                 fork.send({"more": "x" * (1 << 20)})

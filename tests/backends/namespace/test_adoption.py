@@ -49,7 +49,9 @@ sys.argv[1:] = told["arguments"]
 exec(told["program"])
 """
 RUN = "from isolation.cli import main; sys.exit(main(sys.argv[1:]))"
-PYTEST = "import pytest; sys.exit(pytest.main(['-p', 'pytest_isolation.plugin', '-p', 'no:cacheprovider', '-q', *sys.argv[1:]]))"
+PYTEST = (
+    "import pytest; sys.exit(pytest.main(['-p', 'pytest_isolation.plugin', '-p', 'no:cacheprovider', '-q', *sys.argv[1:]]))"
+)
 
 # Every way to write what the user may write; and what the user may not.
 WRITES = """
@@ -149,7 +151,9 @@ def snapshot(top: Path) -> dict[str, Any]:
 def test_what_the_user_may_write_is_writable(packages: list[str], shared: Path, case: str) -> None:
     exec(filled(case), {"project": str(shared)})
     before = snapshot(shared)
-    done = as_user(packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "sh", "-c", WRITES)
+    done = as_user(
+        packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "sh", "-c", WRITES
+    )
     assert (done.stdout, done.stderr, done.returncode) == (WRITTEN, "", 0)
     assert snapshot(shared) == before
 
@@ -241,11 +245,15 @@ def test_what_is_too_large_is_said_before_the_run(packages: list[str], shared: P
     os.truncate(shared / "sub" / "large.bin", (64 << 20) + 1)
     os.chown(shared / "sub" / "large.bin", USER, LAB)
     words = "stat -c %s sub/large.bin; touch 2>/dev/null sub/large.bin || echo read-only"
-    done = as_user(packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "sh", "-c", words)
+    done = as_user(
+        packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "sh", "-c", words
+    )
     assert done.stdout == f"{(64 << 20) + 1}\nread-only\n"
     assert f"read-only inside, though you may write it: sub/large.bin in {shared}" in done.stderr
     assert "chgrp" in done.stderr
-    told = as_user(packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "--explain")
+    told = as_user(
+        packages, shared, RUN, "run", "--backend", "namespace", "--mount", f"{shared}:{shared}:overlay", "--explain"
+    )
     assert f"adopted  {shared} (" in told.stdout
     assert "note       read-only inside" in told.stdout
     (shared / "test_it.py").write_text("def test_it(): pass\n")
@@ -277,7 +285,9 @@ def test_in_a_directory_of_another_group_of_mine(project: Path) -> None:
             os.chown(path, -1, group)
         project.chmod(0o2775)
         with Sandbox(SandboxSpec("namespace", mounts=[Mount.overlay(project)], workdir=project)) as box:
-            done = box.run(["sh", "-c", "echo more >> sub/old.txt && echo more >> data.txt && touch sub/new && cat sub/old.txt"])
+            done = box.run(
+                ["sh", "-c", "echo more >> sub/old.txt && echo more >> data.txt && touch sub/new && cat sub/old.txt"]
+            )
             assert done.stdout == b"oldmore\n", done.stderr
             assert {Path(change.path).name for change in box.changes()} == {"data.txt", "old.txt", "new"}
         assert (project / "sub" / "old.txt").read_text() == "old"
@@ -303,5 +313,3 @@ def test_there_is_a_bound(project: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [entry.path for entry in found.entries] == ["", "c", "d", "d/b"]
     assert found.left == ("a", "data.txt")
     assert "a, data.txt in /x" in found.note("/x")
-
-

@@ -32,7 +32,9 @@ def test_what_is_written_to_is_told(tmp_path: Path) -> None:
         inherited = fds.inventory()
         files = aside.held(inherited)
         found = [one for one in files if one.path.startswith(os.fsencode(tmp_path))]
-        assert sorted(found) == sorted(Held(os.fsencode(file.name), os.fstat(file.fileno()).st_ino) for file in (write, append, both))
+        assert sorted(found) == sorted(
+            Held(os.fsencode(file.name), os.fstat(file.fileno()).st_ino) for file in (write, append, both)
+        )
         marked = {item.fd for item in aside.mark(inherited, found[:]) if item.aside}
         assert marked == {file.fileno() for file in (write, append, both, again)}
         assert read.fileno() not in marked
@@ -51,7 +53,9 @@ def test_what_is_no_file_is_refused(text: bytes) -> None:
         aside.decode([text])
 
 
-@pytest.mark.parametrize("path", [b"/tmp/../etc/f", b"/tmp/./f", b"/tmp/a//f", b"/project/shared/f", b"/tmp", b"/elsewhere/f", b"/"])
+@pytest.mark.parametrize(
+    "path", [b"/tmp/../etc/f", b"/tmp/./f", b"/tmp/a//f", b"/project/shared/f", b"/tmp", b"/elsewhere/f", b"/"]
+)
 def test_what_lies_in_no_layer_stays(path: bytes) -> None:
     assert aside_of(3)._overlay_of(path) is None
 
@@ -69,5 +73,8 @@ def test_no_symlink_is_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     with aside._directory(os.fsencode(tmp_path), [b"real"]):
         pass
-    with pytest.raises(OSError, match=r"Not a directory|Too many levels"), aside._directory(os.fsencode(tmp_path), [b"link"]):
+    with (
+        pytest.raises(OSError, match=r"Not a directory|Too many levels"),
+        aside._directory(os.fsencode(tmp_path), [b"link"]),
+    ):
         pass

@@ -215,7 +215,12 @@ def test_other_mounts_stay_as_they_are(project: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"limits": Limits(memory="300M")}, {"limits": Limits(disk="50M", pids=20)}, {"network": Network.host()}, {"nesting": True}],
+    [
+        {"limits": Limits(memory="300M")},
+        {"limits": Limits(disk="50M", pids=20)},
+        {"network": Network.host()},
+        {"nesting": True},
+    ],
     ids=lambda fields: "+".join(fields),
 )
 def test_whatever_the_sandbox_is_limited_to(project: Path, fields: dict[str, Any]) -> None:
@@ -494,7 +499,9 @@ def test_renamed_ancestors_are_noticed(box: Sandbox, project: Path) -> None:
         mounts = sh(box, "wc -l < /proc/self/mountinfo", cwd="/")
         with pytest.raises(GuestError, match=f"what was mounted at {project} is not there any more"):
             box.keep_files()
-        assert sh(box, "cat /tmp/moved/*/*/project/x || cat /tmp/moved/project/x; wc -l < /proc/self/mountinfo", cwd="/").endswith(mounts)
+        assert sh(
+            box, "cat /tmp/moved/*/*/project/x || cat /tmp/moved/project/x; wc -l < /proc/self/mountinfo", cwd="/"
+        ).endswith(mounts)
         sh(box, f"rm -rf {first}; mv /tmp/moved {first}", cwd="/")
     kept = box.keep_files()
     sh(box, f"cp -r {first} /tmp/copy; ln -s /etc /tmp/link", cwd="/")

@@ -30,7 +30,10 @@ def test_each_run_has_ids_of_its_own() -> None:
     """So that what the kernel counts by user is not counted for all of them together."""
     found = set()
     for number in range(4):
-        with Sandbox(SandboxSpec(env={"RUN": str(number)})) as box, box.popen(["sleep", MARK], stdin=subprocess.DEVNULL) as process:
+        with (
+            Sandbox(SandboxSpec(env={"RUN": str(number)})) as box,
+            box.popen(["sleep", MARK], stdin=subprocess.DEVNULL) as process,
+        ):
             pid = _pid_of_command(process)
             found.add(Path(f"/proc/{pid}/uid_map").read_text().split()[1])
             process.kill()

@@ -67,7 +67,8 @@ def test_overlay() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "mode", "shown"), [((0, 0), 0o755, None), ((5, 0), 0o750, 0o550), ((0, 5), 0o777, 0o777), ((5, 5), 0o700, 0o500)]
+    ("owner", "mode", "shown"),
+    [((0, 0), 0o755, None), ((5, 0), 0o750, 0o550), ((0, 5), 0o777, 0o777), ((5, 5), 0o700, 0o500)],
 )
 def test_a_directory_of_somebody_else_is_not_the_guests_to_write(
     owner: tuple[int, int], mode: int, shown: int | None, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +89,10 @@ def test_view_escapes_what_overlayfs_reads(calls: list[tuple[Any, ...]]) -> None
     assert r"/old/a\,b\:c\\d," in data
 
 
-@pytest.mark.parametrize(("writable", "device", "read_only", "no_devices"), [(False, False, True, True), (True, False, False, True), (False, True, True, False)])
+@pytest.mark.parametrize(
+    ("writable", "device", "read_only", "no_devices"),
+    [(False, False, True, True), (True, False, False, True), (False, True, True, False)],
+)
 def test_bind(calls: list[tuple[Any, ...]], writable: bool, device: bool, read_only: bool, no_devices: bool) -> None:
     Bind("/data", "/srv/data", "/old/srv/data", True, writable, device).execute()
     attributes = next(call[2] for call in calls if call[0] == "mount_setattr")
@@ -99,14 +103,20 @@ def test_bind(calls: list[tuple[Any, ...]], writable: bool, device: bool, read_o
 
 def test_proc_is_masked() -> None:
     steps = written(Proc(("scsi", "keys"), frozenset({"scsi"})))
-    assert [step[1:3] for step in steps] == [("proc", "/proc"), ("/.isolation/empty", "/proc/scsi"), ("/dev/null", "/proc/keys")]
+    assert [step[1:3] for step in steps] == [
+        ("proc", "/proc"),
+        ("/.isolation/empty", "/proc/scsi"),
+        ("/dev/null", "/proc/keys"),
+    ]
 
 
 def test_a_directory_is_made_once_and_again_where_something_has_covered_it() -> None:
     script, ground = Script(), Ground()
     for operation in (Private("/a/b", 1), Private("/a/b/c", 2), Private("/a/d", 3), Private("/a", 4), Private("/a/b", 5)):
         operation.write(script, ground)
-    shown = [step.arguments[1] for step in script.steps if step.name == "mkdirat" and not str(step.arguments[1]).startswith("/.")]
+    shown = [
+        step.arguments[1] for step in script.steps if step.name == "mkdirat" and not str(step.arguments[1]).startswith("/.")
+    ]
     assert shown == ["/a", "/a/b", "/a/b/c", "/a/d", "/a/b"]
 
 
@@ -226,7 +236,9 @@ def test_mountinfo_escapes(tmp_path: Path) -> None:
 
 
 def test_environment_is_an_allowlist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain.os, "environ", {"PATH": "/usr/bin:/nowhere", "SECRET": "x", "LC_TIME": "C", "LD_PRELOAD": "/evil.so"})
+    monkeypatch.setattr(
+        plain.os, "environ", {"PATH": "/usr/bin:/nowhere", "SECRET": "x", "LC_TIME": "C", "LD_PRELOAD": "/evil.so"}
+    )
     env = environment_for(SandboxSpec(env={"MINE": "1"}), lambda path: path.startswith("/usr"))
     assert env == {"PATH": "/usr/bin", "LC_TIME": "C", "MINE": "1"}
 
@@ -236,7 +248,9 @@ def test_cgroup_v1_and_v2_are_found(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "unified/mine/cgroup.controllers").write_text("cpu memory pids\n")
     v1 = tmp_path / "mountinfo1"
-    v1.write_text(f"1 0 0:1 / {tmp_path}/memory rw - cgroup cgroup rw,memory\n1 0 0:1 / {tmp_path}/cpu rw - cgroup cgroup rw,cpu\n")
+    v1.write_text(
+        f"1 0 0:1 / {tmp_path}/memory rw - cgroup cgroup rw,memory\n1 0 0:1 / {tmp_path}/cpu rw - cgroup cgroup rw,cpu\n"
+    )
     (tmp_path / "cgroup1").write_text("4:memory:/\n1:cpu:/\n0::/\n")
     found = Hierarchy.find(str(tmp_path / "cgroup1"), str(v1))
     assert (found.version, sorted(found.parents)) == (1, ["cpu", "memory"])

@@ -111,7 +111,10 @@ def test_a_guest_that_has_put_the_directory_elsewhere(project: Path) -> None:
         moved = box.run(["sh", "-c", "cd /tmp; mv a c && mkdir a && ln -s /etc a/b; cat c/b/project/data.txt"])
         assert moved.stdout == b"original", moved.stderr
         box.refresh_files()
-        assert box.run(["sh", "-c", "cd /tmp/c/b/project && echo more >> data.txt && cat data.txt"], cwd="/").stdout == b"originalmore\n"
+        assert (
+            box.run(["sh", "-c", "cd /tmp/c/b/project && echo more >> data.txt && cat data.txt"], cwd="/").stdout
+            == b"originalmore\n"
+        )
 
 
 def test_nobody_waits_for_a_look_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -435,14 +435,10 @@ def bad_profiles() -> Iterator[Any]:
     yield pytest.param([], "must be a JSON object", id="no-object")
     yield pytest.param({}, "'architectures' of the profile must be a list", id="empty")
     yield pytest.param({**entry(), "listenerPath": "/x"}, "'listenerPath'", id="unknown-key")
-    yield pytest.param(
-        {**entry(), "defaultAction": "SCMP_ACT_NOTIFY"}, "the default .* 'SCMP_ACT_NOTIFY'", id="default"
-    )
+    yield pytest.param({**entry(), "defaultAction": "SCMP_ACT_NOTIFY"}, "the default .* 'SCMP_ACT_NOTIFY'", id="default")
     yield pytest.param({**entry(), "architectures": ["SCMP_ARCH_X86"]}, "SCMP_ARCH_X86", id="architecture")
     yield pytest.param({**entry(), "syscalls": {}}, "'syscalls' of the profile must be a list", id="syscalls")
-    yield pytest.param(
-        entry(action="SCMP_ACT_TRACE"), "entry 1 .* unknown action 'SCMP_ACT_TRACE'", id="action"
-    )
+    yield pytest.param(entry(action="SCMP_ACT_TRACE"), "entry 1 .* unknown action 'SCMP_ACT_TRACE'", id="action")
     yield pytest.param(entry(action=[]), r"unknown action \[\]", id="action-type")
     yield pytest.param(entry(names=[]), "names no system call", id="no-names")
     yield pytest.param(entry(names="read"), "'names' of entry 1 .* list of strings", id="names")
@@ -650,9 +646,7 @@ def test_install_says_what_is_wrong() -> None:
                 numbers.append(error.errno)
         return numbers
 
-    assert in_child(
-        action, compiled({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}, platform.machine())
-    ) == (
+    assert in_child(action, compiled({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}, platform.machine())) == (
         0,
         [errno.EINVAL] * 3,
     )
