@@ -30,7 +30,7 @@ from isolation import (
     SpecError,
     UnknownBackend,
 )
-from isolation.backends.namespace.cgroup import Hierarchy
+from isolation.linux.cgroup import Hierarchy
 
 pytestmark = pytest.mark.usefixtures("backend", "nothing_left")
 

@@ -10,7 +10,8 @@ import os
 import stat
 from typing import Any
 
-from isolation.guest import linux, upper
+from isolation.guest import linux
+from isolation.linux import overlay_upper
 from isolation.result import Change
 
 HIDDEN = "/.isolation"  # the agent's own; mode 0700
@@ -114,7 +115,8 @@ class Tree:
         store = os.open("/", os.O_PATH | os.O_DIRECTORY)
         try:
             for top, target, source in self._uppers:
-                found += upper.walk(store, top.lstrip("/"), target, source, most=upper.AT_MOST - len(found))
+                most = overlay_upper.AT_MOST - len(found)
+                found += [Change(*entry) for entry in overlay_upper.walk(store, top.lstrip("/"), target, source, most=most)]
         finally:
             os.close(store)
         return sorted(change for change in found if change.path not in self._own)

@@ -14,8 +14,8 @@ from kernel.conftest import USERS
 from kernel.frontend import PATIENCE, Kernel, wait_for_heartbeat
 
 from isolation import cli, registry
-from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.hookspecs import CPU_LIMIT
+from isolation.linux.cgroup import Hierarchy
 
 Kernels = Callable[..., Kernel]
 

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from isolation.backends.namespace.identity import RANGE_SIZE
 from isolation.backends.namespace.operations import NEW, BaseOperation, adopted, make_directory
+from isolation.linux.userns import RANGE_SIZE
 from isolation.plain import os
 from isolation.units import format_size
 

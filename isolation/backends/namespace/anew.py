@@ -20,7 +20,7 @@ import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from isolation.backends.namespace import syscalls
+from isolation.linux import syscalls
 from isolation.plain import os
 
 DOUBLED = ((_socket.SOL_SOCKET, _socket.SO_RCVBUF), (_socket.SOL_SOCKET, _socket.SO_SNDBUF))  # by who is told (socket(7))

@@ -20,9 +20,10 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
-from isolation.backends.namespace import build, fds, syscalls
+from isolation.backends.namespace import build, fds
 from isolation.backends.namespace.operations import FreshOperation, Ground, Overlay, Private, Rebind
 from isolation.backends.namespace.plan import Plan
+from isolation.linux import syscalls
 from isolation.plain import os, socket
 
 _ASIDE = "/aside"  # in the store

@@ -14,16 +14,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, identity, lockdown, memory, seccomp, syscalls, words
+from isolation.backends.namespace import build, fds, memory, words
 from isolation.backends.namespace.aside import Aside, decode
 from isolation.backends.namespace.operations import DEEPEST, FreshOperation
-from isolation.backends.namespace.plan import compiled_template_filter
-from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.serving import Child, Keeper, Order, error_in
 from isolation.backends.namespace.sleeper import Sleeper
-from isolation.backends.namespace.vacant import ENTERED, VacantBuilder
+from isolation.backends.namespace.vacant import VacantBuilder
 from isolation.errors import WireError
 from isolation.guest import Guest
+from isolation.linux import privileges, seccomp, syscalls, userns
+from isolation.linux.namespaces import ENTERED
+from isolation.linux.syscall_script import Script
 from isolation.plain import json, os, select, socket
 from isolation.wire import Wire
 
@@ -275,8 +276,8 @@ class BranchKeeper(Keeper):
             os.read(ready, 1)
             who = self._plan.identity
             for name, number in (("uid_map", who.uid), ("gid_map", who.gid)):
-                text = f"0 0 {identity.RANGE_SIZE}" if who.ranged else f"0 {number} 1"
-                identity.write_map(f"/proc/{first}/{name}", text)
+                text = f"0 0 {userns.RANGE_SIZE}" if who.ranged else f"0 {number} 1"
+                userns.write_map(f"/proc/{first}/{name}", text)
             made = os.open(f"/proc/{first}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
             socket.send_fds(leash, [b"u"], [made])
             os.kill(first, signal.SIGKILL)
@@ -323,8 +324,8 @@ def _be_first(ready: int) -> NoReturn:
     try:
         fds.close_all_but({ready})
         script = Script()
-        lockdown.write_no_new_privileges(script)
-        seccomp.write_install(script, compiled_template_filter())
+        privileges.write_no_new_privileges(script)
+        seccomp.write_install(script, seccomp.compiled_template_filter())
         script.finish()
         script.run()
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)

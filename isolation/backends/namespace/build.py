@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from isolation.backends.namespace import identity, lockdown, network, syscalls, tree, words
+from isolation.backends.namespace import network, tree, words
 from isolation.backends.namespace.operations import FreshOperation, Overlay
-from isolation.backends.namespace.plan import Plan, compiled_leaf_filter, compiled_template_filter
-from isolation.backends.namespace.script import Memory, Script
+from isolation.backends.namespace.plan import Plan
+from isolation.linux import privileges, seccomp, syscalls, userns
+from isolation.linux.syscall_script import Memory, Script
 from isolation.plain import os, socket
 
 Answer = Callable[[int], object]  # of a keeper, to the process with this pid
@@ -99,7 +100,7 @@ def become_root_of_namespace(plan: Plan, leash: socket.socket) -> None:
     if who.ranged:
         ask_keeper(leash, words.MAP_RANGE)  # only real root, outside, can map a range
     else:
-        identity.map_own_ids(0, 0, who.uid, who.gid)  # devpts wants a mapped root (bubblewrap)
+        userns.map_own_ids(0, 0, who.uid, who.gid)  # devpts wants a mapped root (bubblewrap)
     if "counters" in plan.defences:
         _limit_counters()
 
@@ -118,13 +119,13 @@ def _limit_counters() -> None:
 def leave_host_ids(plan: Plan) -> None:
     """In every process of a sandbox, before it makes a file: real root becomes the root of the mapped range."""
     if plan.identity.ranged:
-        identity.become_mapped_root()
+        userns.become_mapped_root()
 
 
 def write_leave_host_ids(script: Script, plan: Plan) -> None:
     """`leave_host_ids`, as steps."""
     if plan.identity.ranged:
-        for call, *arguments in identity.BECOME_MAPPED_ROOT:
+        for call, *arguments in userns.BECOME_MAPPED_ROOT:
             script.call(call, *arguments)
 
 
@@ -180,9 +181,9 @@ class Seal:
         _write_inner_user_namespace(script, plan, self._leash)
         _write_limits(script, plan, first=False, template=template)
         if "capabilities" in plan.defences:
-            lockdown.write_drop_capabilities(script, keep_setfcap=False)
+            privileges.write_drop_capabilities(script, keep_setfcap=False)
         if "seccomp" in plan.defences and not template:
-            lockdown.write_filter_system_calls(script, compiled_leaf_filter())
+            privileges.write_filter_system_calls(script, seccomp.compiled_leaf_filter())
         if plan.identity.ranged:
             _write_await(script, self._leash)
         script.finish()
@@ -197,12 +198,12 @@ def _write_seal(script: Script, plan: Plan, leash: Memory, *, first: bool, templ
     _write_inner_user_namespace(script, plan, leash)
     _write_limits(script, plan, first=first, template=template)
     if "capabilities" in plan.defences:
-        lockdown.write_drop_capabilities(script, keep_setfcap=plan.nesting and plan.identity.uid == 0)
-    lockdown.write_no_new_privileges(script)
+        privileges.write_drop_capabilities(script, keep_setfcap=plan.nesting and plan.identity.uid == 0)
+    privileges.write_no_new_privileges(script)
     if plan.landlock:
-        lockdown.write_restrict_to_root(script, plan.landlock)
+        privileges.write_restrict_to_root(script, plan.landlock)
     if "seccomp" in plan.defences:
-        lockdown.write_filter_system_calls(script, compiled_template_filter() if template else plan.filter)
+        privileges.write_filter_system_calls(script, seccomp.compiled_template_filter() if template else plan.filter)
     if plan.identity.ranged:
         _write_await(script, leash)  # only now: what came between needs no ids, and the keeper has had its time
 
@@ -215,7 +216,7 @@ def _write_inner_user_namespace(script: Script, plan: Plan, leash: Memory) -> No
         script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root
         script.call("write", leash.value(), words.MAP_INNER, 1, only=1, about="the keeper")
     else:
-        identity.write_map_own_ids(script, who.uid, who.gid, 0, 0)
+        userns.write_map_own_ids(script, who.uid, who.gid, 0, 0)
 
 
 def _write_limits(script: Script, plan: Plan, *, first: bool, template: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from isolation.backends.namespace.layers import ORIGIN
 from isolation.backends.namespace.operations import KEPT, PRIVATE, Operation, Overlay, Private, upper_of
-from isolation.guest import upper
+from isolation.linux import overlay_upper
 from isolation.result import Change
 
 
@@ -16,7 +16,7 @@ def of_store(
     *,
     level: int = 1,
     chain: Sequence[int] = (ORIGIN,),
-    most: int = upper.AT_MOST,
+    most: int = overlay_upper.AT_MOST,
 ) -> list[Change]:
     """Every path added, changed or deleted in the store behind the descriptor, sorted; at most `most`. `level`: how many
     forks away from the host; what was there before is in the stores of the levels above. `chain`: the layers that the
@@ -31,8 +31,9 @@ def of_store(
         else:
             continue
         tops = [origin if layer == ORIGIN else f".{KEPT}/{layer}/{operation.layer}/upper" for layer in chain]
-        found += upper.walk_layers(store, tops, operation.target, source, most=most - len(found))
+        entries = overlay_upper.walk_layers(store, tops, operation.target, source, most=most - len(found))
+        found += [Change(*entry) for entry in entries]
     # A mount point inside another private directory is part of the tree, not of what the guest did.
     shown = {operation.target for operation in operations}
-    made = {parent for target in shown for parent in upper.parents(target)}
+    made = {parent for target in shown for parent in overlay_upper.parents(target)}
     return sorted(change for change in found if change.path not in shown | made)

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from isolation.backends.namespace import syscalls
+from isolation.linux import syscalls
 from isolation.plain import os, time
 
 _INTERVAL = 1.0  # s between two looks

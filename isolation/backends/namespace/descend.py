@@ -17,11 +17,12 @@ import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from isolation.backends.namespace import aside, fds, settle, sharing, syscalls, words
+from isolation.backends.namespace import aside, fds, settle, sharing, words
 from isolation.backends.namespace.build import Seal
-from isolation.backends.namespace.entering import Entrance
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest, streams
+from isolation.linux import syscalls
+from isolation.linux.nsenter import Entrance
 from isolation.plain import json, os, socket
 from isolation.wire import Wire
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from isolation import command_line
-from isolation.backends.namespace import syscalls
+from isolation.linux import syscalls
 from isolation.plain import os
 
 

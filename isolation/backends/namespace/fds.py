@@ -21,8 +21,9 @@ import stat
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from isolation.backends.namespace import anew, stocktaking, syscalls
+from isolation.backends.namespace import anew, stocktaking
 from isolation.backends.showing import PREFIX
+from isolation.linux import syscalls
 from isolation.plain import os
 
 _DELETED = " (deleted)"

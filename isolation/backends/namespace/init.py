@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from isolation.backends.namespace import build, environment, fds, memory, syscalls, words
+from isolation.backends.namespace import build, environment, fds, memory, words
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.hookspecs import FIRST_PASSED
+from isolation.linux import syscalls
 from isolation.plain import os, select, socket, subprocess
 from isolation.wire import Message, Wire
 

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import build, fds, forking, identity, stage, syscalls, words
+from isolation.backends.namespace import build, fds, stage, words
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.serving import Keeper
 from isolation.backends.namespace.warmkeeper import WarmKeeper
 from isolation.errors import LaunchError, WireError
 from isolation.guest import Guest, streams
+from isolation.linux import fork, syscalls, userns
 from isolation.plain import os, select, socket, threading, time
 from isolation.wire import Message, Wire, wait_readable
 
@@ -246,7 +247,7 @@ def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> Keep
     host = os.pidfd_open(os.getpid())
     mask = frozenset(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
     try:
-        pid = forking.fork()
+        pid = fork.fork()
         if pid == 0:
             _become_keeper(plan, function, theirs, ours, host, mask)
     finally:
@@ -299,7 +300,7 @@ def serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int], function
     them all with it. Its parent only waits, and clears up."""
     inherited = fds.inventory(exclude=[wire.fileno(), host])
     cgroups = None
-    base = identity.choose_range()
+    base = userns.choose_range()
     try:
         if plan.staged:
             stage.prepare(plan.staged, plan.mount_point, base)
@@ -321,7 +322,7 @@ def serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int], function
         theirs.close()
         wire.sock.close()
         if ours.recv(1) == words.MAP_RANGE:
-            identity.map_range(pid, base)
+            userns.map_range(pid, base)
             ours.send(words.MAP_RANGE)
         _see_end(pid, pidfd, host)
         ours.close()

@@ -11,10 +11,11 @@ import errno
 import signal
 from dataclasses import dataclass
 
-from isolation.backends.namespace import layering, refreshing, syscalls
+from isolation.backends.namespace import layering, refreshing
 from isolation.backends.namespace.layering import Held, Wish
 from isolation.backends.namespace.layers import Change, Layers
 from isolation.backends.namespace.plan import Plan
+from isolation.linux import syscalls
 from isolation.plain import os, socket, time
 from isolation.wire import Message, wait_readable
 

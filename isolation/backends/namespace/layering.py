@@ -31,7 +31,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
-from isolation.backends.namespace import build, fds, removal, syscalls
+from isolation.backends.namespace import build, fds
 from isolation.backends.namespace.layers import ORIGIN, Change
 from isolation.backends.namespace.operations import (
     HIDDEN,
@@ -49,6 +49,7 @@ from isolation.backends.namespace.operations import (
     store_of,
 )
 from isolation.backends.namespace.plan import Plan
+from isolation.linux import rmtree, syscalls
 from isolation.plain import os, socket
 
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
@@ -133,13 +134,13 @@ def live(plan: Plan, wish: Wish, leash: socket.socket) -> NoReturn:
         store = _enter(plan, wish.mounts)
         with contextlib.suppress(OSError):
             for layer in wish.change.failed:
-                removal.remove(store, f"{KEPT[1:]}/{layer}")
+                rmtree.remove(store, f"{KEPT[1:]}/{layer}")
             if wish.change.new is not None and wish.change.keeps is None:
-                removal.remove(store, _ROOM)
+                rmtree.remove(store, _ROOM)
         if wish.change.new is not None:
             _renew(plan, wish, wish.change.new, leash)
         for layer in wish.change.removes:
-            removal.remove(store, f"{KEPT[1:]}/{layer}")
+            rmtree.remove(store, f"{KEPT[1:]}/{layer}")
         _take_room(plan, store)
         leash.send(DONE)
     except OSError as error:

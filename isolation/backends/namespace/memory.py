@@ -9,7 +9,7 @@ limit.
 
 from __future__ import annotations
 
-from isolation.backends.namespace.cgroup import oom_kills
+from isolation.linux.cgroup import oom_kills
 from isolation.plain import os, time
 
 _INTERVAL = 5  # ms; an allocating process touches some 1 to 2 GB/s, and so is 10 MB further at the next look

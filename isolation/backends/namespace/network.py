@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import struct
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.script import Script
+from isolation.linux import syscalls
+from isolation.linux.syscall_script import Script
 from isolation.plain import os, socket
 
 _SIOCSIFFLAGS = 0x8914

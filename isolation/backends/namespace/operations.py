@@ -18,8 +18,8 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.script import Script
+from isolation.linux import syscalls
+from isolation.linux.syscall_script import Script
 from isolation.plain import os
 
 OLD = "/old"

@@ -7,12 +7,13 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.namespace import environment, settle, sharing, syscalls, words
+from isolation.backends.namespace import environment, settle, sharing, words
 from isolation.backends.namespace.build import Construction
 from isolation.backends.namespace.descend import Descent
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest
+from isolation.linux import syscalls
 from isolation.plain import os, socket
 from isolation.wire import Wire
 

@@ -5,17 +5,13 @@ A plan holds only data. `describe()` prints it (`isolation run --explain`); init
 
 from __future__ import annotations
 
-import functools
 import resource
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from isolation.backends.namespace import adoption, lockdown, seccomp, syscalls, view
-from isolation.backends.namespace.cgroup import Hierarchy
-from isolation.backends.namespace.identity import Identity
-from isolation.backends.namespace.mountinfo import MountTable
+from isolation.backends.namespace import adoption, view
 from isolation.backends.namespace.operations import (
     HIDDEN,
     BaseOperation,
@@ -33,6 +29,10 @@ from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.namespace.stage import Source
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
+from isolation.linux import privileges, seccomp, syscalls
+from isolation.linux.cgroup import Hierarchy
+from isolation.linux.mountinfo import MountTable
+from isolation.linux.userns import Identity
 from isolation.plain import os
 from isolation.spec import Limits, SandboxSpec
 
@@ -160,7 +160,7 @@ def make_plan(spec: SandboxSpec, *, python: Iterable[str] = (), defences: frozen
         watch_memory=watch,
         cgroup=cgroup,
         landlock=0 if spec.nesting or "landlock" not in defences else _usable_landlock(),
-        filter=compiled_filter(spec.nesting),
+        filter=seccomp.compiled_filter(spec.nesting),
         nesting=spec.nesting,
         workdir=spec.workdir,
         env=env,
@@ -306,22 +306,4 @@ def _enforcement(
 
 def _usable_landlock() -> int:
     abi = syscalls.landlock_abi()
-    return abi if abi >= lockdown.LANDLOCK_LEAST_ABI else 0
-
-
-@functools.cache
-def compiled_filter(nesting: bool) -> bytes:
-    """The system call filter, compiled once per process."""
-    return seccomp.compile_profile(seccomp.load_profile(), nesting=nesting)
-
-
-@functools.cache
-def compiled_template_filter() -> bytes:
-    """That of a template below another's level: it may also enter the namespaces that its keeper makes for its forks."""
-    return seccomp.compile_profile(seccomp.for_templates(seccomp.load_profile()))
-
-
-@functools.cache
-def compiled_leaf_filter() -> bytes:
-    """What a fork of such a template adds, to lose that again."""
-    return seccomp.compile_profile(seccomp.against_templates(seccomp.load_profile()))
+    return abi if abi >= privileges.LANDLOCK_LEAST_ABI else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.errors import FeatureMissing, SpecError
 from isolation.hookspecs import (
     CHANGES,
@@ -28,6 +27,7 @@ from isolation.hookspecs import (
     Probe,
     hookimpl,
 )
+from isolation.linux.cgroup import Hierarchy
 from isolation.spec import SandboxSpec
 from isolation.template import Template
 

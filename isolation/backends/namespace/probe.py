@@ -6,15 +6,15 @@ import platform
 from pathlib import Path
 from typing import Final
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.cgroup import Hierarchy
-from isolation.backends.namespace.identity import Identity
-from isolation.backends.namespace.lockdown import LANDLOCK_LEAST_ABI
 from isolation.backends.namespace.machine import NamespaceMachine
-from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.plan import make_plan
 from isolation.errors import IsolationError
 from isolation.hookspecs import Check, Probe
+from isolation.linux import syscalls
+from isolation.linux.cgroup import Hierarchy
+from isolation.linux.mountinfo import MountTable
+from isolation.linux.privileges import LANDLOCK_LEAST_ABI
+from isolation.linux.userns import Identity
 from isolation.plain import os
 from isolation.spec import SandboxSpec
 

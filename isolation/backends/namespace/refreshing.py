@@ -20,9 +20,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import adoption, fds, layering, syscalls
+from isolation.backends.namespace import adoption, fds, layering
 from isolation.backends.namespace.operations import HIDDEN, Overlay, adopted
 from isolation.backends.namespace.plan import Plan
+from isolation.linux import syscalls
 from isolation.plain import os, socket
 
 

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from isolation.backends.namespace import account, identity, init, memory, payload, stage, syscalls, words
+from isolation.backends.namespace import account, init, memory, payload, stage, words
 from isolation.backends.namespace.build import Construction
-from isolation.backends.namespace.cgroup import Cgroup, Hierarchy
 from isolation.backends.namespace.deadlock import DeadlockWatch
 from isolation.backends.namespace.keeping import KeptFiles, TornApart
-from isolation.backends.namespace.mapping import Mapper
 from isolation.backends.namespace.plan import Plan
 from isolation.errors import WireError
 from isolation.guest import Guest
+from isolation.linux import syscalls, userns
+from isolation.linux.cgroup import Cgroup, Hierarchy
+from isolation.linux.userns import Mapper
 from isolation.plain import os, select, socket, time
 from isolation.wire import Message, Wire, encode, wait_readable
 
@@ -111,7 +112,7 @@ class Keeper:
         self._wire = wire
         self._host = host
         self._mask = mask
-        self._range = identity.choose_range()
+        self._range = userns.choose_range()
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._cgroups: Hierarchy | None = None
@@ -303,8 +304,9 @@ class Keeper:
         order.deadlock = message.get("deadlock", "")
         try:
             if self._cgroups is not None:
-                order.cgroup = self._cgroups.create(order.number, self._plan.limits)
-                order.memory_files = order.cgroup.open_memory_files() if self._plan.limits.memory is not None else None
+                limits = self._plan.limits
+                order.cgroup = self._cgroups.create(order.number, memory=limits.memory, cpus=limits.cpus)
+                order.memory_files = order.cgroup.open_memory_files() if limits.memory is not None else None
             made = self._clone_payload(order) if message.get("payload") else self._clone_init(order)
             if isinstance(made, Guest):
                 return made
@@ -361,7 +363,7 @@ class Keeper:
             if request == words.JOIN_CGROUP and child.cgroup is not None:
                 child.cgroup.add(child.pid)
             elif request == words.MAP_RANGE:
-                identity.map_range(child.pid, self._range)
+                userns.map_range(child.pid, self._range)
             elif request == words.MAP_INNER:
                 self._map_inner(child)
             elif child.watch is not None and request and not request.strip(words.ACTIVE):

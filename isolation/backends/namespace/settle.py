@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-from isolation.backends.namespace import fds, sharing, syscalls
+from isolation.backends.namespace import fds, sharing
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.plan import Plan
+from isolation.linux import syscalls
 from isolation.plain import os, socket
 
 

@@ -24,7 +24,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from isolation.backends.namespace import fds, syscalls
+from isolation.backends.namespace import fds
+from isolation.linux import syscalls
 from isolation.plain import os
 
 _COPY_AT_MOST = 64 << 20  # for every fork; what is more costs each of them too long

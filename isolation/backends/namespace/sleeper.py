@@ -19,9 +19,9 @@ import errno
 import signal
 import struct
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.apart import Stack
-from isolation.backends.namespace.machinecode import MachineCode
+from isolation.linux import syscalls
+from isolation.linux.machine_code import MachineCode
+from isolation.linux.script_process import Stack
 
 _CODE = {
     "x86_64": bytes.fromhex(

@@ -13,8 +13,9 @@ import stat
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from isolation.backends.namespace import identity, syscalls
 from isolation.backends.namespace.operations import overlay_view
+from isolation.linux import syscalls
+from isolation.linux import userns as identity
 from isolation.plain import os
 
 _COPY_FILES = 200_000

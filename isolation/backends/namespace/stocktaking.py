@@ -17,7 +17,6 @@ import termios
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.anew import (
     Device,
     End,
@@ -31,7 +30,8 @@ from isolation.backends.namespace.anew import (
     Single,
     Timer,
 )
-from isolation.backends.namespace.sockdiag import CLOSED, unix_socket
+from isolation.linux import syscalls
+from isolation.linux.sock_diag import CLOSED, unix_socket
 from isolation.plain import os
 
 _CONTENT_AT_MOST = 1 << 20

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from isolation.backends.namespace import syscalls
 from isolation.backends.namespace.operations import (
     ADOPTED,
     BASE,
@@ -30,7 +29,8 @@ from isolation.backends.namespace.operations import (
     Ground,
     store_of,
 )
-from isolation.backends.namespace.script import Result, Script
+from isolation.linux import syscalls
+from isolation.linux.syscall_script import Result, Script
 from isolation.plain import os
 
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV

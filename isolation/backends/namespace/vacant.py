@@ -18,24 +18,15 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.namespace import build, network, syscalls, tree, words
-from isolation.backends.namespace.apart import Apart
+from isolation.backends.namespace import build, network, tree, words
 from isolation.backends.namespace.operations import FreshOperation
 from isolation.backends.namespace.plan import Plan
-from isolation.backends.namespace.script import Result, Script
 from isolation.backends.namespace.sleeper import Sleeper
+from isolation.linux import syscalls
+from isolation.linux.namespaces import ENTERED
+from isolation.linux.script_process import Apart
+from isolation.linux.syscall_script import Result, Script
 from isolation.plain import os
-
-# By the names in /proc/PID/ns, in the order in which they are entered: the owner of all first.
-ENTERED = (
-    ("user", syscalls.CLONE_NEWUSER),
-    ("mnt", syscalls.CLONE_NEWNS),
-    ("net", syscalls.CLONE_NEWNET),
-    ("ipc", syscalls.CLONE_NEWIPC),
-    ("uts", syscalls.CLONE_NEWUTS),
-    ("cgroup", syscalls.CLONE_NEWCGROUP),
-    ("pid", syscalls.CLONE_NEWPID),
-)
 
 
 @dataclass

@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import count
 
 from isolation.backends.namespace import adoption
-from isolation.backends.namespace.mountinfo import MountTable
 from isolation.backends.namespace.operations import (
     BASE,
     OLD,
@@ -32,6 +31,7 @@ from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.namespace.stage import Source
 from isolation.backends.showing import SYSTEM
 from isolation.errors import SpecError
+from isolation.linux.mountinfo import MountTable
 from isolation.paths import is_within
 from isolation.plain import os
 

@@ -7,16 +7,17 @@ import signal
 from collections.abc import Iterator
 from typing import NoReturn
 
-from isolation.backends.namespace import build, identity, init, memory, payload, sharing, syscalls
+from isolation.backends.namespace import build, init, memory, payload, sharing
 from isolation.backends.namespace.branchkeeper import BranchKeeper
 from isolation.backends.namespace.build import Construction
-from isolation.backends.namespace.cgroup import Hierarchy
 from isolation.backends.namespace.fds import Inherited
 from isolation.backends.namespace.operations import FreshOperation
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.serving import Child, Keeper, Order, error_in, host_pid
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.guest import Guest
+from isolation.linux import syscalls, userns
+from isolation.linux.cgroup import Hierarchy
 from isolation.plain import json, os, socket
 from isolation.wire import Wire
 
@@ -161,7 +162,7 @@ class WarmKeeper(Keeper):
 
     def _map_inner(self, child: Child) -> None:
         """This keeper is in the user namespace above, and has nothing to lose."""
-        identity.map_range(host_pid(child.pidfd), 0)
+        userns.map_range(host_pid(child.pidfd), 0)
 
     def forks(self) -> Iterator[Guest]:
         """Serve; and in each fork, yield its guest."""

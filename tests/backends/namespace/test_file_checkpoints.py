@@ -25,10 +25,11 @@ from isolation import (
     SandboxClosed,
     SandboxSpec,
 )
-from isolation.backends.namespace import keeping, launcher, layering, layers, syscalls
+from isolation.backends.namespace import keeping, launcher, layering, layers
 from isolation.backends.namespace.machine import NamespaceMachine
 from isolation.backends.namespace.plugin import NamespaceBackend
 from isolation.hookspecs import FILE_CHECKPOINTS
+from isolation.linux import syscalls
 
 pytestmark = [
     pytest.mark.usefixtures("nothing_left"),

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from isolation import plain
-from isolation.backends.namespace import fds, operations, syscalls
+from isolation.backends.namespace import fds, operations
 from isolation.backends.namespace.adoption import Seed
-from isolation.backends.namespace.cgroup import Hierarchy, oom_kills
-from isolation.backends.namespace.mountinfo import MountPoint, MountTable
 from isolation.backends.namespace.operations import (
     Bind,
     FreshOperation,
@@ -27,10 +25,13 @@ from isolation.backends.namespace.operations import (
 )
 from isolation.backends.namespace.operations import View as ReadOnly
 from isolation.backends.namespace.plan import make_plan
-from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.view import View
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
+from isolation.linux import syscalls
+from isolation.linux.cgroup import Hierarchy, oom_kills
+from isolation.linux.mountinfo import MountPoint, MountTable
+from isolation.linux.syscall_script import Script
 from isolation.spec import Limits, Mount, SandboxSpec
 
 
@@ -229,7 +230,7 @@ def test_what_cannot_be_had_is_refused() -> None:
 
 def test_mountinfo_escapes(tmp_path: Path) -> None:
     line = r"36 35 98:0 / /mnt/with\040space\134 rw,noatime master:1 - ext3 /dev/root rw,errors=continue"
-    from isolation.backends.namespace.mountinfo import _parse
+    from isolation.linux.mountinfo import _parse
 
     point = _parse(line.replace("\\\\", "\\"))
     assert (point.path, point.fstype) == ("/mnt/with space\\", "ext3")
@@ -270,9 +271,9 @@ def test_cgroup_v2_limits_are_written(tmp_path: Path) -> None:
     made.mkdir()
     for name in ("memory.max", "memory.swap.max", "memory.oom.group", "cpu.max"):
         (made / name).write_text("")
-    from isolation.backends.namespace.cgroup import Cgroup
+    from isolation.linux.cgroup import Cgroup
 
-    Cgroup(2, {"memory": str(made), "cpu": str(made)}).apply(Limits(memory="64M", cpus=0.5))
+    Cgroup(2, {"memory": str(made), "cpu": str(made)}).apply(memory=64 << 20, cpus=0.5)
     assert (made / "memory.max").read_text() == str(64 << 20)
     assert (made / "memory.swap.max").read_text() == "0"
     assert (made / "cpu.max").read_text() == "50000 100000"

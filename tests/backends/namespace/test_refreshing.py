@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from isolation import PIPE, Mount, Sandbox, SandboxSpec
-from isolation.backends.namespace import keeping, layering, syscalls
+from isolation.backends.namespace import keeping, layering
 from isolation.backends.namespace.plan import make_plan
+from isolation.linux import syscalls
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 LOOK = "for f in data.txt sub/b.txt late.txt dir/x.txt; do printf '%s ' \"$(cat $f 2>/dev/null || echo -)\"; done; ls"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.namespace.removal import remove
+from isolation.linux.rmtree import remove
 
 
 @pytest.fixture

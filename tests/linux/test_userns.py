@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from isolation import Process, Sandbox, SandboxSpec
-from isolation.backends.namespace import identity
+from isolation.linux import userns
 
 MARK = str(100000 + os.getpid())
 
 
 def test_a_range_is_one_that_nobody_else_hands_out() -> None:
     """systemd's UIDS-GIDS.md: containers are within 524288 to 1879048191, and begin at a multiple of 65536."""
-    chosen = {identity.choose_range() for _ in range(100)}
+    chosen = {userns.choose_range() for _ in range(100)}
     assert len(chosen) > 1
     for base in chosen:
-        assert base % identity.RANGE_SIZE == 0
-        assert 524288 <= base < base + identity.RANGE_SIZE - 1 <= 1879048191
+        assert base % userns.RANGE_SIZE == 0
+        assert 524288 <= base < base + userns.RANGE_SIZE - 1 <= 1879048191
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user stays that user inside")

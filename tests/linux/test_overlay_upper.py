@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from isolation.guest import upper
-from isolation.result import Change
+from isolation.linux import overlay_upper
+from isolation.linux.overlay_upper import Entry
 
 OPAQUE = "<opaque>"
 GONE = None
@@ -41,7 +41,7 @@ def found(base: Path, source: Tree | None, *layers: Tree) -> dict[str, str]:
     fd = os.open(base, os.O_RDONLY)
     try:
         tops = [str(number) for number in range(len(layers) - 1, -1, -1)]
-        changes = upper.walk_layers(fd, tops, "/p", "" if source is None else str(base / "source"))
+        changes = overlay_upper.walk_layers(fd, tops, "/p", "" if source is None else str(base / "source"))
     finally:
         os.close(fd)
     assert len({change.path for change in changes}) == len(changes)
@@ -102,9 +102,9 @@ def test_one_layer_is_what_it_was(base: Path) -> None:
     fill(base / "source", {"old": "", "d/x": ""})
     fill(base / "top", {"old": GONE, "d/x": "1", "n/x": "1"})
     fd = os.open(base, os.O_RDONLY)
-    assert sorted(upper.walk(fd, "top", "/p", str(base / "source"))) == [
-        Change("/p/d/x", "changed", "file", 1), Change("/p/n", "added", "directory"), Change("/p/n/x", "added", "file", 1),
-        Change("/p/old", "deleted", "other"),
+    assert sorted(overlay_upper.walk(fd, "top", "/p", str(base / "source"))) == [
+        Entry("/p/d/x", "changed", "file", 1), Entry("/p/n", "added", "directory"), Entry("/p/n/x", "added", "file", 1),
+        Entry("/p/old", "deleted", "other"),
     ]  # fmt: skip
-    assert len(upper.walk(fd, "top", "/p", str(base / "source"), most=2)) == 2
+    assert len(overlay_upper.walk(fd, "top", "/p", str(base / "source"), most=2)) == 2
     os.close(fd)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.namespace import machinecode
-from isolation.backends.namespace.script import Script, SixthArgument
-from isolation.backends.namespace.syscalls import AT_FDCWD, STAT_OFFSETS
+from isolation.linux import machine_code
+from isolation.linux.syscall_script import Script, SixthArgument
+from isolation.linux.syscalls import AT_FDCWD, STAT_OFFSETS
 
 
 def run(script: Script) -> Script:
@@ -132,7 +132,7 @@ def test_its_memory_is_private_and_its_code_read_only() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert script.result(at) == os.getpid()
-    code = machinecode.MachineCode(b"\0" * 8)
+    code = machine_code.MachineCode(b"\0" * 8)
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(word, 16) for word in line.split()[0].split("-"))
         if start <= code.address < end:

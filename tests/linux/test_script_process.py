@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.apart import Apart, Stack
-from isolation.backends.namespace.entering import Entrance
-from isolation.backends.namespace.script import Script
 from isolation.backends.namespace.sleeper import Sleeper
+from isolation.linux import syscalls
+from isolation.linux.nsenter import Entrance
+from isolation.linux.script_process import Apart, Stack
+from isolation.linux.syscall_script import Script
 
 _SHARED = syscalls.CLONE_VM | syscalls.CLONE_FILES | signal.SIGCHLD
 
@@ -107,8 +107,8 @@ def test_the_stack_is_written_anew_each_time() -> None:
 
 ENTERS = """
 import os, sys, threading, time
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.entering import Entrance
+from isolation.linux import syscalls
+from isolation.linux.nsenter import Entrance
 if "thread" in sys.argv:
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 here = {name: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in ("uts", "ipc")}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import struct
 
-from isolation.backends.namespace import seccomp, syscalls
-from isolation.backends.namespace.script import Script, SixthArgument
+from isolation.linux import seccomp, syscalls
+from isolation.linux.syscall_script import Script, SixthArgument
 from isolation.plain import os
 
 # landlock(7): the rights by which a file or directory is changed, and the ABI that brought them.

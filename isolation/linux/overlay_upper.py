@@ -11,21 +11,29 @@ import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-
-from isolation.result import Change
+from typing import Literal, NamedTuple
 
 AT_MOST = 100_000
 _DEEPEST = 200
 _HELD_AT_MOST = 400  # descriptors at a time; layers that would want more are left out
 
 
-def walk(dirfd: int, top: str, target: str, source: str, *, most: int = AT_MOST) -> list[Change]:
+class Entry(NamedTuple):
+    """A path that was written or deleted; `size` in bytes, of files only."""
+
+    path: str
+    kind: Literal["added", "changed", "deleted"]
+    type: Literal["file", "directory", "symlink", "other"] = "file"
+    size: int | None = None
+
+
+def walk(dirfd: int, top: str, target: str, source: str, *, most: int = AT_MOST) -> list[Entry]:
     """Every path added, changed or deleted beneath `top` (relative to `dirfd`), which is shown at `target`; `source` is
     what was there before, "" for nothing. At most `most` of them."""
     return walk_layers(dirfd, [top], target, source, most=most)
 
 
-def walk_layers(dirfd: int, tops: Sequence[str], target: str, source: str, *, most: int = AT_MOST) -> list[Change]:
+def walk_layers(dirfd: int, tops: Sequence[str], target: str, source: str, *, most: int = AT_MOST) -> list[Entry]:
     """The same, for several layers of which all but the first lie beneath others."""
     layers = [(dirfd, top) for top in tops]
     return list(itertools.islice(_walk(layers, target, source, 0, 0), max(0, most)))
@@ -39,7 +47,7 @@ def parents(path: str) -> Iterator[str]:
 
 def _walk(
     layers: Sequence[tuple[int, str]], target: str, source: str, depth: int, held: int, *, replaced: bool = False
-) -> Iterator[Change]:
+) -> Iterator[Entry]:
     """A directory, as the layers show it in which it is one. `held`: how many descriptors are open above. `replaced`: what
     was there before is not shown through them."""
     fds: list[int] = []
@@ -66,7 +74,7 @@ def _walk(
                     yield from _entry(fds, index, entry, f"{target}/{entry.name}", before, depth, held, replaced)
         if replaced and source:
             for name in sorted(set(_names(source)) - seen):
-                yield Change(f"{target}/{name}", "deleted", "other")
+                yield Entry(f"{target}/{name}", "deleted", "other")
     finally:
         for fd in fds:
             os.close(fd)
@@ -74,7 +82,7 @@ def _walk(
 
 def _entry(
     fds: Sequence[int], index: int, entry: os.DirEntry[str], target: str, source: str, depth: int, held: int, replaced: bool
-) -> Iterator[Change]:
+) -> Iterator[Entry]:
     """What is shown at `target`: it is in the layer of this index, and in none above."""
     try:
         status = entry.stat(follow_symlinks=False)
@@ -86,22 +94,22 @@ def _entry(
     existed = hides or (bool(source) and os.path.lexists(source))
     if _is_whiteout(status):
         if existed:
-            yield Change(target, "deleted", "other")
+            yield Entry(target, "deleted", "other")
     elif stat.S_ISDIR(status.st_mode):
         if not existed:
-            yield Change(target, "added", "directory")
+            yield Entry(target, "added", "directory")
         elif source and os.path.lexists(source) and not os.path.isdir(source):
-            yield Change(target, "changed", "directory")
+            yield Entry(target, "changed", "directory")
         shown = list(itertools.takewhile(lambda item: stat.S_ISDIR(item[1].st_mode), below))
         if depth < _DEEPEST:
             layers = [(fd, entry.name) for fd in (fds[index], *(fd for fd, _status in shown))]
             hidden = replaced or len(shown) < len(below)
             yield from _walk(layers, target, source if existed else "", depth + 1, held + len(fds), replaced=hidden)
     elif stat.S_ISREG(status.st_mode):
-        yield Change(target, "changed" if existed else "added", "file", status.st_size)
+        yield Entry(target, "changed" if existed else "added", "file", status.st_size)
     else:
         kind = "symlink" if stat.S_ISLNK(status.st_mode) else "other"
-        yield Change(target, "changed" if existed else "added", kind)  # type: ignore[arg-type]
+        yield Entry(target, "changed" if existed else "added", kind)  # type: ignore[arg-type]
 
 
 def _is_whiteout(status: os.stat_result) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ctypes
 import struct
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.machinecode import MachineCode
+from isolation.linux import syscalls
+from isolation.linux.machine_code import MachineCode
 from isolation.plain import os
 
 # bracket(before, fork, child, parent): before(), then fork(), then child() or parent(); returns what fork() did.

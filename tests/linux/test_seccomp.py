@@ -26,9 +26,9 @@ from typing import Any
 
 import pytest
 
-from isolation.backends.namespace import seccomp, syscall_table
-from isolation.backends.namespace.syscall_table import AARCH64, AUDIT_ARCH, NUMBERS, X86_64
 from isolation.errors import IsolationError
+from isolation.linux import seccomp, syscall_table
+from isolation.linux.syscall_table import AARCH64, AUDIT_ARCH, NUMBERS, X86_64
 
 PROFILE: dict[str, Any] = json.loads(Path(seccomp.__file__).with_name("seccomp.json").read_text())
 MACHINES = ("x86_64", "aarch64")

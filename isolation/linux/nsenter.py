@@ -12,10 +12,11 @@ import ctypes
 import struct
 from collections.abc import Sequence
 
-from isolation.backends.namespace import forking, syscalls
-from isolation.backends.namespace.machinecode import MachineCode
-from isolation.backends.namespace.script import Script
-from isolation.backends.namespace.vacant import ENTERED
+from isolation.linux import fork as forking
+from isolation.linux import syscalls
+from isolation.linux.machine_code import MachineCode
+from isolation.linux.namespaces import ENTERED
+from isolation.linux.syscall_script import Script
 from isolation.plain import os
 
 # enter(about): in the template the pid of the first process, in the fork 0. about: the function that walks a script and its

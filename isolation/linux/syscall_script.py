@@ -21,8 +21,8 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from isolation.backends.namespace import machinecode, syscalls
-from isolation.backends.namespace.syscall_table import NUMBERS
+from isolation.linux import machine_code, syscalls
+from isolation.linux.syscall_table import NUMBERS
 from isolation.plain import os
 
 _STEP = struct.Struct("=II6Qqqq")
@@ -197,7 +197,7 @@ class Script:
                 if isinstance(argument, (str, bytes)):
                     self._text(os.fsencode(argument))
         size = len(self.steps) * _STEP.size + len(self._data)
-        self._pages = machinecode.private_pages(max(1, size))
+        self._pages = machine_code.private_pages(max(1, size))
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         data = len(self.steps) * _STEP.size
         self._data_start = self._start + data
@@ -206,7 +206,7 @@ class Script:
             self.set(place, self._resolve(to))
         for index, step in enumerate(self.steps):
             self._pages[index * _STEP.size : (index + 1) * _STEP.size] = self._encode(step)
-        self._code = machinecode.MachineCode(_CODE[syscalls.MACHINE])
+        self._code = machine_code.MachineCode(_CODE[syscalls.MACHINE])
         # PYFUNCTYPE does not let go of the interpreter's lock, whose state is unknown until PyOS_AfterFork_Child().
         self._walk = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(self._code.address)
 

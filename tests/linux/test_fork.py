@@ -8,15 +8,15 @@ import sys
 import threading
 import time
 
-from isolation.backends.namespace import forking
+from isolation.linux import fork
 
 HOOKS = """
 import os
-from isolation.backends.namespace import forking
+from isolation.linux import fork
 said = []
 os.register_at_fork(before=lambda: said.append("before"), after_in_parent=lambda: said.append("parent"),
                     after_in_child=lambda: said.append("child"))
-pid = forking.fork()
+pid = fork.fork()
 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if pid else 0
 print(said, flush=True)
 if pid == 0:
@@ -27,11 +27,11 @@ print(status)
 
 def test_a_failure_is_named() -> None:
     code = (
-        "import resource; from isolation.backends.namespace import forking; import os\n"
+        "import resource; from isolation.linux import fork; import os\n"
         "os.setgroups([]) if os.getuid() == 0 else None\n"
         "os.setresuid(54321, 54321, 54321) if os.getuid() == 0 else None  # root has no such limit\n"
         "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
-        "try: forking.fork()\n"
+        "try: fork.fork()\n"
         "except BlockingIOError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -59,7 +59,7 @@ def test_a_thread_that_wants_the_interpreter_does_not_hang_the_child() -> None:
             until = time.perf_counter() + number % 50 * 0.0001
             while time.perf_counter() < until:
                 pass
-            pid = forking.fork()
+            pid = fork.fork()
             if pid == 0:
                 os._exit(sum(range(1000)) % 100)  # some bytecode
             deadline = time.monotonic() + 300

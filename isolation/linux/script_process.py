@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import struct
 
-from isolation.backends.namespace import syscalls
-from isolation.backends.namespace.machinecode import MachineCode
-from isolation.backends.namespace.script import Script
+from isolation.linux import syscalls
+from isolation.linux.machine_code import MachineCode
+from isolation.linux.syscall_script import Script
 
 # go(about): about[3] = about[2](about[0], about[1]); exit_group(about[3] != 0)
 _CODE = {

@@ -34,16 +34,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from isolation.backends.namespace.script import Script
-from isolation.backends.namespace.syscall_table import (
+from isolation.errors import IsolationError
+from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_table import (
     AUDIT_ARCH,
     AUDIT_ARCH_LE,
     AUDIT_ARCH_X86_64,
     NUMBERS,
     X32_SYSCALL_BIT,
 )
-from isolation.backends.namespace.syscalls import CLONE_NEWUSER, MACHINE
-from isolation.errors import IsolationError
+from isolation.linux.syscalls import CLONE_NEWUSER, MACHINE
 from isolation.plain import json, os
 
 # Instructions, from <linux/bpf_common.h>; each is a class | a size or operation | a mode or source.
@@ -438,3 +438,21 @@ def write_install(script: Script, program: bytes) -> None:
     # A positive result is the number of a thread that has another filter, so that none was set.
     about = "seccomp(SECCOMP_SET_MODE_FILTER)"
     script.call("seccomp", _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC, fprog, only=0, about=about)
+
+
+@functools.cache
+def compiled_filter(nesting: bool) -> bytes:
+    """The system call filter, compiled once per process."""
+    return compile_profile(load_profile(), nesting=nesting)
+
+
+@functools.cache
+def compiled_template_filter() -> bytes:
+    """That of a template below another's level: it may also enter the namespaces that its supervisor makes for its forks."""
+    return compile_profile(for_templates(load_profile()))
+
+
+@functools.cache
+def compiled_leaf_filter() -> bytes:
+    """What a fork of such a template adds, to lose that again."""
+    return compile_profile(against_templates(load_profile()))

@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 
 from isolation.plain import os, time
-from isolation.spec import Limits
 
 _NAME = re.compile(r"isolation-(\d+)-(\d+)")
 _CONTROLLERS = ("memory", "cpu", "cpuacct")
@@ -62,13 +61,13 @@ class Hierarchy:
             _delegate(parents)
         return Hierarchy(self.version, parents)
 
-    def create(self, number: int, limits: Limits) -> Cgroup:
-        """A cgroup for one sandbox, its limits set. Raises OSError."""
+    def create(self, number: int, *, memory: int | None, cpus: float | None) -> Cgroup:
+        """A cgroup for one sandbox, limited to `memory` bytes and to `cpus` processors. Raises OSError."""
         group = Cgroup(self.version, {controller: f"{parent}/{number}" for controller, parent in self.parents.items()})
         try:
             for path in set(group.paths.values()):
                 os.mkdir(path, 0o755)
-            group.apply(limits)
+            group.apply(memory=memory, cpus=cpus)
         except OSError:
             group.remove()
             raise
@@ -100,19 +99,19 @@ class Cgroup:
         self.version = version
         self.paths = paths
 
-    def apply(self, limits: Limits) -> None:
-        if limits.memory is not None:
+    def apply(self, *, memory: int | None, cpus: float | None) -> None:
+        if memory is not None:
             if self.version == 2:
-                self._write("memory", "memory.max", limits.memory)
+                self._write("memory", "memory.max", memory)
                 self._write("memory", "memory.swap.max", 0, optional=True)
                 self._write("memory", "memory.oom.group", 1, optional=True)
             else:
-                self._write("memory", "memory.limit_in_bytes", limits.memory)
-                self._write("memory", "memory.memsw.limit_in_bytes", limits.memory, optional=True)
+                self._write("memory", "memory.limit_in_bytes", memory)
+                self._write("memory", "memory.memsw.limit_in_bytes", memory, optional=True)
                 # What waits in TCP's buffers is counted apart there (cgroup-v1/memory.rst, 2.7.2).
-                self._write("memory", "memory.kmem.tcp.limit_in_bytes", limits.memory, optional=True)
-        if limits.cpus is not None:
-            quota = max(1000, int(limits.cpus * _PERIOD))
+                self._write("memory", "memory.kmem.tcp.limit_in_bytes", memory, optional=True)
+        if cpus is not None:
+            quota = max(1000, int(cpus * _PERIOD))
             if self.version == 2:
                 self._write("cpu", "cpu.max", f"{quota} {_PERIOD}")
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 
-from isolation.backends.namespace import syscalls
+from isolation.linux import syscalls
 
 
 class MachineCode:
