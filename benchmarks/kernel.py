@@ -164,7 +164,7 @@ def starts(rounds: int, cold: str, warm: str) -> None:
         "sandbox, by argv": ("argv", cold, "1+1"),
         "sandbox, by provisioner": ("provisioner", cold, "1+1"),
     })  # fmt: skip
-    # Apart from those: with a pool, the second start in any directory is a warm one.
+    # ScriptProcess from those: with a pool, the second start in any directory is a warm one.
     with pool(warm) as ready:
         rows += interleaved(rounds, {
             "plain ipykernel, again": ("python3", warm, "1+1"),

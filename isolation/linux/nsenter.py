@@ -16,7 +16,7 @@ from isolation.linux import fork as forking
 from isolation.linux import syscalls
 from isolation.linux.machine_code import MachineCode
 from isolation.linux.namespaces import ENTERED
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 from isolation.plain import os
 
 # enter(about): in the template the pid of the first process, in the fork 0. about: the function that walks a script and its
@@ -56,11 +56,11 @@ _WALKED, _FORKED = 4, 6
 _STACK = 4096
 
 
-class Entrance:
+class NsEnter:
     """Into namespaces of the kinds `names`; made once, used for each fork."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._script = script = Script()
+        self._script = script = SyscallScript()
         flags = dict(ENTERED)
         self._slots = [script.slot() for _ in names]
         for name, slot in zip(names, self._slots, strict=True):

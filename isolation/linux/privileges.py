@@ -10,7 +10,7 @@ import errno
 import struct
 
 from isolation.linux import seccomp, syscalls
-from isolation.linux.syscall_script import Script, SixthArgument
+from isolation.linux.syscall_script import SixthArgument, SyscallScript
 from isolation.plain import os
 
 # landlock(7): the rights by which a file or directory is changed, and the ABI that brought them.
@@ -30,7 +30,7 @@ _SECUREBITS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 5
 _CAPABILITIES_AT_MOST = 64
 
 
-def write_drop_capabilities(script: Script, *, keep_setfcap: bool) -> None:
+def write_drop_capabilities(script: SyscallScript, *, keep_setfcap: bool) -> None:
     """Every set empty, the bounding set first; root inside is then an ordinary user (capabilities(7)).
 
     One may stay, and survive execve(2): whoever has uid 0 and wants to nest must hold CAP_SETFCAP to map that uid into a
@@ -51,12 +51,12 @@ def write_drop_capabilities(script: Script, *, keep_setfcap: bool) -> None:
         script.call("prctl", syscalls.PR_CAP_AMBIENT, raise_one, _CAP_SETFCAP, 0, 0, about="ambient set")
 
 
-def write_no_new_privileges(script: Script) -> None:
+def write_no_new_privileges(script: SyscallScript) -> None:
     """setuid programs and file capabilities have no effect from here on."""
     script.call("prctl", syscalls.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, about="no_new_privs")
 
 
-def write_restrict_to_root(script: Script, abi: int) -> None:
+def write_restrict_to_root(script: SyscallScript, abi: int) -> None:
     """Landlock: files may be changed beneath the new root only.
 
     What is reachable without a path from it, by a magic link such as /proc/self/exe (CVE-2019-5736) or
@@ -79,6 +79,6 @@ def write_restrict_to_root(script: Script, abi: int) -> None:
     script.call("close", ruleset)
 
 
-def write_filter_system_calls(script: Script, program: bytes) -> None:
+def write_filter_system_calls(script: SyscallScript, program: bytes) -> None:
     """seccomp, from the compiled profile; the last step."""
     seccomp.write_install(script, program)

@@ -11,7 +11,7 @@ import struct
 
 from isolation.linux import syscalls
 from isolation.linux.machine_code import MachineCode
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 
 # go(about): about[3] = about[2](about[0], about[1]); exit_group(about[3] != 0)
 _CODE = {
@@ -33,22 +33,22 @@ _STACK = 4096
 _WORD = 8
 
 
-class Apart:
+class ScriptProcess:
     """A part of a finished script, ready to run; again as often as wanted, but one at a time.
 
     function, argument  for clone(3), whose new process is on `stack`
     """
 
-    def __init__(self, script: Script, first: int = 0, end: int | None = None) -> None:
+    def __init__(self, script: SyscallScript, first: int = 0, end: int | None = None) -> None:
         self._script = script
         self._code = MachineCode(_CODE[syscalls.MACHINE])
         walk, start, last = script.walk(first, end)
         self._about = (ctypes.c_uint64 * 4)(start, last, walk, 0)
-        self._stack = Stack(self._code.address, ctypes.addressof(self._about))
+        self._stack = ChildStack(self._code.address, ctypes.addressof(self._about))
         self.function, self.argument, self.stack = self._code.address, ctypes.addressof(self._about), self._stack.top
 
     def begin(self) -> int:
-        """Before each run. Returns the stack for `Script.spawn`."""
+        """Before each run. Returns the stack for `SyscallScript.spawn`."""
         self._about[3] = 0
         return self._stack.begin()
 
@@ -57,8 +57,8 @@ class Apart:
         self._script.check(self._about[3])
 
 
-class Stack:
-    """A stack for a process that shares this one's memory; on top of it, what `Script.spawn` expects there."""
+class ChildStack:
+    """A stack for a process that shares this one's memory; on top of it, what `SyscallScript.spawn` expects there."""
 
     def __init__(self, function: int, argument: int) -> None:
         self._memory = ctypes.create_string_buffer(_STACK)

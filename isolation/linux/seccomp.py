@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from isolation.errors import IsolationError
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 from isolation.linux.syscall_table import (
     AUDIT_ARCH,
     AUDIT_ARCH_LE,
@@ -422,13 +422,13 @@ def install(program: bytes) -> None:
 
     Needs no_new_privs (or CAP_SYS_ADMIN), see seccomp(2).
     """
-    script = Script()
+    script = SyscallScript()
     write_install(script, program)
     script.finish()
     script.run()
 
 
-def write_install(script: Script, program: bytes) -> None:
+def write_install(script: SyscallScript, program: bytes) -> None:
     """`install`, as a step. Raises OSError for bytes that cannot be a program."""
     length, rest = divmod(len(program), 8)
     if rest or not 0 < length <= _BPF_MAXINSNS:

@@ -30,7 +30,7 @@ _RESULT = 56  # offset in a step
 _SIXTH = 48
 _ONLY = 64  # flag: nothing but the accepted results will do
 _ANY = 128  # flag: no result is a failure
-_SPAWN = 256  # flag: a process that this call makes goes on elsewhere, see `Script.spawn`
+_SPAWN = 256  # flag: a process that this call makes goes on elsewhere, see `SyscallScript.spawn`
 _NO_RESULT = 1 << 62  # accepted where nothing is: no call returns it
 
 # run(first step, end of steps): 0, or the address of the step that failed.
@@ -135,7 +135,7 @@ class Step(NamedTuple):
     spawns: bool = False
 
 
-class Script:
+class SyscallScript:
     """Write with `call`, then `finish`, then `run` as often as wanted, in this process or its forks."""
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ class Script:
 
     def spawn(self, flags: int, stack: int, pidfd: Argument, *, about: str = "") -> Result:
         """Make the system call clone(2). The new process starts on `stack`, the address of two words: an argument, and the
-        function that it is for (apart.Apart has such). It needs CLONE_VM, or what it does is not seen here."""
+        function that it is for (apart.ScriptProcess has such). It needs CLONE_VM, or what it does is not seen here."""
         self.steps.append(Step("clone", (flags, stack, pidfd, 0, 0), (), False, about, spawns=True))
         return Result(len(self.steps) - 1)
 

@@ -6,8 +6,8 @@ import signal
 from typing import NamedTuple
 
 from isolation.linux import syscalls
-from isolation.linux.script_process import Apart
-from isolation.linux.syscall_script import Script
+from isolation.linux.script_process import ScriptProcess
+from isolation.linux.syscall_script import SyscallScript
 from isolation.plain import os
 
 # Ids that no distribution hands out, 65536 at a time: above /etc/subuid's usual ranges (100000 up), and 64K-aligned within
@@ -86,7 +86,7 @@ def map_own_ids(inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
     write_map("/proc/self/gid_map", f"{inside_gid} {gid} 1")
 
 
-def write_map_own_ids(script: Script, inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
+def write_map_own_ids(script: SyscallScript, inside_uid: int, inside_gid: int, uid: int, gid: int) -> None:
     """`map_own_ids`, as steps of a script."""
     script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)
     for name, text in (
@@ -107,12 +107,12 @@ def write_map(path: str, text: str) -> None:
         os.close(fd)
 
 
-class Mapper:
+class UsernsMapper:
     """Maps the whole range, as it is in the parent, into a process's new user namespace. The caller is not in that parent,
     and does not enter it: another process does."""
 
     def __init__(self) -> None:
-        self._script = script = Script()
+        self._script = script = SyscallScript()
         self._parent, self._process = script.slot(), script.slot()
         script.call("setns", self._parent.value(), syscalls.CLONE_NEWUSER, about="the parent user namespace")
         text = f"0 0 {RANGE_SIZE}"
@@ -121,7 +121,7 @@ class Mapper:
             script.call("write", file, text, len(text), only=len(text), about=name)
             script.call("close", file)
         script.finish()
-        self._apart = Apart(script)
+        self._apart = ScriptProcess(script)
 
     def map(self, parent: int, process: int) -> None:
         """`parent`: descriptor of the user namespace above; `process`: of a directory of /proc. Raises OSError."""

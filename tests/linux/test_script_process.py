@@ -12,14 +12,14 @@ import pytest
 
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.linux import syscalls
-from isolation.linux.nsenter import Entrance
-from isolation.linux.script_process import Apart, Stack
-from isolation.linux.syscall_script import Script
+from isolation.linux.nsenter import NsEnter
+from isolation.linux.script_process import ChildStack, ScriptProcess
+from isolation.linux.syscall_script import SyscallScript
 
 _SHARED = syscalls.CLONE_VM | syscalls.CLONE_FILES | signal.SIGCHLD
 
 
-def run(apart: Apart, flags: int = _SHARED) -> int:
+def run(apart: ScriptProcess, flags: int = _SHARED) -> int:
     """Its exit status."""
     apart.begin()
     pid, pidfd = syscalls.clone_function(apart.function, apart.stack, flags, apart.argument)
@@ -28,12 +28,12 @@ def run(apart: Apart, flags: int = _SHARED) -> int:
 
 
 def test_results_are_seen_here_and_the_rest_is_not() -> None:
-    script = Script()
+    script = SyscallScript()
     opened = script.call("openat", syscalls.AT_FDCWD, "/proc/self", os.O_RDONLY, 0)
     script.call("chdir", "/")
     script.call("umask", 0o123)
     script.finish()
-    apart = Apart(script)
+    apart = ScriptProcess(script)
     before, mask = os.getcwd(), os.umask(0o22)
     os.umask(mask)
     for _ in range(3):
@@ -47,11 +47,11 @@ def test_results_are_seen_here_and_the_rest_is_not() -> None:
 
 
 def test_a_step_that_fails_is_named() -> None:
-    script = Script()
+    script = SyscallScript()
     script.call("close", 0x7FFFFFFF, about="the third rail")
     script.call("chdir", "/nowhere/at/all")
     script.finish()
-    apart = Apart(script)
+    apart = ScriptProcess(script)
     assert run(apart) == 1
     with pytest.raises(OSError, match="the third rail") as caught:
         apart.check()
@@ -59,16 +59,16 @@ def test_a_step_that_fails_is_named() -> None:
 
 
 def test_a_script_can_start_another_and_wait_for_it() -> None:
-    inner = Script()
+    inner = SyscallScript()
     opened = inner.call("openat", syscalls.AT_FDCWD, "/dev/null", os.O_RDONLY, 0)
     inner.finish()
-    inner_apart = Apart(inner)
-    outer = Script()
+    inner_apart = ScriptProcess(inner)
+    outer = SyscallScript()
     flags = syscalls.CLONE_VM | syscalls.CLONE_FILES | syscalls.CLONE_VFORK | signal.SIGCHLD
     outer.spawn(flags, inner_apart.begin(), 0, about="the inner one")
     outer.call("wait4", -1, 0, 0, 0)
     outer.finish()
-    apart = Apart(outer)
+    apart = ScriptProcess(outer)
     for _ in range(3):
         inner_apart.begin()
         assert run(apart) == 0
@@ -79,12 +79,12 @@ def test_a_script_can_start_another_and_wait_for_it() -> None:
 
 def test_a_sleeper_can_be_started_by_a_script() -> None:
     sleeper = Sleeper()
-    script = Script()
+    script = SyscallScript()
     pidfd = script.memory(b"\xff" * 8)
     flags = syscalls.CLONE_VM | syscalls.CLONE_FILES | syscalls.CLONE_PARENT | syscalls.CLONE_PIDFD | signal.SIGCHLD
     script.spawn(flags, sleeper.stack.begin(), pidfd)
     script.finish()
-    assert run(Apart(script)) == 0
+    assert run(ScriptProcess(script)) == 0
     fd = script.read(pidfd)
     signal.pidfd_send_signal(fd, 0)  # it is there, and ours
     signal.pidfd_send_signal(fd, signal.SIGKILL)
@@ -95,7 +95,7 @@ def test_a_sleeper_can_be_started_by_a_script() -> None:
 
 
 def test_the_stack_is_written_anew_each_time() -> None:
-    stack = Stack(0x1111, 0x2222)
+    stack = ChildStack(0x1111, 0x2222)
     import ctypes
 
     for _ in range(2):
@@ -108,12 +108,12 @@ def test_the_stack_is_written_anew_each_time() -> None:
 ENTERS = """
 import os, sys, threading, time
 from isolation.linux import syscalls
-from isolation.linux.nsenter import Entrance
+from isolation.linux.nsenter import NsEnter
 if "thread" in sys.argv:
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 here = {name: os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in ("uts", "ipc")}
 kept = [object() for _ in range(1000)]
-entrance = Entrance(tuple(here)) if os.geteuid() == 0 else Entrance(())
+entrance = NsEnter(tuple(here)) if os.geteuid() == 0 else NsEnter(())
 for number in range(3):
     reader, writer = os.pipe()
     if entrance.fork(list(here.values()) if os.geteuid() == 0 else []):
@@ -138,7 +138,7 @@ def test_a_process_forks_from_within_a_call(threads: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights over a namespace, to be refused another")
 def test_an_entrance_that_is_refused_forks_nothing() -> None:
-    entrance = Entrance(("net",))
+    entrance = NsEnter(("net",))
     wrong = os.open("/proc/self/ns/uts", os.O_RDONLY)
     try:
         with pytest.raises(OSError, match="net namespace"):

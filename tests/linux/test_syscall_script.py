@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from isolation.linux import machine_code
-from isolation.linux.syscall_script import Script, SixthArgument
+from isolation.linux.syscall_script import SixthArgument, SyscallScript
 from isolation.linux.syscalls import AT_FDCWD, STAT_OFFSETS
 
 
-def run(script: Script) -> Script:
+def run(script: SyscallScript) -> SyscallScript:
     script.finish()
     script.run()
     return script
 
 
 def test_results_are_arguments_of_later_steps(tmp_path: Path) -> None:
-    script = Script()
+    script = SyscallScript()
     path = str(tmp_path / "file")
     file = script.call("openat", AT_FDCWD, path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o640)
     wrote = script.call("write", file, b"hello", 5, only=5)
@@ -31,7 +31,7 @@ def test_results_are_arguments_of_later_steps(tmp_path: Path) -> None:
 
 
 def test_it_can_run_again_with_other_values() -> None:
-    script = Script()
+    script = SyscallScript()
     slot = script.slot()
     got = script.call("write", slot.value(), b"x", 1)
     script.finish()
@@ -46,7 +46,7 @@ def test_it_can_run_again_with_other_values() -> None:
 
 
 def test_the_first_failure_ends_it_and_is_named(tmp_path: Path) -> None:
-    script = Script()
+    script = SyscallScript()
     script.call("mkdirat", AT_FDCWD, str(tmp_path / "no" / "such"), 0o755, about="a directory")
     script.call("mkdirat", AT_FDCWD, str(tmp_path / "after"), 0o755)
     with pytest.raises(OSError, match="a directory: No such file") as caught:
@@ -56,12 +56,12 @@ def test_the_first_failure_ends_it_and_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_accepted_is_no_failure(tmp_path: Path) -> None:
-    script = Script()
+    script = SyscallScript()
     for code in (errno.EEXIST, errno.ENOENT):
         script.call("mkdirat", AT_FDCWD, str(tmp_path), 0o755, accept=(code, errno.EEXIST))
     script.call("close", -1, accept_any=True)
     run(script)
-    strict = Script()
+    strict = SyscallScript()
     strict.call("mkdirat", AT_FDCWD, str(tmp_path), 0o755, accept=(errno.ENOENT,))
     with pytest.raises(FileExistsError):
         run(strict)
@@ -70,7 +70,7 @@ def test_what_is_accepted_is_no_failure(tmp_path: Path) -> None:
 def test_only_one_result_will_do() -> None:
     ours, theirs = os.pipe()
     os.close(theirs)
-    script = Script()
+    script = SyscallScript()
     script.call("read", ours, script.memory(bytes(8)), 1, only=1, about="the other end")  # 0: it is closed
     with pytest.raises(OSError, match="the other end") as caught:
         run(script)
@@ -79,7 +79,7 @@ def test_only_one_result_will_do() -> None:
 
 
 def test_only_a_part(tmp_path: Path) -> None:
-    script = Script()
+    script = SyscallScript()
     marks = []
     for name in "abc":
         marks.append(script.mark())
@@ -93,7 +93,7 @@ def test_memory_is_read_and_written_by_calls(tmp_path: Path) -> None:
     os.chmod(tmp_path, 0o1751)
     os.utime(tmp_path, (1000, 2000))
     (tmp_path / "copy").mkdir()
-    script = Script()
+    script = SyscallScript()
     status = script.memory(bytes(256))
     mode, _uid, _gid, times = (status.at(offset) for offset in STAT_OFFSETS)
     script.call("newfstatat", AT_FDCWD, str(tmp_path), status, 0)
@@ -108,7 +108,7 @@ def test_memory_is_read_and_written_by_calls(tmp_path: Path) -> None:
 
 def test_a_pointer_in_memory_and_a_result_behind_a_sixth_argument() -> None:
     ours, theirs = os.pipe()
-    script = Script()
+    script = SyscallScript()
     vector = script.memory(struct.pack("=QQ", 0, 3))
     script.point(vector, script.memory(b"abc"))
     script.call("writev", theirs, vector, 1, only=3)
@@ -123,7 +123,7 @@ def test_a_pointer_in_memory_and_a_result_behind_a_sixth_argument() -> None:
 
 def test_its_memory_is_private_and_its_code_read_only() -> None:
     """A guest must not change what its keeper runs."""
-    script = Script()
+    script = SyscallScript()
     at = script.call("getpid")
     run(script)
     child = os.fork()

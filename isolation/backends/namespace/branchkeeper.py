@@ -24,7 +24,7 @@ from isolation.errors import WireError
 from isolation.guest import Guest
 from isolation.linux import privileges, seccomp, syscalls, userns
 from isolation.linux.namespaces import ENTERED
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 from isolation.plain import json, os, select, socket
 from isolation.wire import Wire
 
@@ -323,7 +323,7 @@ def _be_first(ready: int) -> NoReturn:
     dumpable; the template might, and must find nothing in it that it has not itself."""
     try:
         fds.close_all_but({ready})
-        script = Script()
+        script = SyscallScript()
         privileges.write_no_new_privileges(script)
         seccomp.write_install(script, seccomp.compiled_template_filter())
         script.finish()

@@ -14,7 +14,7 @@ from isolation.backends.namespace import network, tree, words
 from isolation.backends.namespace.operations import FreshOperation, Overlay
 from isolation.backends.namespace.plan import Plan
 from isolation.linux import privileges, seccomp, syscalls, userns
-from isolation.linux.syscall_script import Memory, Script
+from isolation.linux.syscall_script import Memory, SyscallScript
 from isolation.plain import os, socket
 
 Answer = Callable[[int], object]  # of a keeper, to the process with this pid
@@ -40,7 +40,7 @@ class Construction:
         first: bool,
         template: bool = False,
     ) -> None:
-        self._script = script = Script()
+        self._script = script = SyscallScript()
         self._leash = script.slot()
         script.call("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # see die_with_keeper
         script.call("setsid")
@@ -122,7 +122,7 @@ def leave_host_ids(plan: Plan) -> None:
         userns.become_mapped_root()
 
 
-def write_leave_host_ids(script: Script, plan: Plan) -> None:
+def write_leave_host_ids(script: SyscallScript, plan: Plan) -> None:
     """`leave_host_ids`, as steps."""
     if plan.identity.ranged:
         for call, *arguments in userns.BECOME_MAPPED_ROOT:
@@ -151,18 +151,18 @@ def with_modes(plan: Plan, modes: Mapping[str, int]) -> list[FreshOperation]:
     ]
 
 
-def write_ask(script: Script, leash: Memory, request: bytes) -> None:
+def write_ask(script: SyscallScript, leash: Memory, request: bytes) -> None:
     """`ask_keeper`, as steps."""
     script.call("write", leash.value(), request, 1, only=1, about="the keeper")
     _write_await(script, leash)
 
 
-def _write_await(script: Script, leash: Memory) -> None:
+def _write_await(script: SyscallScript, leash: Memory) -> None:
     """The keeper answers with the same byte, or closes."""
     script.call("read", leash.value(), script.memory(bytes(8)), 1, only=1, about="the keeper")
 
 
-def _write_enter_base(script: Script, plan: Plan, base: int, namespaces: int) -> None:
+def _write_enter_base(script: SyscallScript, plan: Plan, base: int, namespaces: int) -> None:
     """Start from a copy of the base's mount namespace; and `namespaces` of its own, after the cgroup was joined, so that it
     is the root that is seen."""
     write_leave_host_ids(script, plan)
@@ -175,7 +175,7 @@ class Seal:
     what its template has given up for good: no_new_privs, Landlock and the filter are inherited."""
 
     def __init__(self, plan: Plan, *, template: bool) -> None:
-        self._script = script = Script()
+        self._script = script = SyscallScript()
         self._leash = script.slot()
         # The template's is higher (see _write_limits), and what a user namespace is made with is for all of its siblings.
         _write_inner_user_namespace(script, plan, self._leash)
@@ -194,7 +194,7 @@ class Seal:
         self._script.run()
 
 
-def _write_seal(script: Script, plan: Plan, leash: Memory, *, first: bool, template: bool) -> None:
+def _write_seal(script: SyscallScript, plan: Plan, leash: Memory, *, first: bool, template: bool) -> None:
     _write_inner_user_namespace(script, plan, leash)
     _write_limits(script, plan, first=first, template=template)
     if "capabilities" in plan.defences:
@@ -208,7 +208,7 @@ def _write_seal(script: Script, plan: Plan, leash: Memory, *, first: bool, templ
         _write_await(script, leash)  # only now: what came between needs no ids, and the keeper has had its time
 
 
-def _write_inner_user_namespace(script: Script, plan: Plan, leash: Memory) -> None:
+def _write_inner_user_namespace(script: SyscallScript, plan: Plan, leash: Memory) -> None:
     """The guest's own, below the one that owns the mounts: even with capabilities in its own, it has none over them."""
     script.call("unshare", syscalls.CLONE_NEWUSER)
     who = plan.identity
@@ -219,7 +219,7 @@ def _write_inner_user_namespace(script: Script, plan: Plan, leash: Memory) -> No
         userns.write_map_own_ids(script, who.uid, who.gid, 0, 0)
 
 
-def _write_limits(script: Script, plan: Plan, *, first: bool, template: bool) -> None:
+def _write_limits(script: SyscallScript, plan: Plan, *, first: bool, template: bool) -> None:
     """Only behind the user namespace: one is bound to the limits of who makes it, and counts all processes below its parent,
     which is to say those of every sandbox of this keeper."""
     for number, value in plan.rlimits:
@@ -235,14 +235,14 @@ def die_with_keeper() -> None:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _write_fresh_keyring(script: Script) -> None:
+def _write_fresh_keyring(script: SyscallScript) -> None:
     """Keyrings are in no namespace (keyrings(7)): leave the host's session keyring. A kernel without keys has none to
     leave, and an outer sandbox may have refused the call along with all others on keys."""
     join = syscalls.KEYCTL_JOIN_SESSION_KEYRING
     script.call("keyctl", join, 0, 0, 0, 0, accept=(errno.ENOSYS, errno.EPERM), about="a session keyring")
 
 
-def _write_rlimit(script: Script, number: int, value: int) -> None:
+def _write_rlimit(script: SyscallScript, number: int, value: int) -> None:
     soft, hard = (value if limit == resource.RLIM_INFINITY else min(value, limit) for limit in resource.getrlimit(number))
     if number == resource.RLIMIT_CORE:
         soft = hard

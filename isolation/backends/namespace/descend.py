@@ -22,7 +22,7 @@ from isolation.backends.namespace.build import Seal
 from isolation.backends.namespace.plan import Plan
 from isolation.guest import Guest, streams
 from isolation.linux import syscalls
-from isolation.linux.nsenter import Entrance
+from isolation.linux.nsenter import NsEnter
 from isolation.plain import json, os, socket
 from isolation.wire import Wire
 
@@ -42,7 +42,7 @@ class Descent:
         self._stacks = stacks
         self._shared: list[sharing.Object] = []
         self._seals: dict[bool, Seal] = {}
-        self._entrances: dict[tuple[str, ...], Entrance] = {}
+        self._entrances: dict[tuple[str, ...], NsEnter] = {}
 
     def introduce(self, mounts: int) -> None:
         """Once it is sealed, and before anything of the guest's runs: show the keeper its namespaces. Closes `mounts`."""
@@ -88,7 +88,7 @@ class Descent:
     ) -> Guest | None:
         names = tuple(order["namespaces"])
         if names not in self._entrances:
-            self._entrances[names] = Entrance(names)
+            self._entrances[names] = NsEnter(names)
         count = len(names)
         leash = socket.socket(fileno=os.dup(given[count]))
         template = os.getpid()

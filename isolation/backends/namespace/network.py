@@ -6,14 +6,14 @@ import errno
 import struct
 
 from isolation.linux import syscalls
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 from isolation.plain import os, socket
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
 
-def write_loopback_up(script: Script) -> None:
+def write_loopback_up(script: SyscallScript) -> None:
     """Bring `lo` up in the current network namespace, by ioctl (netdevice(7)): 0.1 ms where netlink takes 4. It has no flags
     yet that could be lost."""
     request = script.memory(struct.pack("16sH22x", b"lo", _IFF_UP))
@@ -22,7 +22,7 @@ def write_loopback_up(script: Script) -> None:
     script.call("close", sock)
 
 
-def write_open_low_ports(script: Script) -> None:
+def write_open_low_ports(script: SyscallScript) -> None:
     """Let the guest, which has no capabilities, bind ports below 1024 of its own network (ip(7)). A convenience for suites
     that are run as root; older kernels lack it."""
     path = "/proc/sys/net/ipv4/ip_unprivileged_port_start"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isolation.linux import syscalls
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 from isolation.plain import os
 
 OLD = "/old"
@@ -103,7 +103,7 @@ class BaseOperation(Operation):
 class FreshOperation(Operation):
     """A step of the fresh part."""
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         """Write it down."""
         raise NotImplementedError
 
@@ -258,7 +258,7 @@ class Private(FreshOperation):
         *stores, first = ground.stores_above()
         return [*(upper_of(store, self.layer) for store in stores), f"{first}{PRIVATE}/{self.number}"]
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         if ground.level > 1:
             write_overlay(script, self, ground, self.layer, self.beneath(ground))
             return
@@ -301,7 +301,7 @@ class Overlay(FreshOperation):
         """Its lower layers, the uppermost first."""
         return [*(upper_of(store, self.layer) for store in ground.stores_above()), *self.lowers]
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         foreign_mode = self.foreign_mode if ground.level == 1 else None  # what is above has one that may be shown
         write_overlay(script, self, ground, self.layer, self.beneath(ground), foreign_mode)
 
@@ -331,7 +331,7 @@ class Rebind(FreshOperation):
     directory: bool
     shows: Operation
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         if self.directory:
             write_directory(script, self.target, ground.made)
         else:
@@ -353,7 +353,7 @@ class CopiedFile(FreshOperation):
     base: str
     mode: int = 0o644
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         if ground.level > 1:
             return  # it is in a layer below
         here, about = syscalls.AT_FDCWD, self.describe()
@@ -377,7 +377,7 @@ class FreshSymlink(FreshOperation):
     target: str
     to: str
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         if ground.level > 1:
             return  # as above
         write_directory(script, os.path.dirname(self.target), ground.made)
@@ -397,7 +397,7 @@ class Proc(FreshOperation):
     memory: str | None = None
     target: str = "/proc"
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
         write_mount(script, self, "proc", self.target, "proc", flags)
         for name in self.masked:
@@ -419,7 +419,7 @@ class DevPts(FreshOperation):
 
     target: str = "/dev/pts"
 
-    def write(self, script: Script, ground: Ground) -> None:
+    def write(self, script: SyscallScript, ground: Ground) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
         write_mount(script, self, "devpts", self.target, "devpts", flags, "newinstance,ptmxmode=0666,mode=620,max=256")
 
@@ -450,14 +450,19 @@ def make_mount_point(path: str, *, directory: bool) -> None:
 
 
 def write_mount(
-    script: Script, operation: Operation, source: str, target: str, fstype: str, flags: int, data: str = ""
+    script: SyscallScript, operation: Operation, source: str, target: str, fstype: str, flags: int, data: str = ""
 ) -> None:
     """mount(2), as a step."""
     script.call("mount", source, target, fstype, flags, data or 0, about=operation.describe())
 
 
 def write_overlay(
-    script: Script, operation: Operation, ground: Ground, layer: str, lowers: Sequence[str], foreign_mode: int | None = None
+    script: SyscallScript,
+    operation: Operation,
+    ground: Ground,
+    layer: str,
+    lowers: Sequence[str],
+    foreign_mode: int | None = None,
 ) -> None:
     """An overlay over `lowers`, the first of which is the uppermost, with its upper in the store. `foreign_mode`: see
     Overlay."""
@@ -484,7 +489,7 @@ def overlay_options(lowers: Sequence[str], top: str) -> str:
     return f"lowerdir={':'.join(lowers)},upperdir={top}/upper,workdir={top}/work,{_OVERLAY},volatile"
 
 
-def _write_status(script: Script, lower: str, upper: str, foreign_mode: int | None, about: str) -> None:
+def _write_status(script: SyscallScript, lower: str, upper: str, foreign_mode: int | None, about: str) -> None:
     """The merged root directory shows the upper's own mode, times and owner, which must be the lower's."""
     here = syscalls.AT_FDCWD
     status = script.memory(bytes(256))
@@ -498,7 +503,7 @@ def _write_status(script: Script, lower: str, upper: str, foreign_mode: int | No
     script.call("utimensat", here, upper, times, 0, about=about)
 
 
-def write_directory(script: Script, path: str, made: set[str]) -> None:
+def write_directory(script: SyscallScript, path: str, made: set[str]) -> None:
     """mkdir -p, as steps. Most exist, and one that cannot be made is missed by the step that needs it."""
     if path not in made and path != "/":
         write_directory(script, os.path.dirname(path), made)

@@ -20,7 +20,7 @@ from isolation.errors import WireError
 from isolation.guest import Guest
 from isolation.linux import syscalls, userns
 from isolation.linux.cgroup import Cgroup, Hierarchy
-from isolation.linux.userns import Mapper
+from isolation.linux.userns import UsernsMapper
 from isolation.plain import os, select, socket, time
 from isolation.wire import Message, Wire, encode, wait_readable
 
@@ -116,7 +116,7 @@ class Keeper:
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._cgroups: Hierarchy | None = None
-        self._mapper: Mapper | None = None
+        self._mapper: UsernsMapper | None = None
         self._level = 1  # of the forks that it makes
         self._children: dict[int, Child] = {}  # by number
         self._ending: dict[int, Cgroup | None] = {}  # PID 1s of payloads that were killed, by pidfd
@@ -401,7 +401,7 @@ class Keeper:
         parent = fcntl.ioctl(users, _NS_GET_PARENT)
         try:
             if self._mapper is None:
-                self._mapper = Mapper()
+                self._mapper = UsernsMapper()
             self._mapper.map(parent, directory)
         finally:
             for fd in (directory, users, parent):

@@ -21,7 +21,7 @@ import struct
 
 from isolation.linux import syscalls
 from isolation.linux.machine_code import MachineCode
-from isolation.linux.script_process import Stack
+from isolation.linux.script_process import ChildStack
 
 _CODE = {
     "x86_64": bytes.fromhex(
@@ -69,7 +69,7 @@ class Sleeper:
         self._code = MachineCode(_CODE[syscalls.MACHINE])
         self._flags = syscalls.CLONE_VM | signal.SIGCHLD
         self._argument = ctypes.create_string_buffer(struct.pack("=4Q", _SIG_IGN, 0, 0, 0))
-        self.stack = Stack(self._code.address, ctypes.addressof(self._argument))
+        self.stack = ChildStack(self._code.address, ctypes.addressof(self._argument))
 
     def clone(self) -> tuple[int, int]:
         """A sleeping PID 1 for the namespace that the caller's next child is born into: (pid, pidfd). Raises OSError."""

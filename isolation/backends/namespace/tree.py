@@ -30,7 +30,7 @@ from isolation.backends.namespace.operations import (
     store_of,
 )
 from isolation.linux import syscalls
-from isolation.linux.syscall_script import Result, Script
+from isolation.linux.syscall_script import Result, SyscallScript
 from isolation.plain import os
 
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
@@ -66,7 +66,9 @@ def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
         raise OSError("the working directory is outside of the sandbox's root")
 
 
-def write_fresh(script: Script, operations: Sequence[FreshOperation], store_size: int | None, level: int = 1) -> Result:
+def write_fresh(
+    script: SyscallScript, operations: Sequence[FreshOperation], store_size: int | None, level: int = 1
+) -> Result:
     """What a sandbox writes to, to be made in a mount namespace with the base as its root, or (level 2 and more) that of a
     template. The result is a descriptor of its store."""
     here = syscalls.AT_FDCWD
@@ -81,7 +83,7 @@ def write_fresh(script: Script, operations: Sequence[FreshOperation], store_size
     return store
 
 
-def write_open_mounts(script: Script) -> Result:
+def write_open_mounts(script: SyscallScript) -> Result:
     """Keep the mount namespace as it is now, for forks of what is being made, and go on in a copy. The result is a
     descriptor of it. The /proc in it that allows for others is one of this PID namespace from here on, not the host's."""
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
@@ -91,7 +93,7 @@ def write_open_mounts(script: Script) -> Result:
     return mounts
 
 
-def write_cover(script: Script) -> None:
+def write_cover(script: SyscallScript) -> None:
     """Put what only the construction needs out of the guest's sight. Covered, not detached: the guest's own user namespace
     can do neither, and detaching waits for the whole machine (synchronize_rcu)."""
     script.call("mount", EMPTY, HIDDEN, "", syscalls.MS_BIND, 0)

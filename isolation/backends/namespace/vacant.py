@@ -24,8 +24,8 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.sleeper import Sleeper
 from isolation.linux import syscalls
 from isolation.linux.namespaces import ENTERED
-from isolation.linux.script_process import Apart
-from isolation.linux.syscall_script import Result, Script
+from isolation.linux.script_process import ScriptProcess
+from isolation.linux.syscall_script import Result, SyscallScript
 from isolation.plain import os
 
 
@@ -64,7 +64,7 @@ class VacantBuilder:
         is made. Without a sleeper, the PID namespace is there already, with who will be the next keeper."""
         self._template = sleeper is None
         self._furnishing = _Furnishing(plan, fresh, umask, level, template=self._template)
-        self._script = script = Script()
+        self._script = script = SyscallScript()
         self._leash = script.slot()
         self._pid_namespace = script.slot()
         self._init = script.memory(b"\xff" * 8)
@@ -88,7 +88,7 @@ class VacantBuilder:
         script.call("wait4", -1, 0, 0, 0)
         script.finish()
         self._sleeper = sleeper
-        self._apart = Apart(script)
+        self._apart = ScriptProcess(script)
 
     def make(self, leash: int, pid_namespace: int, ask: build.Answer) -> Vacant:
         """A new one. `ask` answers what is said on `leash`, for the process whose pid it is given. Raises OSError."""
@@ -122,7 +122,7 @@ class _Furnishing:
     """What the furnisher does."""
 
     def __init__(self, plan: Plan, fresh: Sequence[FreshOperation], umask: int, level: int, *, template: bool) -> None:
-        self._script = script = Script()
+        self._script = script = SyscallScript()
         script.call("umask", 0)
         self._store = tree.write_fresh(script, fresh, plan.limits.disk, level)
         self._mounts = tree.write_open_mounts(script) if template else None
@@ -137,7 +137,7 @@ class _Furnishing:
             self._opened.append(_write_open(script, f"/proc/self/ns/{name}", os.O_RDONLY) if own else None)
         self._proc = _write_open(script, "/proc", os.O_RDONLY | os.O_DIRECTORY)
         script.finish()
-        self.apart = Apart(script)
+        self.apart = ScriptProcess(script)
 
     def results(self, init: int) -> Vacant:
         number = self._script.result
@@ -147,5 +147,5 @@ class _Furnishing:
         )  # fmt: skip
 
 
-def _write_open(script: Script, path: str, flags: int) -> Result:
+def _write_open(script: SyscallScript, path: str, flags: int) -> Result:
     return script.call("openat", syscalls.AT_FDCWD, path, flags | os.O_CLOEXEC, 0, about=path)

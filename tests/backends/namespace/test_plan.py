@@ -31,7 +31,7 @@ from isolation.errors import FeatureMissing, SpecError
 from isolation.linux import syscalls
 from isolation.linux.cgroup import Hierarchy, oom_kills
 from isolation.linux.mountinfo import MountPoint, MountTable
-from isolation.linux.syscall_script import Script
+from isolation.linux.syscall_script import SyscallScript
 from isolation.spec import Limits, Mount, SandboxSpec
 
 
@@ -54,7 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def written(operation: FreshOperation) -> list[tuple[Any, ...]]:
     """What a fresh operation writes down: names of system calls, and their arguments."""
-    script = Script()
+    script = SyscallScript()
     operation.write(script, Ground())
     return [(step.name, *step.arguments) for step in script.steps]
 
@@ -112,7 +112,7 @@ def test_proc_is_masked() -> None:
 
 
 def test_a_directory_is_made_once_and_again_where_something_has_covered_it() -> None:
-    script, ground = Script(), Ground()
+    script, ground = SyscallScript(), Ground()
     for operation in (Private("/a/b", 1), Private("/a/b/c", 2), Private("/a/d", 3), Private("/a", 4), Private("/a/b", 5)):
         operation.write(script, ground)
     shown = [
