@@ -1,4 +1,4 @@
-"""Everything that runs inside a sandbox. Standard library only; imports nothing of the host side."""
+"""What a payload in a sandbox talks to its host with, whatever the backend. Standard library only."""
 
 from isolation.guest.guest import Guest
 

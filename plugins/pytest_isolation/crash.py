@@ -17,7 +17,7 @@ from pytest_isolation.retries import Allowed
 from pytest_isolation.text import clean
 
 _OWN_FRAMES = re.compile(
-    r'^  File "[^"\n]*/(?:pytest_isolation|isolation/backends/namespace|isolation/guest)/[^"\n]*", line .*\n?', re.MULTILINE
+    r'^  File "[^"\n]*/(?:pytest_isolation|isolation/(?:backends|guest|linux|plain))/[^"\n]*", line .*\n?', re.MULTILINE
 )
 _PYTEST_FRAMES = re.compile(r'^  File "[^"\n]*/(?:_pytest|pluggy|pytest)/[^"\n]*", line .*\n?', re.MULTILINE)
 

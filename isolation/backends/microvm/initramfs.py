@@ -100,7 +100,7 @@ unset python ldpath
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/ TERM=dumb
 trap 'echo "isolation-init: cannot run $p" >/dev/console; exec $b reboot -f' EXIT
 exec "$p" -I -S -B -u -c \
-    'import sys; sys.path.insert(0, "/.isolation/agent"); from isolation.guest.agent import main; main()'
+    'import sys; sys.path.insert(0, "/.isolation/agent"); from isolation.backends.microvm.guest.agent import main; main()'
 """
 
 
@@ -121,10 +121,10 @@ def arguments(*, layers: int, size: str | int, python: str, library_path: str = 
 
 
 def agent_files() -> list[tuple[str, bytes]]:
-    """(path, content) of isolation/guest and of every module of this package that it imports, as they lie here."""
+    """(path, content) of the guest's package and of every module of this package that it imports, as they lie here."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(_file(isolation))))
     todo = ["isolation/__init__.py"]
-    for directory, directories, files in os.walk(os.path.join(root, "isolation", "guest")):
+    for directory, directories, files in os.walk(os.path.join(root, "isolation/backends/microvm/guest")):
         directories[:] = sorted(name for name in directories if name != "__pycache__")
         todo += [os.path.relpath(os.path.join(directory, name), root) for name in sorted(files) if name.endswith(".py")]
     found: dict[str, bytes] = {}

@@ -10,8 +10,8 @@ import collections
 import os
 from collections.abc import Callable, Sequence
 
+from isolation.backends.microvm.guest.agent import CONTROL
 from isolation.errors import SandboxClosed, WireError
-from isolation.guest.agent import CONTROL
 from isolation.mux import Gone, Mux, MuxError
 from isolation.plain import json, select, socket, threading, time
 from isolation.wire import Decoder, Message, encode

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from isolation.backends.microvm import memory, qemu
+from isolation.backends.microvm.guest import renew
 from isolation.backends.microvm.layers import Layer
 from isolation.backends.microvm.qemu import Hardware
 from isolation.backends.microvm.setup import Images
 from isolation.backends.showing import SYSTEM, environment_for, python_environment
 from isolation.errors import FeatureMissing, SpecError
-from isolation.guest import renew
 from isolation.paths import is_within
 from isolation.plain import time
 from isolation.spec import Limits, Mount, SandboxSpec

@@ -52,7 +52,7 @@ class Images:
     progress: Progress = field(default=SILENT, compare=False)
 
     def initramfs(self, files: Sequence[tuple[str, bytes]] | None = None) -> Path:
-        """With these files beneath /.isolation/agent (default: isolation.guest, and what it imports). Cached."""
+        """With these files beneath /.isolation/agent (default: the guest's package, and what it imports). Cached."""
         files = initramfs.agent_files() if files is None else files
         return initramfs.build(self.kernel, self.busybox, files, self.cache, self.progress)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from isolation.backends.microvm import boot, machine
+from isolation.backends.microvm.guest import warm_payload
 from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.plan import Plan, now, seed
 from isolation.backends.microvm.snapshot import Key, Snapshot
 from isolation.backends.microvm.vm import State, Vm
 from isolation.errors import FeatureMissing, LaunchError, SandboxClosed, SpecError, WireError
-from isolation.guest import warm
 from isolation.plain import json, select, socket, threading, time
 from isolation.result import Change, Ended, Usage, Verdict
 from isolation.template import Branch, Fork, Template
@@ -94,7 +94,7 @@ class MicrovmTemplate(Template):
         streams: _Streams | None = None
         try:
             streams = _Streams()
-            argv = warm.argv(plan.python, path, payload)
+            argv = warm_payload.argv(plan.python, path, payload)
             streams.connect(vm.link, {"op": "template", "id": _PAYLOAD, "argv": argv, "streams": list(_STREAMS)})
             vm.link.watch()
             streams.patience(streams.sock, _CONFIG_PATIENCE)
@@ -361,7 +361,9 @@ class MicrovmFork(Fork):
     def stacks(self) -> str:
         if self._stacks is None:
             self._ask_for_stacks(at_once=False)
-        dumps = [dump for dump in (self._stacks or b"")[-_STACKS_AT_MOST:].split(warm.STACKS_MARK) if dump.strip(b"\0 \n")]
+        dumps = [
+            dump for dump in (self._stacks or b"")[-_STACKS_AT_MOST:].split(warm_payload.STACKS_MARK) if dump.strip(b"\0 \n")
+        ]
         return dumps[-1].decode("utf-8", "replace") if dumps else ""
 
     def scratch_index(self, inode: int) -> int | None:

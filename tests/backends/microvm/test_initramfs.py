@@ -20,7 +20,7 @@ from isolation.errors import SpecError
 
 pytestmark = pytest.mark.once
 
-AGENT = [("isolation/__init__.py", b""), ("isolation/guest/agent.py", b"def main():\n    return 42\n")]
+AGENT = [("isolation/__init__.py", b""), ("isolation/backends/microvm/guest/agent.py", b"def main():\n    return 42\n")]
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(
     QEMU is None or shutil.which("mksquashfs") is None or os.uname().machine != "x86_64",
@@ -67,10 +67,10 @@ def test_what_is_in_it(kernel: Kernel, busybox: Path, tmp_path: Path) -> None:
     assert found["init"][0] == 0o100755
     assert found["bin/busybox"] == (0o100755, b"\x7fELF busybox")
     assert found["modules/00-virtio.ko"][1] == b"00-virtio.ko"
-    assert found["agent/isolation/guest/agent.py"][1] == AGENT[1][1]
+    assert found["agent/isolation/backends/microvm/guest/agent.py"][1] == AGENT[1][1]
     assert found["i"][0] == 0o040755
     tag = sys.implementation.cache_tag
-    pyc = found[f"agent/isolation/guest/__pycache__/agent.{tag}.pyc"][1]
+    pyc = found[f"agent/isolation/backends/microvm/guest/__pycache__/agent.{tag}.pyc"][1]
     assert pyc[:4] == importlib.util.MAGIC_NUMBER
     assert pyc[4:8] == b"\x01\0\0\0"  # by hash, and never checked
     names: dict[str, object] = {}
@@ -95,12 +95,18 @@ def test_the_agent_comes_with_all_it_imports(tmp_path: Path) -> None:
     """In a Python that sees nothing but these files and the standard library."""
     files = dict(initramfs.agent_files())
     assert {"isolation/__init__.py", "isolation/errors.py", "isolation/wire.py", "isolation/guest/__init__.py"} <= set(files)
-    assert not [name for name in files if name.startswith("isolation/backends")]
+    guest, packages = (
+        "isolation/backends/microvm/guest/",
+        ("isolation/backends/__init__.py", "isolation/backends/microvm/__init__.py"),
+    )
+    assert not [name for name in files if name.startswith("isolation/backends") and not name.startswith((guest, *packages))]
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     modules = [
-        name[:-3].replace("/", ".").removesuffix(".__init__") for name in files if name.startswith("isolation/guest/")
+        name[:-3].replace("/", ".").removesuffix(".__init__")
+        for name in files
+        if name.startswith((guest, "isolation/guest/"))
     ]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfor name in {modules!r}: __import__(name)"
     done = subprocess.run([sys.executable, "-I", "-S", "-B", "-c", code], capture_output=True, text=True, cwd="/")
@@ -195,7 +201,7 @@ def test_it_boots_into_the_layers(machine: Machine) -> None:
     lines = [line.strip() for line in said.splitlines()]
     assert "PID 1" in lines, said
     assert [line for line in lines if line.startswith("ARG")][:5] == ["ARG -I", "ARG -S", "ARG -B", "ARG -u", "ARG -c"]
-    assert any("from isolation.guest.agent import main" in line for line in lines)
+    assert any("from isolation.backends.microvm.guest.agent import main" in line for line in lines)
     assert "LD /opt/lib x:/y" in lines
     assert "WHO one zero zero" in lines  # later layers over earlier ones; and each to be had alone
     assert any(line.startswith("LS ") and line.endswith(" 700") and "/.isolation/agent/isolation" in line for line in lines)

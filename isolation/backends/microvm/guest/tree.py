@@ -10,7 +10,7 @@ import os
 import stat
 from typing import Any
 
-from isolation.guest import linux
+from isolation.backends.microvm.guest import linux
 from isolation.linux import overlay_upper
 from isolation.result import Change
 

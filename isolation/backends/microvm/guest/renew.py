@@ -11,8 +11,8 @@ import socket
 import sys
 import time
 
-from isolation.guest import linux
-from isolation.guest.tree import Tree
+from isolation.backends.microvm.guest import linux
+from isolation.backends.microvm.guest.tree import Tree
 
 SEED_SIZE = 128  # bytes: 32 for the kernel's pool, 16 for names, 32 for numpy, 48 for a process's own generators
 _KERNEL, _NAMES, _NUMPY, _PROCESS = slice(0, 32), slice(32, 48), slice(48, 80), slice(80, 128)

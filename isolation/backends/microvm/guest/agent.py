@@ -20,11 +20,11 @@ import termios
 import time
 from typing import Any
 
-from isolation.guest import linux, renew
-from isolation.guest.cgroup import Cgroup
-from isolation.guest.programs import NotStarted, User, start
-from isolation.guest.tree import HIDDEN, Tree
-from isolation.guest.warm import WarmPayload
+from isolation.backends.microvm.guest import linux, renew
+from isolation.backends.microvm.guest.cgroup import Cgroup
+from isolation.backends.microvm.guest.programs import NotStarted, User, start
+from isolation.backends.microvm.guest.tree import HIDDEN, Tree
+from isolation.backends.microvm.guest.warm_payload import WarmPayload
 from isolation.mux import Mux
 from isolation.wire import Decoder, Message, encode
 

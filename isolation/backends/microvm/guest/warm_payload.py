@@ -10,8 +10,8 @@ import stat
 import time
 from typing import Any
 
-from isolation.guest.programs import FIRST_PASSED, User, start
-from isolation.guest.tree import HIDDEN
+from isolation.backends.microvm.guest.programs import FIRST_PASSED, User, start
+from isolation.backends.microvm.guest.tree import HIDDEN
 
 DUMP_SIGNAL = signal.SIGRTMAX - 1  # makes a payload write the stacks of its threads
 STACKS_MARK = b"\0\n"
@@ -127,6 +127,7 @@ class WarmPayload:
 def argv(python: str, path: list[str], payload: str) -> list[str]:
     """The command of a payload process. `path` is the host's `sys.path`."""
     program = (
-        f"import sys; sys.path[:] = {path!r}; from isolation.guest.payload import main; main({payload!r}, {FIRST_PASSED})"
+        f"import sys; sys.path[:] = {path!r}; from isolation.backends.microvm.guest import payload as guest; "
+        f"guest.main({payload!r}, {FIRST_PASSED})"
     )
     return [python, "-c", program]

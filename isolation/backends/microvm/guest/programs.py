@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from isolation.guest import linux
+from isolation.backends.microvm.guest import linux
 
 FIRST_PASSED = 3  # number of the first descriptor beyond the standard streams
 

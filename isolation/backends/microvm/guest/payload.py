@@ -7,9 +7,10 @@ import importlib
 import sys
 from collections.abc import Iterator
 
-from isolation.guest import renew, streams
+from isolation.backends.microvm.guest import renew
+from isolation.backends.microvm.guest.warm_payload import DUMP_SIGNAL
+from isolation.guest import streams
 from isolation.guest.guest import Guest
-from isolation.guest.warm import DUMP_SIGNAL
 from isolation.plain import json, os, socket
 from isolation.wire import Wire
 
