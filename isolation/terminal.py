@@ -39,7 +39,12 @@ _STREAMS: Final = ("standard input", "standard output", "standard error")
 _NULL_DEVICE: Final = os.makedev(1, 3)
 
 # What a terminal answers to as if it were typed (ECMA-48 DA and DSR, DECRQM, OSC queries, DCS requests, ENQ).
-_QUESTIONS: Final = re.compile(rb"\x1b\[[0-9;?>=]*(?:[cnux]|\$p)|[\x05\x9b]|\x1b[PZ]|\x1b\][^\x07\x1b]*\?")
+_QUESTIONS: Final = re.compile(
+    rb"(?:\x1b\[|\xc2\x9b)[0-9;:?>=<]*[ !-/]*[Scnpqtuwxy]|[\x05\x9b]|\x1b[PZ]|\x1b\][^\x07\x1b]*\?"
+)
+# What a terminal reports unasked from then on, as if it were typed (DECSET): the mouse, its focus, pasted text in brackets.
+_REPORTS: Final = frozenset(b"9 1000 1001 1002 1003 1004 1005 1006 1007 1015 1016 2004 2031 2048".split())
+_MODES: Final = re.compile(rb"(?:\x1b\[|\xc2\x9b)\?([0-9;]{1,64})([hl])")
 _QUESTION_AT_MOST: Final = 64
 _ANSWERS: Final = 1.0  # s, to wait for them
 _SILENCE: Final = 0.05  # s, after which there are no more
@@ -301,14 +306,15 @@ class _HostTerminal:
     def is_raw(self) -> bool:
         return self._before is not None
 
-    def swallow_answers(self) -> None:
-        """What the terminal answers to the command's questions is not for the shell that comes after it."""
+    def swallow_answers(self, first: bytes = b"") -> None:
+        """What the terminal answers to the command's questions is not for the shell that comes after it. `first` is written
+        before it is asked for the last time."""
         if not self.is_raw:
             return
         heard = b""
         deadline = time.monotonic() + _ANSWERS
         with contextlib.suppress(OSError):
-            os.write(self.sink, _IDENTIFY)
+            os.write(self.sink, first + _IDENTIFY)
             poller = select.poll()
             poller.register(self.source, select.POLLIN)
             while (left := deadline - time.monotonic()) > 0:
@@ -369,6 +375,7 @@ class Relay:
         self._screen = screen or self._listen
         self._said = b""  # by the command to its terminal, the end of it
         self._questions = False
+        self._modes: frozenset[bytes] = frozenset()
         self._control_strings = ControlStrings()
         self._asked = -_AGAIN_WITHIN
         self._signals: Signals | None = None
@@ -450,8 +457,8 @@ class Relay:
             for pump in (*self._pumps, *self._active_feeds()):
                 pump.move(ready)
         self._drain()
-        if self._questions and self._host is not None:
-            self._host.swallow_answers()
+        if (self._questions or self._modes) and self._host is not None:
+            self._host.swallow_answers(b"".join(b"\x1b[?%sl" % mode for mode in sorted(self._modes)))
         return verdict
 
     def _connect(self, host: _HostTerminal, process: Process) -> None:
@@ -468,6 +475,9 @@ class Relay:
         """For questions to the terminal, which may come in pieces; and without what would do more than show."""
         self._said = self._said[-_QUESTION_AT_MOST:] + data
         self._questions = self._questions or _QUESTIONS.search(self._said) is not None
+        for modes, switch in _MODES.findall(self._said):
+            wanted = _REPORTS.intersection(modes.split(b";"))
+            self._modes = self._modes | wanted if switch == b"h" else self._modes - wanted
         return self._control_strings(data)
 
     def _hang_up(self) -> None:

@@ -12,7 +12,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -32,6 +32,7 @@ _CHANGES_AT_MOST: Final = 500
 _HEADER: Final = ("msg_id", "msg_type", "session", "username", "version")
 _HEADER_AT_MOST: Final = 200  # characters
 _ASKED: Final = ("status", "changes", "export", "checkpoint", "keep", "rollback", "restore", "forget", "refresh")
+_LOOK_AT_WALK: Final = 0.02  # s
 LATER: Final = object()  # returned by a method whose answer is sent when it is done
 CHECKPOINTS_AT_MOST: Final = 4  # each is the memory of a kernel, or of a machine
 _NAME_AT_MOST: Final = 100
@@ -77,6 +78,23 @@ def exported(target: str, size: int) -> dict[str, Any]:
     return {"target": target, "size": format_size(size)}
 
 
+class _Walk:
+    """A thread that looks for changes. `answer`: None until it has found them."""
+
+    def __init__(self, find: Callable[[], list[Any]]) -> None:
+        import threading  # late: a warm kernel starts in less time than this may take
+
+        self.answer: Message | None = None
+        self._find = find
+        threading.Thread(target=self._run, name="changes", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.answer = {"answer": self._find()}
+        except Exception as error:  # of a sandbox that has ended, too
+            self.answer = {"error": str(error)}
+
+
 class Services:
     """Answers one kernel.
 
@@ -101,6 +119,7 @@ class Services:
         self._refreshed = False
         self.room = Room()
         self._copy: tuple[Copy, str] | None = None
+        self._walk: _Walk | None = None
         self.listen()
 
     def listen(self) -> None:
@@ -152,6 +171,8 @@ class Services:
         """Seconds until `go_on` is to be called; None (or -1, as epoll has it) when there is no hurry."""
         if self._copy is not None:
             return 0
+        if self._walk is not None:
+            return _LOOK_AT_WALK
         return -1 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def go_on(self) -> None:
@@ -169,6 +190,12 @@ class Services:
                     self._box.wire.send(answer)
                 except WireError:
                     self._box.wire.sock.shutdown(socket.SHUT_RDWR)
+        if self._walk is not None and (found := self._walk.answer) is not None:
+            self._walk = None
+            try:
+                self._box.wire.send(found)
+            except WireError:
+                self._box.wire.sock.shutdown(socket.SHUT_RDWR)
         self._look_at_the_clock()
 
     def close(self) -> None:
@@ -205,9 +232,16 @@ class Services:
             "wall": time.monotonic() - self._began,
         }
 
-    def _changes(self, _message: Message) -> list[Any]:
+    def _changes(self, _message: Message) -> object:
+        """It is answered when all has been looked at: the guest decides how much that is."""
         if CHANGES not in self._box.sandbox.backend.features():
             raise GuestError(f"the {self._box.sandbox.backend.name} backend does not tell what was changed")
+        if self._walk is not None:
+            raise GuestError("one look at what was changed at a time")
+        self._walk = _Walk(self._find_changes)
+        return LATER
+
+    def _find_changes(self) -> list[Any]:
         everything = [change for change in self._all_changes() if not change.path.startswith(RUNTIME)]
         found = [change for change in everything if not _CACHES.search(change.path)]
         said = [[change.kind, change.type, change.path[:4096], change.size] for change in found[:_CHANGES_AT_MOST]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from isolation import registry
 from isolation.backends.showing import SYSTEM, python_environment
-from isolation.errors import IsolationError, LaunchError
+from isolation.errors import IsolationError, LaunchError, WireError
 from isolation.hookspecs import FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, Backend
 from isolation.paths import is_within
 from isolation.plain import os, time
@@ -27,8 +27,8 @@ from pytest_isolation.deferred import Deferred
 from pytest_isolation.emission import Emission, Setup
 from pytest_isolation.here import Here
 from pytest_isolation.rerun import count_rerun, reruns_made
-from pytest_isolation.run import Run
-from pytest_isolation.schedule import Schedule
+from pytest_isolation.run import Run, size_of
+from pytest_isolation.schedule import SAID_AT_MOST, Schedule
 from pytest_isolation.settings import Reader, Settings
 from pytest_isolation.strays import Strays
 from pytest_isolation.temporaries import temporaries
@@ -161,6 +161,10 @@ class Controller:
             result = yield
             self._end_open_levels(session)
             return result
+        except (KeyboardInterrupt, pytest.exit.Exception, session.Failed, session.Interrupted):
+            self._schedule.abandon()
+            self._end_open_levels(session)  # as plain pytest tears down what is set up, however the session ends
+            raise
         finally:
             self._close()
 
@@ -257,7 +261,7 @@ class Controller:
         backend = self.backend_of(settings)
         return backend.launch(settings.spec.replace(inherit_env=False)), backend.name
 
-    def debug(self, fork: Fork, name: str, deadline: float | None = None) -> list[Message]:
+    def debug(self, fork: Fork, name: str, deadline: float | None, charge: Callable[[Message], None]) -> list[Message]:
         """A test has come to a debugger. Returns what else it says until it leaves it, or until `deadline`."""
         if self._reader.run.jobs > 1 or self._told_what_to_run:
             debugger.refuse(fork, "tests run at the same time, and there is one terminal: leave out --isolation-jobs and -n")
@@ -267,20 +271,20 @@ class Controller:
         streams.flush(self._config)
         capture: Any = self._config.pluginmanager.getplugin("capturemanager")
         if capture is None:
-            return self._lend_keys(fork, name, deadline)
+            return self._lend_keys(fork, name, deadline, charge)
         capture.suspend_global_capture(in_=True)  # pytest has put /dev/null in the place of the user's keys
         try:
-            return self._lend_keys(fork, name, deadline)
+            return self._lend_keys(fork, name, deadline, charge)
         finally:
             capture.resume_global_capture()
             capture.suspend_global_capture(in_=False)
 
-    def _lend_keys(self, fork: Fork, name: str, deadline: float | None) -> list[Message]:
+    def _lend_keys(self, fork: Fork, name: str, deadline: float | None, charge: Callable[[Message], None]) -> list[Message]:
         """Any test may say that it has come to a debugger, when nobody debugs it: so it is said whose the keys are."""
         if os.isatty(0) and not (self._config.getoption("usepdb", False) or self._config.getoption("trace", False)):
             told = f"\n[isolation: {name} has come to a debugger: what you type is its own, until it leaves that]\n"
             self.print_raw(1, clean(told).encode())
-        return self._lender.interact(fork, deadline)
+        return self._lender.interact(fork, deadline, charge)
 
     def _close(self) -> None:
         self._schedule.close()
@@ -451,7 +455,8 @@ class Controller:
                 wall = level.settings.spec.limits.wall
                 if level.branch is not None:
                     whose = f"a fixture of {getattr(level.node, 'nodeid', '') or 'the session'}"
-                    self.debug(level.branch, whose, None if wall is None or os.isatty(0) else time.monotonic() + wall)
+                    deadline = None if wall is None or os.isatty(0) else time.monotonic() + wall
+                    self.debug(level.branch, whose, deadline, _Allowance(level.branch))
             elif "unshared" in message:
                 names = self._fixtures_of(level).intersection(map(str, message["unshared"]))
                 self._schedule.unshared |= names
@@ -561,3 +566,17 @@ class Controller:
             if content:
                 sections.append((f"Captured {name} call", clean_output(content.decode("utf-8", "replace"), _OUTPUT_AT_MOST)))
         return sections
+
+
+class _Allowance:
+    """How much a template may say while it is debugged. Raises WireError."""
+
+    def __init__(self, branch: Branch) -> None:
+        self._branch = branch
+        self._said = 0
+
+    def __call__(self, message: Message) -> None:
+        self._said += size_of(message)
+        if self._said > SAID_AT_MOST:
+            self._branch.end(Verdict(Ended.KILLED))
+            raise WireError("it says too much")

@@ -12,7 +12,7 @@ import struct
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from isolation.errors import WireError
 from isolation.guest import Guest
@@ -29,6 +29,7 @@ _KEYS_AT_MOST = 1 << 16
 _LINE_AT_MOST = 1024
 _WAIT_FOR_READER = 5  # ms
 _LOOK_AT_SIZE = 500  # ms
+_MESSAGES_AT_ONCE = 256  # then the keys are looked at, and the clock
 
 
 # Inside.
@@ -73,9 +74,9 @@ class Lender:
         self._ends: tuple[int, int] | None = None
         self._fork: Fork | None = None
 
-    def interact(self, fork: Fork, deadline: float | None) -> list[Message]:
+    def interact(self, fork: Fork, deadline: float | None, charge: Callable[[Message], None]) -> list[Message]:
         """Lend the terminal until the debugger is left, the test has ended, or (a monotonic time) `deadline`. Returns what
-        else it said meanwhile. Raises KeyboardInterrupt."""
+        else it said meanwhile, of which `charge` is told at once, and may raise. Raises KeyboardInterrupt."""
         if self._fork is not fork or self._ends is None:
             self.close()
             self._ends, self._fork = os.openpty(), fork
@@ -89,7 +90,7 @@ class Lender:
         _copy_size(master)
         with contextlib.suppress(WireError), _raw_terminal():  # one that is gone is told of elsewhere
             fork.send({"terminal": True, "fds": 1}, fds=(slave,))
-            _relay(fork, master, slave, others, deadline)
+            _relay(fork, master, slave, others, deadline, charge)
         return others
 
     def close(self) -> None:
@@ -99,30 +100,39 @@ class Lender:
         self._ends = self._fork = None
 
 
-def _relay(fork: Fork, master: int, slave: int, others: list[Message], deadline: float | None) -> None:
+def _relay(
+    fork: Fork, master: int, slave: int, others: list[Message], deadline: float | None, charge: Callable[[Message], None]
+) -> None:
     screen = Screen()
     keys = _Keys(master, slave)
+    more = False  # messages have arrived that no poll(2) will tell of
     while deadline is None or time.monotonic() < deadline:
         poller = select.poll()
         for fd in (master, *fork.filenos(), *keys.wanted()):
             poller.register(fd, select.POLLIN)
-        ready = {fd for fd, _event in poller.poll(keys.patience)}
+        left = keys.patience if deadline is None else min(keys.patience, 1 + int(1000 * (deadline - time.monotonic())))
+        ready = {fd for fd, _event in poller.poll(0 if more else max(0, left))}
         _copy_size(master)
         if master in ready:
             _show(master, screen)
         keys.go_on(0 in ready, idle=not ready)
+        more = True
         try:
-            while (message := fork.receive(0)) is not None:
+            for _ in range(_MESSAGES_AT_ONCE):
+                message = fork.receive(0)
+                if message is None:
+                    return  # it has ended
+                charge(message)
                 if "debugger" not in message:
                     others.append(message)
                 elif message["debugger"] == "leave":
                     return
         except TimeoutError:
-            continue
+            more = False
         finally:
-            while select.select([master], [], [], 0)[0] and _show(master, screen):
-                pass
-        return  # it has ended
+            for _ in range(_MESSAGES_AT_ONCE):
+                if not select.select([master], [], [], 0)[0] or not _show(master, screen):
+                    break
 
 
 class _Keys:

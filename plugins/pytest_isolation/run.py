@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class Host(Protocol):
     def remember_capture(self, settings: Settings, fork: Fork, inodes: object) -> None: ...
     def captured(self, settings: Settings, fork: Fork) -> list[tuple[str, str]]: ...
     def launch_beside(self, settings: Settings) -> tuple[Any, str]: ...
-    def debug(self, fork: Fork, name: str, deadline: float | None = None) -> list[Message]: ...
+    def debug(self, fork: Fork, name: str, deadline: float | None, charge: Callable[[Message], None]) -> list[Message]: ...
 
 
 @dataclass
@@ -257,7 +257,7 @@ class Run:
             if message.get("wait") is True:
                 self.fork.send({"taken": True})
         elif "amended" in message:
-            self._amend(reports.decode(self._config, item, message.get("data")))
+            self._amend(reports.decode(self._config, item, message.get("data")), shown=message.get("shown") is True)
         elif "warning" in message:
             self._keep("warning", reports.decode_warning(item, message["warning"]))
         elif "capture" in message:
@@ -270,7 +270,7 @@ class Run:
             self._lend_sandbox()
         elif "debugger" in message:
             begun = time.monotonic()
-            others = self._host.debug(self.fork, item.nodeid, None if os.isatty(0) else self._deadline)
+            others = self._host.debug(self.fork, item.nodeid, None if os.isatty(0) else self._deadline, self._charge)
             if os.isatty(0) and self._deadline is not None:
                 self._deadline += time.monotonic() - begun  # people think longer than tests
             for other in others:
@@ -293,11 +293,13 @@ class Run:
         else:
             raise reports.BadReport("a message of no known kind")
 
-    def _amend(self, changed: pytest.TestReport) -> None:
+    def _amend(self, changed: pytest.TestReport, *, shown: bool) -> None:
         """What a failure looks like has changed since its report. (That waits: see emission.py.)"""
         last = self._told.last
         if last is None or not last.failed or (last.when, last.outcome) != (changed.when, changed.outcome):
             raise reports.BadReport("a change of no report")
+        if shown and self._config.getoption("usepdb", False):
+            last._pdbshown = True  # type: ignore[attr-defined]
         last.longrepr = changed.longrepr
         last.sections = [*last.sections, *[pair for pair in changed.sections if pair not in last.sections]]
 

@@ -26,7 +26,7 @@ from pytest_isolation.wide import Wide
 _AHEAD_AT_MOST = 2000  # units
 _KEPT_AT_MOST = 256 << 20  # bytes
 _SETUP_LOOKS_AHEAD = 500  # units
-_SAID_AT_MOST = 128 << 20  # bytes, by a template while it is set up
+SAID_AT_MOST = 128 << 20  # bytes, by a template while it is set up
 _MESSAGE = 100  # bytes that one counts for at least
 _AT_ONCE = 500  # messages, or pieces of output
 
@@ -138,12 +138,15 @@ class Schedule:
                 except LaunchError:
                     template, over = None, True
                 more = _take(branch, message)
-                while more and (over or template is not None):  # it says no more than it has said
+                said += more or 0
+                while more and (over or template is not None) and said <= SAID_AT_MOST:  # what it said before
                     more = _take(branch, message)
-                if over or template is not None or more is None:
+                    said += more or 0
+                if (over or template is not None or more is None) and said <= SAID_AT_MOST:
                     return template
-                said += more
-                if said > _SAID_AT_MOST:
+                if said > SAID_AT_MOST:
+                    if template is not None:
+                        template.close()
                     branch.end(Verdict(Ended.KILLED))
                     return None
                 if deadline is not None and time.monotonic() >= deadline:
@@ -153,6 +156,14 @@ class Schedule:
         finally:
             for fd in fds:
                 self._poller.unregister(fd)
+
+    def abandon(self) -> None:
+        """The run is over: nobody waits for what runs, and nothing more is started."""
+        self._next = len(self._units)
+        for run, level in list(self._running):
+            run.close()
+            run.rest = []
+            self._retire(run, level)
 
     def close(self) -> None:
         """End all that runs."""

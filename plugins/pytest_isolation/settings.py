@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,15 @@ class Reader:
         return self._known[key]
 
 
+def _directory_of_homes() -> str:
+    """Where the user's own is, by the system's word: $HOME may be anywhere, in the project, too."""
+    try:
+        home: str = pwd.getpwuid(os.getuid()).pw_dir
+        return os.path.dirname(home)
+    except KeyError:
+        return "/home"  # a user without an entry, as containers have
+
+
 def _project_mounts(config: pytest.Config) -> list[Mount]:
     """The project, copy-on-write: rootdir, the current directory, and what was named on the command line."""
     wanted = [str(config.rootpath), os.getcwd()]
@@ -168,10 +178,10 @@ def _project_mounts(config: pytest.Config) -> list[Mount]:
         path = os.path.abspath(argument.split("::")[0])
         if os.path.exists(path):
             wanted.append(path if os.path.isdir(path) else os.path.dirname(path))
-    home = os.path.expanduser("~")
+    homes = _directory_of_homes()
     chosen: list[str] = []
     for path in sorted(dict.fromkeys(map(os.path.realpath, wanted)), key=len):
         # `/` or the directory of all homes is nobody's project; a rootdir there means that none was found.
-        if not is_within(path, chosen) and path not in ("/", "/home", "/tmp", os.path.dirname(home)):
+        if not is_within(path, chosen) and path not in ("/", "/home", "/tmp", homes):
             chosen.append(path)
     return [Mount.overlay(path) for path in chosen]

@@ -6,6 +6,7 @@ first directory of every name would be number 0: so those of the tests before ar
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,7 +57,8 @@ class TmpPaths:
         if item in self._numbers:
             name, number = self._numbers[item]
             if number:
-                os.makedirs(self.base / f"{name}{number - 1}", 0o700, exist_ok=True)
+                with contextlib.suppress(UnicodeEncodeError):  # in an ASCII locale; a test that wants it hears so itself
+                    os.makedirs(self.base / f"{name}{number - 1}", 0o700, exist_ok=True)
 
     def path_of(self, item: pytest.Item) -> Path | None:
         """Where the test's own directory is, if it has asked for one."""

@@ -5,6 +5,7 @@ JSON alone has no tuples, no sets, and no keys but text. Neither side builds any
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from isolation.plain import os
@@ -16,6 +17,7 @@ _DEEPEST = 24
 _VALUES_AT_MOST = 50_000
 _TEXT_AT_MOST = 4 << 20  # characters, in all
 _INT_AT_MOST = 1 << 512
+_SAME_HASH_AT_MOST = 16  # values that have one hash; among many of them, each look-up would be a search
 
 
 class NotPlain(ValueError):
@@ -105,7 +107,18 @@ def _unpack(sent: object, room: _Room, depth: int) -> Any:
     if not isinstance(items, list) or not isinstance(kind, str):
         raise NotPlain("no such value")
     if kind == "dict":
-        return {_unpack(name, room, depth + 1): _unpack(each, room, depth + 1) for name, each in items}
+        names = [_unpack(name, room, depth + 1) for name, _each in items]
+        _check_hashes(names)
+        return dict(zip(names, [_unpack(each, room, depth + 1) for _name, each in items], strict=True))
     if kind not in _KINDS:
         raise NotPlain("no such value")
-    return _KINDS[kind](_unpack(each, room, depth + 1) for each in items)
+    found = [_unpack(each, room, depth + 1) for each in items]
+    if _KINDS[kind] is not tuple:
+        _check_hashes(found)
+    return _KINDS[kind](found)
+
+
+def _check_hashes(keys: list[Any]) -> None:
+    """Numbers that differ by a multiple of `sys.hash_info.modulus` have the same; and what holds them. Raises NotPlain."""
+    if len(keys) > _SAME_HASH_AT_MOST and max(Counter(map(hash, keys)).values()) > _SAME_HASH_AT_MOST:
+        raise NotPlain("too many values of one hash")

@@ -179,8 +179,9 @@ class Worker:
             return (yield)
         before = report.longreprtext, list(report.sections)
         result = yield
-        if before != (report.longreprtext, report.sections):
-            self._send({"amended": True}, reports.encode(self._config, report))
+        shown = hasattr(report, "_pdbshown")  # by the debugger: pytest's summary leaves it out (pytest: debugging.py)
+        if shown or before != (report.longreprtext, report.sections):
+            self._send({"amended": True, "shown": shown}, reports.encode(self._config, report))
         return result
 
     @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from pytest_isolation import text
+from pytest_isolation import text, values
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -430,3 +430,41 @@ def test_no_text_from_inside_moves_the_terminal() -> None:
     assert text.clean_name("a\r\nb\u202e") == "a\\x0d\\x0ab\\u202e"
     cleaned = text.clean_all({"lines": {"\x1b]52;c;eA==\x07": 1, "\x9b6n": ["\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"})
     assert cleaned == {"lines": {"\\x1b]52;c;eA==\\x07": 1, "\\x9b6n": ["\\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"}
+
+
+def test_a_template_that_never_stops_talking(pytester: pytest.Pytester) -> None:
+    """A process that it has left behind says more than anybody reads, while the template waits to be forked."""
+    pytester.makepyfile("""
+        import os, pytest
+
+        @pytest.fixture(scope="session")
+        def evil(request):
+            from pytest_isolation import carry
+            carry.Held.describe = lambda *a, **k: ""
+            guest = request.config.pluginmanager.getplugin("isolation-worker").guest
+            fd = os.dup(guest.wire.sock.fileno())
+            if os.fork() == 0:
+                os.setsid()
+                frames = b"\\0\\0\\0\\x02\\0\\0\\0\\0{}" * 50
+                while True: os.write(fd, frames)
+            yield 1
+
+        def test_uses(evil): pass
+        def test_innocent(): pass
+    """)
+    result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider", "--isolation-timeout=60s", timeout=600)
+    assert result.parseoutcomes()["passed"] >= 1
+
+
+def test_values_of_one_hash_are_no_work_for_the_host() -> None:
+    """What is looked up among them would be searched for."""
+    modulus = sys.hash_info.modulus
+    same = [number * modulus for number in range(1, 10_000)]
+    for sent in (
+        {"$": "set", "items": same}, {"$": "frozenset", "items": same[:17]}, {"$": "dict", "items": [[number, 1] for number in same]},
+        {"$": "set", "items": [{"$": "tuple", "items": [number]} for number in same]},
+    ):  # fmt: skip
+        with pytest.raises(values.NotPlain, match="one hash"):
+            values.unpack(sent)
+    assert values.unpack({"$": "set", "items": list(range(10_000))}) == set(range(10_000))
+    assert values.unpack(values.pack({(1, 2): {"a"}, -1: {-1, -2}})) == {(1, 2): {"a"}, -1: {-1, -2}}

@@ -156,3 +156,42 @@ def test_a_real_terminal(pytester: pytest.Pytester) -> None:
         assert screen.process.wait(600) in (1, 2)
     finally:
         screen.close()
+
+
+FLOODS = """
+    def flood(guest):
+        guest.send({"debugger": "enter"})
+        guest.receive()
+        frames = b"\\0\\0\\0\\x02\\0\\0\\0\\0{}" * 20000
+        while True: guest.wire.sock.sendall(frames)
+
+    def test_floods(request): flood(request.config.pluginmanager.getplugin("isolation-worker").guest)
+    def test_fine(): pass
+"""
+
+
+def test_a_flood_instead_of_a_debugger(pytester: pytest.Pytester) -> None:
+    """It counts as all that a test says, and is no reason to be late."""
+    pytester.makepyfile(FLOODS)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--isolation", "--isolation-timeout=60s"]
+    done = subprocess.run(command, input="", capture_output=True, text=True, timeout=600, check=False)
+    assert "1 failed, 1 passed" in done.stdout
+    assert "more than 200000 messages" in done.stdout or "timed out" in done.stdout
+
+
+def test_a_flood_does_not_keep_the_keys(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(FLOODS.replace("sendall(frames)", "sendall(frames[:10])"))
+    screen = Screen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--isolation", "-k", "floods"])
+    try:
+        at = screen.until("what you type is its own")
+        screen.type("\x03\x03\x03\x03\x03")
+        screen.until("=====", at)  # by the keys, or because it has said too much
+        assert screen.process.wait(600) in (1, 2)
+    finally:
+        screen.close()
+
+
+def test_what_the_debugger_has_shown_is_not_shown_again(pytester: pytest.Pytester) -> None:
+    text = piped(pytester, "c\n", "--pdb", "-k", "fails")
+    assert text.count("E       assert 41 == 42") == 1
+    assert "1 failed" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -186,3 +187,45 @@ def test_a_directory_that_is_mounted_at_another_place(pytester: pytest.Pytester,
         def test_it(): assert os.path.isdir(MADE)
     """)
     run(pytester, f"--isolation-mount={elsewhere}:/data:overlay").assert_outcomes(passed=1)
+
+
+def test_a_directory_for_temporary_files_may_be_a_link(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path(f"/var/tmp/isolation-test-{os.getpid()}")
+    link = real.with_name(f"{real.name}-link")
+    real.mkdir()
+    link.symlink_to(real)
+    try:
+        monkeypatch.setenv("TMPDIR", str(link))
+        pytester.makepyfile(
+            "import tempfile\ndef test_it(tmp_path): assert tempfile.mkdtemp().startswith(tempfile.gettempdir())"
+        )
+        result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider")
+        result.assert_outcomes(passed=1)
+        assert [path.name for path in real.iterdir() if not path.name.startswith("pytest-of-")] == []
+    finally:
+        link.unlink()
+        shutil.rmtree(real)
+
+
+def test_a_home_within_the_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pytester.path / "home").mkdir()
+    (pytester.path / "home/.rc").write_text("mine")
+    monkeypatch.setenv("HOME", str(pytester.path / "home"))
+    pytester.makepyfile("import pathlib\ndef test_it(): assert (pathlib.Path.home() / '.rc').read_text() == 'mine'")
+    pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider").assert_outcomes(passed=1)
+
+
+def test_what_a_test_has_made_unreadable_is_left_out(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import os
+        def test_it(tmp_path):
+            (tmp_path / "kept").write_text("x")
+            (tmp_path / "secret").write_text("x")
+            os.chmod(tmp_path / "secret", 0)
+            (tmp_path / "closed").mkdir()
+            os.chmod(tmp_path / "closed", 0)
+            assert False
+    """)
+    result = pytester.runpytest_subprocess("--isolation", "-p", "no:cacheprovider", f"--basetemp={pytester.path}/base")
+    result.assert_outcomes(failed=1)
+    assert (pytester.path / "base/test_it0/kept").read_text() == "x"

@@ -747,3 +747,27 @@ def test_another_parameter_ends_what_depends_on_it(pytester: pytest.Pytester) ->
     plain, isolated = run(pytester, "-s"), run(pytester, "--isolation", "-s")
     isolated.assert_outcomes(passed=6)
     assert sorted(steps(isolated)) == sorted(steps(plain))
+
+
+@pytest.mark.parametrize("how", ["pytest.exit('enough')", "raise KeyboardInterrupt", "assert False"])
+def test_what_is_set_up_is_torn_down_however_the_run_ends(pytester: pytest.Pytester, how: str) -> None:
+    """What a fixture has done outside, where it may write, it undoes."""
+    (pytester.path / "out").mkdir()
+    pytester.makepyfile(f"""
+        import pathlib, pytest
+        @pytest.fixture(scope="session")
+        def lock():
+            path = pathlib.Path("out/lock")
+            path.write_text("x")
+            yield
+            print("torn down")
+            path.unlink()
+        def test_1(lock): assert pathlib.Path("out/lock").exists()
+        def test_2(lock): {how}
+        def test_3(lock): pass
+    """)
+    mount = f"--isolation-mount={pytester.path}/out:{pytester.path}/out:rw"
+    result = pytester.runpytest_subprocess("--isolation", mount, "-p", "no:cacheprovider", "-x", "-s")
+    assert "torn down" in result.stdout.str()
+    assert not (pytester.path / "out/lock").exists()
+    assert result.parseoutcomes()["passed"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,7 +148,7 @@ def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
     home = os.path.normpath(env.get("HOME", "/"))
     private = _private(env, places)
     kept, links = _kept(python, [path for path, _mode in private])
-    links.append(("/var/run", "/run"))
+    links += [("/var/run", "/run"), *_links(env, seen)]
     order = {
         "user": {"uid": os.geteuid(), "gid": os.getegid(), "groups": []},
         "env": env,
@@ -203,10 +203,17 @@ def _private(env: dict[str, str], places: Iterable[str]) -> list[tuple[str, int]
     wanted = {"/tmp": 0o1777, "/var/tmp": 0o1777, "/run": 0o755}
     for name in ("TMPDIR", "TEMP", "TMP", "HOME"):
         path = os.path.normpath(env.get(name, "/"))
-        if path.startswith("/") and path not in ("/", "//") and not os.path.islink(path):
-            wanted.setdefault(path, 0o700 if name == "HOME" else 0o1777)
+        if path.startswith("/") and path not in ("/", "//"):
+            wanted.setdefault(os.path.realpath(path), 0o700 if name == "HOME" else 0o1777)
     found = [(path, mode) for path, mode in wanted.items() if not is_within(path, places)]
     return sorted(found, key=lambda entry: entry[0].count("/"))
+
+
+def _links(env: dict[str, str], seen: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Where such a variable names a symbolic link, which is not there by itself."""
+    for path in {os.path.normpath(env.get(name, "/")) for name in ("TMPDIR", "TEMP", "TMP", "HOME")}:
+        if os.path.islink(path) and not is_within(path, seen):
+            yield path, os.path.realpath(path)
 
 
 def _kept(python: Iterable[str], private: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

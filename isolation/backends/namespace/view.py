@@ -143,7 +143,7 @@ class View:
     def show(self, path: str, target: str | None = None, *, writable: bool, owned: bool | None = None) -> None:
         """A directory (copy-on-write if `writable`) or file (read-only) of the user's; symlinks on the way to it, too. One
         that is a system directory, or holds such, is not the user's own, unless `owned` says so."""
-        real = self._follow(path) if target is None else os.path.realpath(path)
+        real = self.follow(path) if target is None else os.path.realpath(path)
         if owned is None:
             owned = not any(is_within(system, [real]) for system in _system())
         self._overlay(real, target or real, owned=owned, writable=writable, explicit=target is not None)
@@ -151,7 +151,7 @@ class View:
     def environment(self, path: str) -> None:
         """What Python imports from, read-only. To root, all files are shown by their modes for others, but those that are
         imported: an installation holds keys and passwords, too (etc, pip.conf), and one in /usr is the system's."""
-        real = self._follow(path)
+        real = self.follow(path)
         if self._stage is None:
             self._overlay(real, real, owned=True, writable=False)
         elif is_within(real, _system()):
@@ -208,7 +208,7 @@ class View:
         """Whether `path` (without symlinks) is part of the view."""
         return path in self._operations or self._covering(path) is not None
 
-    def _follow(self, path: str) -> str:
+    def follow(self, path: str) -> str:
         """Resolve `path` step by step, adding each symlink that is met outside of what is already shown."""
         done, todo = "/", [part for part in path.split("/") if part]
         links = 0

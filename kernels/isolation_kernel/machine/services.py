@@ -27,6 +27,9 @@ class MachineServices(Services):
         self._moved = moved
         self._checkpoints: dict[str, Template] = {}
 
+    def _changes(self, _message: Message) -> list[Any]:
+        return self._find_changes()  # the machine's agent looks, on the machine's time
+
     def _all_changes(self) -> list[Any]:
         return self._machine.changes()
 

@@ -54,12 +54,16 @@ class TmpPathCarrier(Carrier):
         left = _BYTES_AT_MOST
         cut = False
         for parts, path in _walk(top, ()):
-            size = -1 if path.is_dir() else path.stat().st_size
-            cut = cut or size > left or len(found) >= _FILES_AT_MOST
-            if cut:
-                break
+            try:
+                size = -1 if path.is_dir() else path.stat().st_size
+                cut = cut or size > left or len(found) >= _FILES_AT_MOST
+                if cut:
+                    break
+                content = None if size < 0 else base64.b64encode(path.read_bytes()).decode()
+            except OSError:
+                continue  # the test has made it unreadable, or something removes it meanwhile
             left -= max(0, size)
-            found.append([list(parts), None if size < 0 else base64.b64encode(path.read_bytes()).decode()])
+            found.append([list(parts), content])
         return {"files": found, "cut": cut}
 
     def check(self, item: pytest.Item, sent: Any) -> tuple[list[File], bool]:
@@ -117,9 +121,16 @@ class TmpPathCarrier(Carrier):
 
 def _walk(directory: Path, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:
     """Regular files and directories, parents first."""
-    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+    try:
+        entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
         here = (*parts, entry.name)
-        mode = entry.stat(follow_symlinks=False).st_mode
+        try:
+            mode = entry.stat(follow_symlinks=False).st_mode
+        except OSError:
+            continue
         if stat.S_ISDIR(mode) and len(here) < _DEEPEST:
             yield here, Path(entry.path)
             yield from _walk(Path(entry.path), here)
