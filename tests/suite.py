@@ -207,6 +207,7 @@ def main() -> int:
     flaky: list[str] = []
     with tempfile.TemporaryDirectory(prefix="isolation-tests-") as name, together() as common:
         directory = Path(name)
+        os.environ.setdefault("ISOLATION_TEST_CACHE", f"{directory}/downloads")  # three files' tests need the same kernel
         for outcome in side_by_side(files, options.jobs, directory):
             print(outcome, flush=True)
             counts += outcome.counts
