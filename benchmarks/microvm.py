@@ -17,12 +17,13 @@ from pathlib import Path
 from _common import median, table
 
 from isolation import Mount, SandboxSpec
-from isolation.backends.microvm import boot, machine, setup
+from isolation.backends.microvm import boot, machine
+from isolation.backends.microvm.artifacts import setup
+from isolation.backends.microvm.artifacts.progress import Progress
 from isolation.backends.microvm.plan import Plan, make_plan
 from isolation.backends.microvm.plugin import MicrovmBackend, acceleration
-from isolation.backends.microvm.progress import Progress
 from isolation.backends.microvm.template import MicrovmTemplate
-from isolation.backends.microvm.vm import State, Vm
+from isolation.backends.microvm.vm.vm import State, Vm
 from isolation.guest import Guest
 
 TESTS = "import pytest\n@pytest.mark.parametrize('n', range(200))\ndef test_x(n): assert n >= 0\n"

@@ -12,10 +12,10 @@ import pytest
 
 from isolation import SandboxSpec, registry
 from isolation.backends import showing
-from isolation.backends.microvm import setup
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.layers import Layer
-from isolation.backends.microvm.progress import SILENT
+from isolation.backends.microvm.artifacts import setup
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.layers import Layer
+from isolation.backends.microvm.artifacts.progress import SILENT
 from isolation.backends.namespace import launcher
 from isolation.paths import is_within
 

@@ -33,7 +33,7 @@ from kernel.test_protocol import Samples
 from kernel.test_proxy import GET, Index, index
 
 import isolation
-from isolation.backends.microvm import setup
+from isolation.backends.microvm.artifacts import setup
 from isolation.errors import LaunchError
 from isolation.mux import MuxError
 

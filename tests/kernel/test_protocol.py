@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jupyter_kernel_test
 import pytest
+from kernel.frontend import PATIENCE
 
 pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("jupyter")]
 
@@ -35,6 +37,26 @@ class Samples:
     complete_code_samples = ("1", "print('hello, world')", "def f(x):\n  return x*2\n\n\n")
     incomplete_code_samples = ("print('''hello", "def f(x):\n  x*2")
     invalid_code_samples = ("import = 7q",)
+    kc: Any
+
+    def setUp(self) -> None:
+        """Upstream waits a tenth of a second for the next message, and takes silence as long for its end: on a busy machine
+        that is neither."""
+        super().setUp()  # type: ignore[misc]
+        if "get_shell_msg" not in vars(self.kc):
+            next_output, next_reply = self.kc.iopub_channel.get_msg, self.kc.get_shell_msg
+            self.kc.iopub_channel.get_msg = lambda timeout=None: next_output(timeout=PATIENCE)
+            self.kc.get_shell_msg = lambda timeout=None: next_reply(timeout=PATIENCE)
+
+    def flush_channels(self) -> None:
+        """Until the kernel has done something that was asked last: nothing of before is on its way then."""
+        asked = self.kc.kernel_info()
+        while self.kc.get_shell_msg(timeout=PATIENCE)["parent_header"].get("msg_id") != asked:
+            pass
+        while True:
+            message = self.kc.get_iopub_msg(timeout=PATIENCE)
+            if message["parent_header"].get("msg_id") == asked and message["content"].get("execution_state") == "idle":
+                return
 
 
 class TestByArgv(Samples, jupyter_kernel_test.KernelTests):

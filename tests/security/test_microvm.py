@@ -16,9 +16,9 @@ from security import attacks
 from security.driver import SECRET, Host
 
 from isolation import Mount, Sandbox, SandboxSpec
-from isolation.backends.microvm import memory, qemu
-from isolation.backends.microvm.qemu import Hardware
-from isolation.backends.microvm.vm import Vm
+from isolation.backends.microvm.vm import memory, qemu
+from isolation.backends.microvm.vm.qemu import Hardware
+from isolation.backends.microvm.vm.vm import Vm
 
 pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("microvm_ready")]
 

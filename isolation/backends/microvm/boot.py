@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from isolation.backends.microvm import initramfs, plan, qemu
+from isolation.backends.microvm import plan
+from isolation.backends.microvm.artifacts import initramfs
+from isolation.backends.microvm.artifacts.setup import Images
 from isolation.backends.microvm.plan import Plan
-from isolation.backends.microvm.qemu import Boot
-from isolation.backends.microvm.setup import Images
-from isolation.backends.microvm.snapshot import Key, Snapshot
-from isolation.backends.microvm.vm import State, Vm
+from isolation.backends.microvm.vm import qemu
+from isolation.backends.microvm.vm.qemu import Boot
+from isolation.backends.microvm.vm.snapshot import Key, Snapshot
+from isolation.backends.microvm.vm.vm import State, Vm
 from isolation.errors import LaunchError
 from isolation.plain import threading
 from isolation.spec import SandboxSpec

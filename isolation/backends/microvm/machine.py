@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from isolation.backends.microvm import boot
-from isolation.backends.microvm.link import Ends, clean
 from isolation.backends.microvm.plan import Plan, now, seed
-from isolation.backends.microvm.vm import Vm
+from isolation.backends.microvm.vm.link import Ends, clean
+from isolation.backends.microvm.vm.vm import Vm
 from isolation.backends.refusal import not_started
 from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed
 from isolation.hookspecs import Machine

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from isolation.backends.microvm import memory, qemu
+from isolation.backends.microvm.artifacts.layers import Layer
+from isolation.backends.microvm.artifacts.setup import Images
 from isolation.backends.microvm.guest import renew
-from isolation.backends.microvm.layers import Layer
-from isolation.backends.microvm.qemu import Hardware
-from isolation.backends.microvm.setup import Images
+from isolation.backends.microvm.vm import memory, qemu
+from isolation.backends.microvm.vm.qemu import Hardware
 from isolation.backends.showing import SYSTEM, environment_for, python_environment
 from isolation.errors import FeatureMissing, SpecError
 from isolation.paths import is_within

@@ -28,8 +28,8 @@ from isolation.spec import SandboxSpec
 from isolation.template import Template
 
 if TYPE_CHECKING:
+    from isolation.backends.microvm.artifacts.setup import Images
     from isolation.backends.microvm.plan import Plan
-    from isolation.backends.microvm.setup import Images
 
 
 class MicrovmBackend(Backend):
@@ -47,7 +47,7 @@ class MicrovmBackend(Backend):
         return frozenset(found | {SNAPSHOT, TTY})
 
     def describe(self) -> str:
-        from isolation.backends.microvm import accel
+        from isolation.backends.microvm.vm import accel
 
         return f"microvm ({accel.describe(acceleration(_images()))})"
 
@@ -70,14 +70,14 @@ class MicrovmBackend(Backend):
         return _plan(spec).describe()
 
     def main(self, argv: Sequence[str]) -> int:
-        from isolation.backends.microvm import commands
+        from isolation.backends.microvm.artifacts import commands
 
         return commands.main(argv)
 
 
 def _images() -> Images:
-    from isolation.backends.microvm import setup
-    from isolation.backends.microvm.progress import SILENT, Progress
+    from isolation.backends.microvm.artifacts import setup
+    from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 
     progress = Progress.stderr() if sys.stderr is not None and sys.stderr.isatty() else SILENT
     return setup.load(progress=progress)
@@ -85,7 +85,8 @@ def _images() -> Images:
 
 def acceleration(images: Images) -> str:
     """ "kvm" or "tcg", whichever works here."""
-    from isolation.backends.microvm import accel, boot
+    from isolation.backends.microvm import boot
+    from isolation.backends.microvm.vm import accel
 
     return accel.choose(images.cache, lambda: boot.boots_with_kvm(images))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from isolation import registry
-from isolation.backends.microvm import accel, qemu, setup
-from isolation.backends.microvm.setup import Images
+from isolation.backends.microvm.artifacts import setup
+from isolation.backends.microvm.artifacts.setup import Images
+from isolation.backends.microvm.vm import accel, qemu
 from isolation.errors import IsolationError
 from isolation.hookspecs import Check, Probe
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from isolation.backends.microvm import boot, machine
 from isolation.backends.microvm.guest import warm_payload
-from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.plan import Plan, now, seed
-from isolation.backends.microvm.snapshot import Key, Snapshot
-from isolation.backends.microvm.vm import State, Vm
+from isolation.backends.microvm.vm.link import Link, clean, text_of
+from isolation.backends.microvm.vm.snapshot import Key, Snapshot
+from isolation.backends.microvm.vm.vm import State, Vm
 from isolation.errors import FeatureMissing, LaunchError, SandboxClosed, SpecError, WireError
 from isolation.plain import json, select, socket, threading, time
 from isolation.result import Change, Ended, Usage, Verdict

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from isolation.backends.microvm import setup
-from isolation.backends.microvm.cache import Cache
+from isolation.backends.microvm.artifacts import setup
+from isolation.backends.microvm.artifacts.cache import Cache
 from isolation.backends.showing import SYSTEM, python_environment
 from isolation.errors import IsolationError, LaunchError
 from isolation.paths import is_within

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import apt, kernel
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import SILENT
+from isolation.backends.microvm.artifacts import apt, kernel
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import SILENT
 
 
 @pytest.fixture(scope="session")

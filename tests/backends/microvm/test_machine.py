@@ -17,10 +17,11 @@ import pytest
 from conftest import alive, machines
 
 from isolation import PIPE, Ended, LaunchError, Limits, Mount, Sandbox, SandboxClosed, SandboxSpec
-from isolation.backends.microvm import boot, memory, qemu
-from isolation.backends.microvm import vm as vms
+from isolation.backends.microvm import boot
 from isolation.backends.microvm.machine import MicrovmMachine
-from isolation.backends.microvm.vm import State
+from isolation.backends.microvm.vm import memory, qemu
+from isolation.backends.microvm.vm import vm as vms
+from isolation.backends.microvm.vm.vm import State
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("microvm_ready", "nothing_left")]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import apt, deb, kernel, modules, tools, vmlinux
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import SILENT
+from isolation.backends.microvm.artifacts import apt, deb, kernel, modules, tools, vmlinux
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import SILENT
 from isolation.errors import BackendUnavailable, IsolationError, LaunchError
 
 pytestmark = pytest.mark.once

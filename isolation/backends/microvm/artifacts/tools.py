@@ -10,9 +10,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from isolation.backends.microvm.apt import Apt
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import SILENT, Progress
+from isolation.backends.microvm.artifacts.apt import Apt
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 from isolation.errors import LaunchError
 from isolation.plain import subprocess
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from isolation.backends.microvm import stamp
-from isolation.backends.microvm.progress import SILENT, Progress
+from isolation.backends.microvm.artifacts import stamp
+from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 from isolation.errors import LaunchError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*")

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from isolation.backends.microvm import vm as vms
-from isolation.backends.microvm.qmp import Qmp, QmpError
-from isolation.backends.microvm.vm import Vm
+from isolation.backends.microvm.vm import vm as vms
+from isolation.backends.microvm.vm.qmp import Qmp, QmpError
+from isolation.backends.microvm.vm.vm import Vm
 from isolation.errors import LaunchError
 
 pytestmark = pytest.mark.once

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from isolation.backends.microvm import qemu
-from isolation.backends.microvm.cache import Cache
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.vm import qemu
 from isolation.errors import BackendUnavailable, LaunchError
 from isolation.plain import json
 

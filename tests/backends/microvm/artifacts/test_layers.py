@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import layers, setup, squashfs, tools, trees
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import SILENT
+from isolation.backends.microvm.artifacts import layers, setup, squashfs, tools, trees
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import SILENT
 from isolation.errors import BackendUnavailable, LaunchError, SpecError
 
 pytestmark = [

@@ -13,9 +13,9 @@ import re
 import shutil
 from pathlib import Path
 
-from isolation.backends.microvm import deb
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import Progress, megabytes
+from isolation.backends.microvm.artifacts import deb
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import Progress, megabytes
 from isolation.errors import LaunchError
 from isolation.plain import subprocess, time
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from isolation.backends.microvm import accel, qemu
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.qemu import Boot, Descriptors, Hardware, Qemu
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.vm import accel, qemu
+from isolation.backends.microvm.vm.qemu import Boot, Descriptors, Hardware, Qemu
 from isolation.errors import BackendUnavailable
 
 pytestmark = pytest.mark.once

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.microvm import setup
+from isolation.backends.microvm.artifacts import setup
 from isolation.errors import BackendUnavailable
 from isolation.hookspecs import FIRST_PASSED
 from isolation.plain import subprocess

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import stamp
-from isolation.backends.microvm.cache import Cache, CacheError
-from isolation.backends.microvm.progress import SILENT, Progress
+from isolation.backends.microvm.artifacts import stamp
+from isolation.backends.microvm.artifacts.cache import Cache, CacheError
+from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 from isolation.errors import LaunchError
 
 pytestmark = pytest.mark.once
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.once
 BUILDER = """
 import sys, time, os
 from pathlib import Path
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import Progress
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import Progress
 root, seconds, log = sys.argv[1:]
 def build(target):
     with open(log, "a") as file: file.write("built\\n")

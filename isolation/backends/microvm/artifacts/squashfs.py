@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from isolation.backends.microvm.tools import Program
-from isolation.backends.microvm.trees import Report, Tar
+from isolation.backends.microvm.artifacts.tools import Program
+from isolation.backends.microvm.artifacts.trees import Report, Tar
 from isolation.errors import BackendUnavailable, LaunchError
 from isolation.plain import subprocess
 

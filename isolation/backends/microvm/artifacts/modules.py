@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from isolation.backends.microvm.deb import unzstd
+from isolation.backends.microvm.artifacts.deb import unzstd
 from isolation.errors import LaunchError
 
 REQUIRED = ("virtio_mmio", "virtio_blk", "virtio_console", "virtio_rng", "squashfs", "overlay")

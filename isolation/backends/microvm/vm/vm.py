@@ -7,10 +7,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isolation.backends.microvm import memory, qemu
-from isolation.backends.microvm.link import Link, clean, text_of
-from isolation.backends.microvm.qemu import Boot, Descriptors, Hardware
-from isolation.backends.microvm.qmp import Qmp, QmpError
+from isolation.backends.microvm.vm import memory, qemu
+from isolation.backends.microvm.vm.link import Link, clean, text_of
+from isolation.backends.microvm.vm.qemu import Boot, Descriptors, Hardware
+from isolation.backends.microvm.vm.qmp import Qmp, QmpError
 from isolation.errors import LaunchError, SandboxClosed
 from isolation.plain import socket, threading, time
 from isolation.sandbox import PIPE, Process, Sandbox

@@ -26,9 +26,9 @@ from pathlib import Path
 from types import ModuleType
 
 import isolation
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.kernel import Kernel
-from isolation.backends.microvm.progress import SILENT, Progress
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.kernel import Kernel
+from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 from isolation.errors import SpecError
 
 KIND = "initramfs"

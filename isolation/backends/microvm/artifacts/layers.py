@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from isolation.backends import showing
-from isolation.backends.microvm import squashfs, stamp, tools
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import SILENT, Progress, megabytes
-from isolation.backends.microvm.trees import Report, Rules, Tar, digest
+from isolation.backends.microvm.artifacts import squashfs, stamp, tools
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import SILENT, Progress, megabytes
+from isolation.backends.microvm.artifacts.trees import Report, Rules, Tar, digest
 from isolation.errors import BackendUnavailable, SpecError
 from isolation.paths import is_within
 from isolation.plain import json

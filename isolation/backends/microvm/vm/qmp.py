@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from isolation.backends.microvm.link import clean
+from isolation.backends.microvm.vm.link import clean
 from isolation.errors import LaunchError
 from isolation.plain import json, select, socket, time
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import commands, initramfs, layers, setup
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.kernel import Kernel
-from isolation.backends.microvm.progress import SILENT
+from isolation.backends.microvm.artifacts import commands, initramfs, layers, setup
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.kernel import Kernel
+from isolation.backends.microvm.artifacts.progress import SILENT
 from isolation.errors import BackendUnavailable, LaunchError
 
 pytestmark = pytest.mark.once
@@ -233,7 +233,7 @@ def test_ctrl_c_leaves_a_cache_that_the_next_setup_goes_on_with(
     slow.write_text(f'#!/bin/sh\n[ "$1" = - ] || exec {real} "$@"\necho part > "$2"; echo > {begun}; exec sleep 1000\n')
     slow.chmod(0o755)
     code = (
-        "import sys, functools; from isolation.backends.microvm import commands, layers\n"
+        "import sys, functools; from isolation.backends.microvm.artifacts import commands, layers\n"
         f"layers.base = functools.partial(layers.base, root={str(system)!r})\n"
         f"layers.showing.python_environment = lambda: [{str(system / 'python')!r}]\n"
         "sys.exit(commands.main(sys.argv[1:]))"

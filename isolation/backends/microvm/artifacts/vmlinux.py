@@ -13,7 +13,7 @@ import struct
 import zlib
 from typing import Any
 
-from isolation.backends.microvm.deb import unzstd
+from isolation.backends.microvm.artifacts.deb import unzstd
 from isolation.errors import LaunchError
 
 _HDRS = 0x202

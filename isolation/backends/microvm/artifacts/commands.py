@@ -69,9 +69,9 @@ def _setup(options: argparse.Namespace) -> int:
     import os
     import time
 
-    from isolation.backends.microvm import setup
-    from isolation.backends.microvm.cache import Cache
-    from isolation.backends.microvm.progress import SILENT, Progress
+    from isolation.backends.microvm.artifacts import setup
+    from isolation.backends.microvm.artifacts.cache import Cache
+    from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 
     image: str | None = options.kernel
     modules: str | None = options.modules
@@ -99,8 +99,8 @@ def _setup(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from isolation.backends.microvm import status
-    from isolation.backends.microvm.cache import Cache
+    from isolation.backends.microvm.artifacts import status
+    from isolation.backends.microvm.artifacts.cache import Cache
 
     found = status.collect(Cache.default())
     if options.json:
@@ -113,9 +113,9 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from isolation.backends.microvm import status
-    from isolation.backends.microvm.cache import Cache
-    from isolation.backends.microvm.progress import megabytes
+    from isolation.backends.microvm.artifacts import status
+    from isolation.backends.microvm.artifacts.cache import Cache
+    from isolation.backends.microvm.artifacts.progress import megabytes
 
     freed, kept = status.clean(Cache.default(), everything=options.all)
     print(f"removed {megabytes(freed)}" + (f"; {kept} in use and kept" if kept else ""))

@@ -17,9 +17,9 @@ import pytest
 from isolation import Ended, GuestError, SandboxClosed
 from isolation.backends.microvm import machine as machines
 from isolation.backends.microvm import template as templates
-from isolation.backends.microvm.link import Link, clean, text_of
 from isolation.backends.microvm.machine import MicrovmMachine
 from isolation.backends.microvm.template import MicrovmFork
+from isolation.backends.microvm.vm.link import Link, clean, text_of
 from isolation.mux import Mux, MuxError
 from isolation.wire import Decoder, Message, encode
 
@@ -563,7 +563,7 @@ def test_a_fork_that_speaks_of_other_things(agent: Agent, held: MicrovmMachine, 
 
 def test_json_of_the_agents_words_is_what_it_takes() -> None:
     """`first_order` and the agent's reader agree."""
-    from isolation.backends.microvm.link import first_order
+    from isolation.backends.microvm.vm.link import first_order
 
     order = first_order({"op": "renew", "job": "ü"})
     assert json.loads(order[4:]) == {"op": "renew", "job": "ü"}

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isolation.backends.microvm import modules, stamp, vmlinux
-from isolation.backends.microvm.apt import Apt
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import Progress, megabytes
+from isolation.backends.microvm.artifacts import modules, stamp, vmlinux
+from isolation.backends.microvm.artifacts.apt import Apt
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import Progress, megabytes
 from isolation.errors import BackendUnavailable, LaunchError
 from isolation.plain import json
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import initramfs, layers, tools
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.kernel import Kernel
+from isolation.backends.microvm.artifacts import initramfs, layers, tools
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.kernel import Kernel
 from isolation.errors import SpecError
 
 pytestmark = pytest.mark.once

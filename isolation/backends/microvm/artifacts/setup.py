@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isolation.backends.microvm import initramfs, kernel, layers, tools
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.kernel import Kernel
-from isolation.backends.microvm.layers import Layer
-from isolation.backends.microvm.progress import SILENT, Progress
+from isolation.backends.microvm.artifacts import initramfs, kernel, layers, tools
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.kernel import Kernel
+from isolation.backends.microvm.artifacts.layers import Layer
+from isolation.backends.microvm.artifacts.progress import SILENT, Progress
 from isolation.errors import BackendUnavailable
 from isolation.plain import json
 

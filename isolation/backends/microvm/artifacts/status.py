@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from isolation.backends.microvm import kernel, layers, setup
-from isolation.backends.microvm.cache import Cache
-from isolation.backends.microvm.progress import megabytes
+from isolation.backends.microvm.artifacts import kernel, layers, setup
+from isolation.backends.microvm.artifacts.cache import Cache
+from isolation.backends.microvm.artifacts.progress import megabytes
 from isolation.errors import IsolationError
 from isolation.plain import subprocess, time
 

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from isolation.backends.microvm import memory, qemu
-from isolation.backends.microvm.qemu import Hardware
-from isolation.backends.microvm.vm import STATE_AT_MOST, State
+from isolation.backends.microvm.vm import memory, qemu
+from isolation.backends.microvm.vm.qemu import Hardware
+from isolation.backends.microvm.vm.vm import STATE_AT_MOST, State
 from isolation.errors import LaunchError
 from isolation.plain import json
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from isolation.backends.microvm import memory, qemu, snapshot
-from isolation.backends.microvm.qemu import Hardware, Qemu
-from isolation.backends.microvm.snapshot import Key, Snapshot, SnapshotError
-from isolation.backends.microvm.vm import State
+from isolation.backends.microvm.vm import memory, qemu, snapshot
+from isolation.backends.microvm.vm.qemu import Hardware, Qemu
+from isolation.backends.microvm.vm.snapshot import Key, Snapshot, SnapshotError
+from isolation.backends.microvm.vm.vm import State
 from isolation.errors import LaunchError
 
 pytestmark = pytest.mark.once
