@@ -16,7 +16,7 @@ from isolation.backends.microvm.artifacts import setup
 from isolation.backends.microvm.artifacts.cache import Cache
 from isolation.backends.microvm.artifacts.layers import Layer
 from isolation.backends.microvm.artifacts.progress import SILENT
-from isolation.backends.namespace import launcher
+from isolation.backends.namespace.host import supervisor_pool
 from isolation.paths import is_within
 
 pytest_plugins = ["pytester"]
@@ -132,7 +132,7 @@ def nothing_left() -> Iterator[None]:
     mine = Path("/proc/self/cmdline").read_bytes()
     before, running, abandoned = leftovers(mine), machines(os.getpid()), abandoned_cgroups()
     yield
-    launcher.release()
+    supervisor_pool.release()
     assert leftovers(mine) - before == set()
     assert machines(os.getpid()) - running == set()
     deadline = time.monotonic() + 60

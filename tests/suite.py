@@ -39,7 +39,7 @@ BOUND = 30 * 60  # s, for one file; the longest takes less than half of it
 LONG = """
     kernel/test_machine backends/microvm/test_machine kernel/test_features pytest_plugin/test_microvm kernel/test_undo
     pytest_plugin/test_ecosystem test_sandbox kernel/test_pool backends/microvm/test_template pytest_plugin/test_wide
-    backends/namespace/test_file_checkpoints pytest_plugin/test_outcomes pytest_plugin/test_sealed kernel/test_lab
+    backends/namespace/checkpoints/test_file_checkpoints pytest_plugin/test_outcomes pytest_plugin/test_sealed kernel/test_lab
     kernel/test_frontends kernel/test_security pytest_plugin/test_deadlock test_template test_branch security/test_microvm
     pytest_plugin/test_reports pytest_plugin/test_runs security/test_namespace test_docs test_examples
 """.split()
@@ -47,7 +47,7 @@ LONG = """
 POOL, KERNELS = "tests/kernel/test_pool.py", "tests/kernel/"
 # Seconds in all: no machine, no kernel, few runs of pytest.
 QUICK = """
-    backends/microvm/vm/test_qemu backends/microvm/vm/test_qmp backends/namespace/test_layers backends/namespace/test_plan
+    backends/microvm/vm/test_qemu backends/microvm/vm/test_qmp backends/namespace/rootfs/test_layer_tree backends/namespace/test_plan
     linux pytest_plugin/test_strays test_doctor test_mux test_spec test_template test_wire
 """.split()
 

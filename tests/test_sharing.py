@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from isolation import Limits, Mount, SandboxSpec, registry
-from isolation.backends.namespace import sharing
+from isolation.backends.namespace.process import shared_memory as sharing
 from isolation.guest import Guest
 from isolation.template import Template
 

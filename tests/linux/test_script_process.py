@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from isolation.backends.namespace.sleeper import Sleeper
+from isolation.backends.namespace.process.pause import Sleeper
 from isolation.linux import syscalls
 from isolation.linux.nsenter import NsEnter
 from isolation.linux.script_process import ChildStack, ScriptProcess

@@ -378,12 +378,12 @@ def test_a_template_that_refuses_to_be_forked_spoils_its_own_tests_only(pytester
 
         @pytest.fixture(scope="module")
         def refuses():
-            from isolation.backends.namespace.descend import Descent
+            from isolation.backends.namespace.process.fork_point import Descent
             Descent._give_birth = lambda *arguments: None if os.getpid() else None
 
         @pytest.fixture(scope="class")
         def dies():
-            from isolation.backends.namespace.descend import Descent
+            from isolation.backends.namespace.process.fork_point import Descent
             Descent._give_birth = lambda *arguments: os._exit(1)
 
         class TestDies:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isolation.backends.namespace import plan as plans
-from isolation.backends.namespace.machine import NamespaceMachine
-from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
-from isolation.backends.namespace.template import NamespaceTemplate
+from isolation.backends.namespace import planner as plans
+from isolation.backends.namespace.host.sandbox import NamespaceMachine
+from isolation.backends.namespace.host.template import NamespaceTemplate
+from isolation.backends.namespace.plan import ALL_DEFENCES
+from isolation.backends.namespace.planner import make_plan
 from isolation.backends.showing import python_environment
 from isolation.guest import Guest
 from isolation.sandbox import Sandbox

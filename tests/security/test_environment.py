@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from isolation import SandboxSpec
-from isolation.backends.namespace.machine import NamespaceMachine
-from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
+from isolation.backends.namespace.host.sandbox import NamespaceMachine
+from isolation.backends.namespace.plan import ALL_DEFENCES
+from isolation.backends.namespace.planner import make_plan
 from isolation.backends.showing import python_environment
 from isolation.sandbox import Sandbox
 

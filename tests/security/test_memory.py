@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from isolation import Ended, Limits, SandboxSpec
-from isolation.backends.namespace import memory
-from isolation.backends.namespace.machine import NamespaceMachine
-from isolation.backends.namespace.plan import ALL_DEFENCES, Plan, make_plan
-from isolation.backends.namespace.template import NamespaceTemplate
+from isolation.backends.namespace.host.sandbox import NamespaceMachine
+from isolation.backends.namespace.host.template import NamespaceTemplate
+from isolation.backends.namespace.plan import ALL_DEFENCES, Plan
+from isolation.backends.namespace.planner import make_plan
+from isolation.backends.namespace.process import memory_watch
 from isolation.backends.showing import python_environment
 from isolation.guest import Guest
 from isolation.sandbox import Sandbox
@@ -107,11 +108,11 @@ def _above(pid: int) -> set[int]:
 def test_what_cannot_be_looked_at_is_over_the_limit(error: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """But a process that has ended meanwhile holds nothing."""
 
-    def fail(self: memory.Watch, name: str) -> bytes:
+    def fail(self: memory_watch.Watch, name: str) -> bytes:
         raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(memory.Watch, "_read", fail)
-    watch = memory.Watch(
+    monkeypatch.setattr(memory_watch.Watch, "_read", fail)
+    watch = memory_watch.Watch(
         1 << 30,
         None,
         os.open("/proc", os.O_RDONLY | os.O_DIRECTORY),
@@ -127,7 +128,7 @@ def test_what_cannot_be_looked_at_is_over_the_limit(error: int, said: str, monke
 def test_far_from_the_limit_it_looks_seldom() -> None:
     """And never so that the limit could be reached unseen, by processors that do nothing but clear pages."""
     directory = os.open("/dev/shm", os.O_RDONLY | os.O_DIRECTORY)
-    far = memory.Watch(1 << 50, None, os.dup(directory), directory, kills=True)
+    far = memory_watch.Watch(1 << 50, None, os.dup(directory), directory, kills=True)
     try:
         assert far.look() == "low"
         assert 100 < far.interval <= 250

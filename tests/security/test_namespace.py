@@ -17,8 +17,9 @@ import pytest
 from security import attacks
 from security.driver import RUNNERS, SECRET, Host, run_command, run_fork
 
-from isolation.backends.namespace.machine import NamespaceMachine
-from isolation.backends.namespace.plan import ALL_DEFENCES, make_plan
+from isolation.backends.namespace.host.sandbox import NamespaceMachine
+from isolation.backends.namespace.plan import ALL_DEFENCES
+from isolation.backends.namespace.planner import make_plan
 from isolation.backends.showing import python_environment
 from isolation.sandbox import Sandbox
 from isolation.spec import Mount, SandboxSpec

@@ -43,26 +43,26 @@ class NamespaceBackend(Backend):
         return probe.probe(self.features())
 
     def features(self) -> frozenset[str]:
-        from isolation.backends.namespace import layering
+        from isolation.backends.namespace.checkpoints import remount
 
         found = {CHANGES, DISK_LIMIT, FORK, FORK_ACCOUNT, FORK_DEADLOCK, FORK_HERE, MEMORY_LIMIT, NESTING}
         found |= {NETWORK_HOST, NETWORK_NONE, PASS_FDS, PIDS_LIMIT, TTY}
         if Hierarchy.find().can("cpu"):
             found.add(CPU_LIMIT)
-        if layering.usable():
+        if remount.usable():
             found.add(FILE_CHECKPOINTS)
         return frozenset(found)
 
     def launch(self, spec: SandboxSpec) -> Machine:
-        from isolation.backends.namespace import launcher
-        from isolation.backends.namespace.machine import NamespaceMachine
+        from isolation.backends.namespace.host import supervisor_pool
+        from isolation.backends.namespace.host.sandbox import NamespaceMachine
 
-        return NamespaceMachine(launcher.plan_for(spec))
+        return NamespaceMachine(supervisor_pool.plan_for(spec))
 
     def template(self, spec: SandboxSpec, payload: Callable[..., object] | str, config: Any) -> Template:
-        from isolation.backends.namespace import launcher
-        from isolation.backends.namespace.machine import NamespaceMachine
-        from isolation.backends.namespace.template import NamespaceTemplate, SealedTemplate
+        from isolation.backends.namespace.host import supervisor_pool
+        from isolation.backends.namespace.host.sandbox import NamespaceMachine
+        from isolation.backends.namespace.host.template import NamespaceTemplate, SealedTemplate
 
         if isinstance(payload, str):
             module, _, function = payload.partition(":")
@@ -77,25 +77,25 @@ class NamespaceBackend(Backend):
                 "a fork of this very process cannot nest: its interpreter is the host's file, which only Landlock "
                 "protects, and nesting rules Landlock out; use a template inside a sandbox, or leave nesting out"
             )
-        return NamespaceTemplate(launcher.plan_for(spec), payload)
+        return NamespaceTemplate(supervisor_pool.plan_for(spec), payload)
 
     def carries(self, descriptors: Collection[int]) -> frozenset[int]:
-        from isolation.backends.namespace import stocktaking
+        from isolation.backends.namespace.process import recreatable
 
-        return frozenset(number for item in stocktaking.look(descriptors) for number in item.numbers)
+        return frozenset(number for item in recreatable.look(descriptors) for number in item.numbers)
 
     def borrow(self, token: Any, fds: Sequence[int]) -> Machine:
-        from isolation.backends.namespace.machine import BorrowedMachine
+        from isolation.backends.namespace.host.sandbox import BorrowedMachine
 
         return BorrowedMachine(token, fds[0])
 
     def notes(self, spec: SandboxSpec) -> Sequence[str]:
-        from isolation.backends.namespace import launcher
+        from isolation.backends.namespace.host import supervisor_pool
 
-        return launcher.plan_for(spec).notes
+        return supervisor_pool.plan_for(spec).notes
 
     def explain(self, spec: SandboxSpec) -> str:
-        from isolation.backends.namespace.plan import make_plan
+        from isolation.backends.namespace.planner import make_plan
         from isolation.backends.showing import python_environment
 
         return make_plan(spec, python=python_environment()).describe()

@@ -6,8 +6,8 @@ import platform
 from pathlib import Path
 from typing import Final
 
-from isolation.backends.namespace.machine import NamespaceMachine
-from isolation.backends.namespace.plan import make_plan
+from isolation.backends.namespace.host.sandbox import NamespaceMachine
+from isolation.backends.namespace.planner import make_plan
 from isolation.errors import IsolationError
 from isolation.hookspecs import Check, Probe
 from isolation.linux import syscalls

@@ -17,7 +17,7 @@ from conftest import alive, machines
 
 from isolation import Ended, LaunchError, Limits, Mount, Sandbox, SandboxClosed, SandboxSpec, Verdict
 from isolation.backends.microvm.template import MicrovmTemplate
-from isolation.backends.namespace import launcher
+from isolation.backends.namespace.host import supervisor_pool
 from isolation.guest import Guest
 from isolation.template import Template
 
@@ -117,7 +117,7 @@ def template(directory: Path, microvm_ready: None) -> Iterator[Template]:
         with Sandbox(spec(directory)).template("warm_machine:main") as made:
             time.sleep(2)  # so that a clock that stood still would show
             yield made
-        launcher.release()
+        supervisor_pool.release()
         assert machines(os.getpid()) == set()
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from isolation import plain
-from isolation.backends.namespace import fds, operations
-from isolation.backends.namespace.adoption import Seed
-from isolation.backends.namespace.operations import (
+from isolation.backends.namespace.planner import make_plan
+from isolation.backends.namespace.process import inherited
+from isolation.backends.namespace.rootfs import mounts
+from isolation.backends.namespace.rootfs.adoption import Seed
+from isolation.backends.namespace.rootfs.mounts import (
     Bind,
     FreshOperation,
     Ground,
@@ -23,9 +25,8 @@ from isolation.backends.namespace.operations import (
     Rebind,
     Symlink,
 )
-from isolation.backends.namespace.operations import View as ReadOnly
-from isolation.backends.namespace.plan import make_plan
-from isolation.backends.namespace.view import View
+from isolation.backends.namespace.rootfs.mounts import View as ReadOnly
+from isolation.backends.namespace.rootfs.view import View
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.linux import syscalls
@@ -292,7 +293,7 @@ def test_descriptors_are_classified(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("x")
     with (tmp_path / "f").open() as file, tempfile.TemporaryFile() as gone, socket.socket() as sock:
         directory = os.open(tmp_path, os.O_RDONLY)
-        found = {item.fd: item for item in fds.inventory()}
+        found = {item.fd: item for item in inherited.inventory()}
         os.close(directory)
         assert found[file.fileno()].path == str(tmp_path / "f")
         assert found[gone.fileno()].scratch
@@ -302,7 +303,7 @@ def test_descriptors_are_classified(tmp_path: Path) -> None:
 
 
 def test_names_of_operations_do_not_collide() -> None:
-    kinds = [*operations.BaseOperation.__subclasses__(), *operations.FreshOperation.__subclasses__()]
+    kinds = [*mounts.BaseOperation.__subclasses__(), *mounts.FreshOperation.__subclasses__()]
     assert len({kind.__name__ for kind in kinds}) == len(kinds) > 10
 
 
