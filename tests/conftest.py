@@ -67,7 +67,7 @@ def leftovers(mark: bytes) -> set[str]:
 
 
 def abandoned_cgroups() -> set[str]:
-    """Those whose keeper is gone."""
+    """Those whose supervisor is gone."""
     found = set()
     for directory, names, _files in os.walk("/sys/fs/cgroup"):
         for name in names:
@@ -77,7 +77,7 @@ def abandoned_cgroups() -> set[str]:
 
 
 def machines(host: int) -> set[int]:
-    """Every QEMU process below `host`; its sandbox and its keeper are between the two."""
+    """Every QEMU process below `host`; its sandbox and its supervisor are between the two."""
     return {pid for pid in _qemu_processes() if host in _above(pid)}
 
 
@@ -137,7 +137,7 @@ def nothing_left() -> Iterator[None]:
     assert machines(os.getpid()) - running == set()
     deadline = time.monotonic() + 60
     while (left := abandoned_cgroups() - abandoned) and time.monotonic() < deadline:
-        time.sleep(0.1)  # of a host that another file's test has killed: the next keeper there removes it
+        time.sleep(0.1)  # of a host that another file's test has killed: the next supervisor there removes it
     assert left == set()
 
 

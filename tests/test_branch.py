@@ -345,7 +345,7 @@ def test_a_fork_reaches_neither_its_template_nor_its_siblings(project: Path) -> 
 
 
 def test_a_template_that_makes_no_forks() -> None:
-    """It has the keeper's socket, and may do with it as it likes; only its own forks suffer."""
+    """It has the supervisor's socket, and may do with it as it likes; only its own forks suffer."""
 
     def payload(guest: Guest) -> None:
         for job in guest.forks():
@@ -353,18 +353,18 @@ def test_a_template_that_makes_no_forks() -> None:
                 _libc().prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
             descent = guest._fork.__self__  # type: ignore[union-attr]
             if job == "refuse":
-                descent._give_birth = lambda order, given, guest, inherited: None
+                descent._fork_into = lambda order, given, guest, inherited: None
             if job == "lie":
-                descent._midwife.send(b"nonsense")
+                descent._fork_channel.send(b"nonsense")
                 time.sleep(30)
             if job == "alone":  # a process without namespaces says that it is the fork
 
                 def alone(order: Any, given: list[int], guest: Guest, inherited: Any) -> None:
-                    leash = socket.socket(fileno=os.dup(given[len(order["namespaces"])]))
-                    leash.send(b"b")
-                    leash.recv(1)
+                    control_socket = socket.socket(fileno=os.dup(given[len(order["namespaces"])]))
+                    control_socket.send(b"b")
+                    control_socket.recv(1)
 
-                descent._give_birth = alone
+                descent._fork_into = alone
             for _job in guest.forks():
                 guest.send({"here": True})
 

@@ -1,7 +1,7 @@
 """Limits and accounts of a whole sandbox, through cgroup v2 (a delegated subtree) or cgroup v1 (cgroups(7)).
 
-A cgroup is named after the keeper that made it, so that whoever comes later can tell, and clear away, what the death of
-both host and keeper left behind.
+A cgroup is named after the supervisor that made it, so that whoever comes later can tell, and clear away, what the death of
+both host and supervisor left behind.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Hierarchy:
         return group
 
     def remove(self) -> None:
-        """Remove a subtree, whose sandboxes are gone; those of a keeper that was killed are still in it."""
+        """Remove a subtree, whose sandboxes are gone; those of a supervisor that was killed are still in it."""
         for path in set(self.parents.values()):
             with contextlib.suppress(OSError):
                 for entry in os.scandir(path):
@@ -83,7 +83,7 @@ class Hierarchy:
         Cgroup(self.version, self.parents).remove()
 
     def sweep(self) -> None:
-        """Remove the cgroups of keepers that are no more."""
+        """Remove the cgroups of supervisors that are no more."""
         for parent in set(self.parents.values()):
             with contextlib.suppress(OSError):
                 for name in os.listdir(parent):

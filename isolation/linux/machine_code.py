@@ -22,6 +22,6 @@ class MachineCode:
 
 def private_pages(size: int) -> mmap.mmap:
     """At least `size` bytes of memory of their own. Private: Python's default is shared, and a fork, which is the guest's,
-    could then write what its keeper runs."""
+    could then write what its supervisor runs."""
     pages = -(-size // mmap.PAGESIZE)
     return mmap.mmap(-1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,7 +1,7 @@
 """What a process gives up, for good and for all its children, before it runs anything of the guest's.
 
-Order matters: capabilities last need CAP_SETPCAP, no_new_privs is what lets an ordinary process restrict itself, and
-the system call filter comes last since it refuses some of the calls before it.
+Order matters: capabilities last need CAP_SETPCAP, no_new_privs is what lets an ordinary process restrict itself,
+and the system call filter comes last since it refuses some of the calls before it.
 """
 
 from __future__ import annotations

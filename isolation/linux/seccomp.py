@@ -135,7 +135,7 @@ def against_templates(profile: Profile) -> Profile:
 # --- reading ------------------------------------------------------------------------------------------
 
 
-@functools.cache  # a keeper does not see the file any more, if this package is somewhere beneath /tmp
+@functools.cache  # a supervisor does not see the file any more, if this package is somewhere beneath /tmp
 def load_profile() -> Profile:
     """The profile that comes with this package."""
     # importlib.resources would take longer to import than all the rest here.

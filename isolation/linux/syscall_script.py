@@ -2,7 +2,7 @@
 
 Most of what a fork does to become a sandbox is the same each time: some 150 system calls. Made from Python they cost a
 millisecond of bytecode, and touch, and so copy, pages of the warm interpreter at some 2 µs each, which is more than most
-of the calls take. So the keeper writes them down beforehand, in a few pages of their own: an array of steps, which some
+of the calls take. So the supervisor writes them down beforehand, in a few pages of their own: an array of steps, which some
 forty instructions of machine code walk through. A step is
 
     number, flags            which call, and how to read the rest

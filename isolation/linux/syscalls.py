@@ -175,7 +175,7 @@ def fork_before() -> None:
 
 
 def fork() -> int:
-    """glibc's fork(3), with its own handlers (malloc, stdio) and without Python's: see forking.py. -1 is an OSError."""
+    """glibc's fork(3), with its own handlers (malloc, stdio) and without Python's: see fork.py. -1 is an OSError."""
     pid = int(_libc.fork())
     if pid < 0:
         raise _fail("fork")

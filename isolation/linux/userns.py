@@ -51,9 +51,9 @@ def _has_capabilities() -> bool:
 
 
 def choose_range() -> int:
-    """The first id of a keeper's range. What the kernel counts by user (descriptors in flight, pipes, locked memory) one run
-    then cannot use up for another. That two choose the same is unlikely, and harms nothing else: no file that outlives
-    its sandbox belongs to such an id."""
+    """The first id of a supervisor's range. What the kernel counts by user (descriptors in flight, pipes, locked memory)
+    one run then cannot use up for another. That two choose the same is unlikely, and harms nothing else: no file that
+    outlives its sandbox belongs to such an id."""
     return _RANGES[int.from_bytes(os.urandom(4), "little") % len(_RANGES)]
 
 
@@ -121,15 +121,17 @@ class UsernsMapper:
             script.call("write", file, text, len(text), only=len(text), about=name)
             script.call("close", file)
         script.finish()
-        self._apart = ScriptProcess(script)
+        self._script_process = ScriptProcess(script)
 
     def map(self, parent: int, process: int) -> None:
         """`parent`: descriptor of the user namespace above; `process`: of a directory of /proc. Raises OSError."""
         self._script.set(self._parent, parent)
         self._script.set(self._process, process)
-        self._apart.begin()
+        self._script_process.begin()
         flags = syscalls.CLONE_VM | syscalls.CLONE_FILES | signal.SIGCHLD
-        pid, pidfd = syscalls.clone_function(self._apart.function, self._apart.stack, flags, self._apart.argument)
+        pid, pidfd = syscalls.clone_function(
+            self._script_process.function, self._script_process.stack, flags, self._script_process.argument
+        )
         os.waitpid(pid, 0)
         os.close(pidfd)
-        self._apart.check()
+        self._script_process.check()

@@ -178,7 +178,7 @@ def test_nothing_of_a_server_that_was_killed_is_left(server: Server) -> None:
         kernel = server.ask("POST", "kernels", {"name": route})["id"]
         server.execute(kernel, "import subprocess; subprocess.Popen(['sleep', '1000']); print(1)")
     below = descendants(server.process.pid)
-    assert len(below) >= 2 * 4  # launcher, keeper, PID 1, kernel
+    assert len(below) >= 2 * 4  # launcher, supervisor, PID 1, kernel
     server.process.kill()
     deadline = time.monotonic() + 300
     while alive := [pid for pid in below if os.path.exists(f"/proc/{pid}") and not zombie(pid)]:

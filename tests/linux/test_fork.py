@@ -1,4 +1,4 @@
-"""Keepers are forked off processes with threads, at-fork hooks, and whatever else a user's program has."""
+"""Supervisors are forked off processes with threads, at-fork hooks, and whatever else a user's program has."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_pointer_in_memory_and_a_result_behind_a_sixth_argument() -> None:
 
 
 def test_its_memory_is_private_and_its_code_read_only() -> None:
-    """A guest must not change what its keeper runs."""
+    """A guest must not change what its supervisor runs."""
     script = SyscallScript()
     at = script.call("getpid")
     run(script)

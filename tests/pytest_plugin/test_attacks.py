@@ -251,7 +251,7 @@ HANGS = (
         os._exit(0)
 
     def sibling():
-        '''A child of its own parent, which is the keeper.'''
+        '''A child of its own parent, which is the supervisor.'''
         made = call(CLONE, 0x8000 | signal.SIGCHLD, 0, 0, 0, 0)
         if made == 0:
             time.sleep(600)
@@ -260,7 +260,7 @@ HANGS = (
 )
 
 
-def keepers(mark: str) -> set[int]:
+def supervisors(mark: str) -> set[int]:
     """Processes with this in the command line of the host, or of what it became."""
     found = set()
     for name in os.listdir("/proc"):
@@ -274,7 +274,7 @@ def keepers(mark: str) -> set[int]:
 
 
 def test_a_tracer_does_not_keep_the_dead(pytester: pytest.Pytester) -> None:
-    """The keeper is single-threaded, and waited for a process that another one traced; then nobody's time was kept."""
+    """The supervisor is single-threaded, and waited for a process that another one traced; then nobody's time was kept."""
     pytester.makepyfile(
         HANGS
         + """
@@ -342,9 +342,9 @@ def test_everything_ends_with_a_killed_host(pytester: pytest.Pytester) -> None:
     host.send_signal(signal.SIGKILL)
     host.wait()
     deadline = time.monotonic() + 300
-    while keepers(mark) and time.monotonic() < deadline:
+    while supervisors(mark) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert keepers(mark) == set()
+    assert supervisors(mark) == set()
     host.stdout.close()
 
 
@@ -378,13 +378,13 @@ def test_a_template_that_refuses_to_be_forked_spoils_its_own_tests_only(pytester
 
         @pytest.fixture(scope="module")
         def refuses():
-            from isolation.backends.namespace.process.fork_point import Descent
-            Descent._give_birth = lambda *arguments: None if os.getpid() else None
+            from isolation.backends.namespace.process.fork_point import ForkPoint
+            ForkPoint._fork_into = lambda *arguments: None if os.getpid() else None
 
         @pytest.fixture(scope="class")
         def dies():
-            from isolation.backends.namespace.process.fork_point import Descent
-            Descent._give_birth = lambda *arguments: os._exit(1)
+            from isolation.backends.namespace.process.fork_point import ForkPoint
+            ForkPoint._fork_into = lambda *arguments: os._exit(1)
 
         class TestDies:
             def test_one(self, dies): pass

@@ -199,7 +199,9 @@ def test_strict_with_templates(pytester: pytest.Pytester) -> None:
         def test_unclean(wide):
             with open("of-the-module", "a") as file: file.write("more")
     """)
-    for _ in range(8):  # the template ends with the last test, and its keeper could be quicker than that test's last words
+    for _ in range(
+        8
+    ):  # the template ends with the last test, and its supervisor could be quicker than that test's last words
         result = run(pytester, "--isolation", "--isolation-strict")
         result.assert_outcomes(passed=1, failed=1)
         assert "of-the-module" in result.stdout.str()

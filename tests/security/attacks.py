@@ -323,7 +323,7 @@ for path in ({path!r}, "/etc/passwd", "/usr/bin/true", {executable!r}):
         pass
 """
 
-# A page that is shared with the keeper is a way to change what that does.
+# A page that is shared with the supervisor is a way to change what that does.
 SHARED_MEMORY = """
 for line in open("/proc/self/maps"):
     start, rights = line.split()[:2]

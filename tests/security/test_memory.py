@@ -1,4 +1,4 @@
-"""The memory limit where no cgroup holds it: the keeper watches, and a guest cannot blind it."""
+"""The memory limit where no cgroup holds it: the supervisor watches, and a guest cannot blind it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_who_watches_is_not_within_reach(without: str) -> None:
 
 
 def test_a_stopped_init_does_not_stop_the_watch() -> None:
-    """The keeper looks, whatever PID 1 does meanwhile."""
+    """The supervisor looks, whatever PID 1 does meanwhile."""
     hold = "input(); held = b'x' * (400 << 20); input()"
     with Sandbox.borrowed(NamespaceMachine(watched(150))) as box:
         with box.popen([sys.executable, "-c", hold], stdin=subprocess.PIPE) as process:

@@ -74,7 +74,7 @@ class Plan:
     def _how_limited(self) -> str:
         if self.cgroup is not None:
             return f" (cgroup v{self.cgroup.version} and rlimits)"
-        return " (rlimits and a watch by the keeper)" if self.rlimits or self.watch_memory else ""
+        return " (rlimits and a watch by the supervisor)" if self.rlimits or self.watch_memory else ""
 
 
 # Each can be left out by a test, to show that the attack it stops then succeeds. Not reachable from a spec.

@@ -16,11 +16,11 @@ from isolation.backends.namespace.rootfs.mounts import (
     Operation,
     Overlay,
     Proc,
+    ReadOnlyView,
     Rebind,
     Symlink,
     TextFile,
 )
-from isolation.backends.namespace.rootfs.mounts import View as ReadOnly
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
 from isolation.linux import privileges, seccomp, syscalls
@@ -108,7 +108,7 @@ def _shared(spec: SandboxSpec, operations: Iterable[Operation]) -> tuple[str, ..
         kind = operation.shows if isinstance(operation, Rebind) else operation
         above = any(f"{path}/".startswith(f"{operation.target}/") for path in asked)
         beneath = any(operation.target.startswith(f"{path}/") for path in asked)
-        if isinstance(kind, (Overlay, ReadOnly)) and (above or beneath):
+        if isinstance(kind, (Overlay, ReadOnlyView)) and (above or beneath):
             found.append(operation.target)
     return tuple(found)
 
@@ -212,7 +212,7 @@ _COUNTED: Final = (
 def _enforcement(
     limits: Limits, counted: tuple[tuple[int, int], ...]
 ) -> tuple[Hierarchy | None, tuple[tuple[int, int], ...], bool]:
-    """By what each limit is held: (cgroups, rlimits, the keeper watches memory). Raises FeatureMissing."""
+    """By what each limit is held: (cgroups, rlimits, the supervisor watches memory). Raises FeatureMissing."""
     # Where `core_pattern` is a pipe, the host's handler gets each dump, as the host's root, whatever the limit; but for the
     # one value that the kernel takes for a handler's own (core(5), fs/coredump.c).
     rlimits = [(resource.RLIMIT_CORE, 1), *counted]

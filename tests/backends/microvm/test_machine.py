@@ -192,7 +192,7 @@ def fds() -> int:
 
 
 def nothing_grows(action: Callable[[], None]) -> None:
-    """Keepers are made for later, so only the second half counts."""
+    """Supervisors are made for later, so only the second half counts."""
     before = 0
     for number in range(4):
         if number == 2:

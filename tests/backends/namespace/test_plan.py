@@ -22,10 +22,10 @@ from isolation.backends.namespace.rootfs.mounts import (
     Overlay,
     Private,
     Proc,
+    ReadOnlyView,
     Rebind,
     Symlink,
 )
-from isolation.backends.namespace.rootfs.mounts import View as ReadOnly
 from isolation.backends.namespace.rootfs.view import View
 from isolation.backends.showing import environment_for
 from isolation.errors import FeatureMissing, SpecError
@@ -86,7 +86,7 @@ def test_a_directory_of_somebody_else_is_not_the_guests_to_write(
 
 
 def test_view_escapes_what_overlayfs_reads(calls: list[tuple[Any, ...]]) -> None:
-    ReadOnly("/x", "/a,b:c\\d", "/old/a,b:c\\d").execute()
+    ReadOnlyView("/x", "/a,b:c\\d", "/old/a,b:c\\d").execute()
     data = next(call[5] for call in calls if call[0] == "mount")
     assert r"/old/a\,b\:c\\d," in data
 

@@ -3,7 +3,7 @@ that were not there, and does not ask the layers below again.
 
 It forgets them, but for what is in use, when its superblock is reconfigured, be it with nothing that differs
 (reconfigure_super() in the kernel's fs/super.c calls shrink_dcache_sb()). No mount is exchanged, so open files, working
-directories and layers that are kept stay as they are, and any kernel can do it. A process of the keeper's own does, with
+directories and layers that are kept stay as they are, and any kernel can do it. A process of the supervisor's own does, with
 the rights of the user namespace that owns the mounts; fspick(2) is for the superblock alone, so no attribute of a mount is
 touched.
 
@@ -29,10 +29,10 @@ from isolation.linux import syscalls
 from isolation.plain import os, socket
 
 
-def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
+def live(plan: Plan, mounts: int, control_socket: socket.socket) -> NoReturn:
     """Be that process: for what the host shows of its own to the sandbox with this mount namespace."""
     try:
-        inherited.close_all_but({0, 1, 2, leash.fileno(), mounts})
+        inherited.close_all_but({0, 1, 2, control_socket.fileno(), mounts})
         sys.meta_path.clear()
         remount.become_owner(plan, mounts)
         syscalls.setns(mounts, syscalls.CLONE_NEWNS)
@@ -44,9 +44,9 @@ def live(plan: Plan, mounts: int, leash: socket.socket) -> NoReturn:
             with contextlib.suppress(OSError):  # the guest has put it elsewhere; or see below
                 root = remount.mount_at(target)
                 syscalls.reconfigure(root)  # one without an upper refuses (EROFS), when it has forgotten
-        leash.send(remount.DONE)
+        control_socket.send(remount.DONE)
     except OSError as error:
-        remount.refuse(leash, error, [])
+        remount.refuse(control_socket, error, [])
     finally:
         os._exit(0)
 

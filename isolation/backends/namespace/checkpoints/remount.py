@@ -1,6 +1,7 @@
 """A new layer for the files of a live sandbox: mounts are exchanged under a guest that runs on, and is hostile.
 
-A process of the keeper's own does it, with the rights of the user namespace that owns the sandbox's mounts, in two places:
+A process of the supervisor's own does it, with the rights of the user namespace that owns the sandbox's mounts, in two
+places:
 
     its own copy of the sandbox's mount namespace    in which the store may be uncovered, for the guest is not in it: here
                                                      the new overlays are made, and taken out as detached trees
@@ -61,7 +62,7 @@ _PAGE = 4096  # the options of a mount must fit in
 _TREE = syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC
 _NODE = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# What it says to the keeper, one message each.
+# What it says to the supervisor, one message each.
 BEGINS = b"b"  # from here on the sandbox's own mounts change
 STANDS = b"s"  # they did; with the descriptors of what is there now
 REFUSED = b"x"  # with errno and text, as elsewhere; nothing has changed but descriptors, if there are any with it
@@ -75,19 +76,19 @@ class Place(NamedTuple):
     beneath: tuple[Private | Overlay | Rebind, ...]
 
 
-class Held(NamedTuple):
+class MountPair(NamedTuple):
     """For a place, descriptors of two mounts' roots: of what was there from the beginning, and of what lies upon it."""
 
     ground: int
     top: int
 
 
-class Wish(NamedTuple):
+class Request(NamedTuple):
     """What is to be done, in which mount namespace, and what is held of each place there; nothing before the first time."""
 
     mounts: int
     change: Change
-    held: tuple[Held, ...]
+    held: tuple[MountPair, ...]
 
 
 def usable() -> bool:
@@ -125,11 +126,11 @@ def lowers_of(operation: Private | Overlay, beneath: Sequence[int]) -> list[str]
     return [*found, f"{LAYERS[1:]}/{operation.layer}/upper", *operation.lowers]
 
 
-def live(plan: Plan, wish: Wish, leash: socket.socket) -> NoReturn:
+def live(plan: Plan, wish: Request, control_socket: socket.socket) -> NoReturn:
     """Be that process."""
     try:
         descriptors = [fd for held in wish.held for fd in (held.ground, held.top)]
-        inherited.close_all_but({0, 1, 2, leash.fileno(), wish.mounts, *descriptors})
+        inherited.close_all_but({0, 1, 2, control_socket.fileno(), wish.mounts, *descriptors})
         sys.meta_path.clear()
         store = _enter(plan, wish.mounts)
         with contextlib.suppress(OSError):
@@ -138,13 +139,13 @@ def live(plan: Plan, wish: Wish, leash: socket.socket) -> NoReturn:
             if wish.change.new is not None and wish.change.keeps is None:
                 rmtree.remove(store, _ROOM)
         if wish.change.new is not None:
-            _renew(plan, wish, wish.change.new, leash)
+            _renew(plan, wish, wish.change.new, control_socket)
         for layer in wish.change.removes:
             rmtree.remove(store, f"{KEPT[1:]}/{layer}")
         _take_room(plan, store)
-        leash.send(DONE)
+        control_socket.send(DONE)
     except OSError as error:
-        refuse(leash, error, [])
+        refuse(control_socket, error, [])
     finally:
         os._exit(0)
 
@@ -157,14 +158,14 @@ def _take_room(plan: Plan, store: int) -> None:
             os.mkdir(f"{_ROOM}/{number}", dir_fd=store)
 
 
-def refuse(leash: socket.socket, error: OSError, held: Sequence[Held]) -> None:
+def refuse(control_socket: socket.socket, error: OSError, held: Sequence[MountPair]) -> None:
     """Say why it was not done."""
     text = REFUSED + f"{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000]
-    _send(leash, text, held)
+    _send(control_socket, text, held)
 
 
-def _send(leash: socket.socket, message: bytes, held: Sequence[Held]) -> None:
-    socket.send_fds(leash, [message], [fd for item in held for fd in (item.ground, item.top)])
+def _send(control_socket: socket.socket, message: bytes, held: Sequence[MountPair]) -> None:
+    socket.send_fds(control_socket, [message], [fd for item in held for fd in (item.ground, item.top)])
 
 
 def _enter(plan: Plan, mounts: int) -> int:
@@ -188,7 +189,7 @@ def become_owner(plan: Plan, mounts: int) -> None:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of ids has cleared it
 
 
-def _renew(plan: Plan, wish: Wish, new: int, leash: socket.socket) -> None:
+def _renew(plan: Plan, wish: Request, new: int, control_socket: socket.socket) -> None:
     """Make the new layer, and put it in its place. Raises OSError when nothing has changed."""
     there = places(plan.fresh)
     if wish.change.keeps is not None:
@@ -198,19 +199,19 @@ def _renew(plan: Plan, wish: Wish, new: int, leash: socket.socket) -> None:
             os.mkdir(path, 0o755)
     trees = _take_out([_assemble(place, wish.change.beneath, new) for place in there])
     syscalls.setns(wish.mounts, syscalls.CLONE_NEWNS)
-    exchange = _Exchange(wish.held or [Held(mount_at(place.outer.target), -1) for place in there], trees)
+    exchange = _Exchange(wish.held or [MountPair(mount_at(place.outer.target), -1) for place in there], trees)
     if not wish.held:
         exchange.freezes = [
             mount_at(item.target) for place in there for item in place.beneath if not isinstance(item, Rebind)
         ]
-    leash.send(BEGINS)
+    control_socket.send(BEGINS)
     try:
         try:
             exchange.run()
         except OSError as error:
-            refuse(leash, error, exchange.undo())
+            refuse(control_socket, error, exchange.undo())
             os._exit(0)
-        _send(leash, STANDS, exchange.finish())
+        _send(control_socket, STANDS, exchange.finish())
     except OSError:
         os._exit(1)  # without a word: neither the old files nor the new ones
 
@@ -346,7 +347,7 @@ def _mount_overlay(operation: Private | Overlay, beneath: Sequence[int], new: in
 class _Exchange:
     """Puts each tree in its place, or none. All mounts are named by descriptors."""
 
-    def __init__(self, held: Sequence[Held], trees: Sequence[int]) -> None:
+    def __init__(self, held: Sequence[MountPair], trees: Sequence[int]) -> None:
         self._held = list(held)
         self._trees = list(trees)
         # To put back what was there: it is gone then, and a copy is of the same file system.
@@ -376,7 +377,7 @@ class _Exchange:
             return False
         return True
 
-    def undo(self) -> list[Held]:
+    def undo(self) -> list[MountPair]:
         """All is as it was. Returns what is held then. Raises OSError when it cannot be."""
         for index, (held, tree, copy) in enumerate(zip(self._held, self._trees, self._copies, strict=True)):
             if index in self._placed:
@@ -388,7 +389,7 @@ class _Exchange:
                 self._held[index] = held._replace(top=copy)
         return [] if any(held.top < 0 for held in self._held) else self._held
 
-    def finish(self) -> list[Held]:
+    def finish(self) -> list[MountPair]:
         """The old mounts are frozen, as far as nobody writes to them, and go. Returns what is held now."""
         for index, held in enumerate(self._held):
             if held.top < 0:
@@ -398,7 +399,7 @@ class _Exchange:
                 _unmount(held.top)
         for mount in self.freezes:
             _freeze(mount)
-        return [Held(held.ground, tree) for held, tree in zip(self._held, self._trees, strict=True)]
+        return [MountPair(held.ground, tree) for held, tree in zip(self._held, self._trees, strict=True)]
 
 
 def _copy(mount: int) -> int:

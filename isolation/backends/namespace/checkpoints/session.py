@@ -1,4 +1,4 @@
-"""A keeper's part in keeping the files of its sandboxes: it has a process do it (layering.py), and waits for no one.
+"""A supervisor's part in keeping the files of its sandboxes: it has a process do it (remount.py), and waits for no one.
 
 Before that process touches the sandbox's own mounts it may fail, or take too long, and be ended, and nothing has happened.
 If it ends between two of them and says nothing, the sandbox is neither here nor there, and has to end, too.
@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass
 
 from isolation.backends.namespace.checkpoints import refresh, remount
-from isolation.backends.namespace.checkpoints.remount import Held, Wish
+from isolation.backends.namespace.checkpoints.remount import MountPair, Request
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.rootfs.layer_tree import Change, Layers
 from isolation.linux import syscalls
@@ -25,7 +25,7 @@ _DEATH = 2.0  # s, from SIGKILL
 _FDS_AT_MOST = 250
 
 
-class TornApart(Exception):
+class Inconsistent(Exception):
     """Some of a sandbox's mounts may be of its old files, and some of the new ones."""
 
 
@@ -44,7 +44,7 @@ class _Work:
     change: Change
     pid: int
     pidfd: int
-    leash: socket.socket
+    control_socket: socket.socket
     patience: float
     deadline: float
     begun: bool = False
@@ -61,12 +61,12 @@ class KeptFiles:
         self._plan = plan
         self._mounts = mounts
         self._layers = Layers()
-        self._held: tuple[Held, ...] = ()
+        self._held: tuple[MountPair, ...] = ()
         self._work: _Work | None = None
 
     def fileno(self) -> int:
         """Readable when there is something to `hear`; -1 while nothing is being done."""
-        return -1 if self._work is None else self._work.leash.fileno()
+        return -1 if self._work is None else self._work.control_socket.fileno()
 
     @property
     def deadline(self) -> float | None:
@@ -90,28 +90,29 @@ class KeptFiles:
         if pid == 0:
             if message["do"] == "refresh":
                 refresh.live(self._plan, self._mounts, theirs)
-            remount.live(self._plan, Wish(self._mounts, change, self._held), theirs)
+            remount.live(self._plan, Request(self._mounts, change, self._held), theirs)
         theirs.close()
         patience = _PATIENCE_TO_LOOK if message["do"] == "refresh" else PATIENCE
         self._work = _Work(message, change, pid, pidfd, ours, patience, time.monotonic() + patience)
 
     def hear(self) -> Message | None:
-        """What that process says; the answer to the host, when there is one. Raises TornApart."""
+        """What that process says; the answer to the host, when there is one. Raises Inconsistent."""
         return None if self._listen() else self._end()
 
     def give_up(self) -> Message:
-        """It takes too long. Raises TornApart."""
+        """It takes too long. Raises Inconsistent."""
         assert self._work is not None
         self._work.late = True
         signal.pidfd_send_signal(self._work.pidfd, signal.SIGKILL)
         if not wait_readable(self._work.pidfd, _DEATH):
-            raise TornApart  # the guest holds it up in the kernel, by making more than it can drop, say: it ends with that
+            # the guest holds it up in the kernel, by making more than it can drop, say: it ends with that
+            raise Inconsistent
         return self._end()
 
     def close(self) -> None:
         """The sandbox is gone."""
         if self._work is not None:
-            with contextlib.suppress(TornApart):
+            with contextlib.suppress(Inconsistent):
                 self.give_up()
         self._close_held()
 
@@ -119,10 +120,10 @@ class KeptFiles:
         """One message; False when there will be no more."""
         assert self._work is not None
         work = self._work
-        said, given, _flags, _ = socket.recv_fds(work.leash, 8192, _FDS_AT_MOST)
+        said, given, _flags, _ = socket.recv_fds(work.control_socket, 8192, _FDS_AT_MOST)
         if given:
             self._close_held()
-            self._held = tuple(Held(*pair) for pair in zip(given[::2], given[1::2], strict=False))
+            self._held = tuple(MountPair(*pair) for pair in zip(given[::2], given[1::2], strict=False))
         if said == remount.BEGINS:
             work.begun = True
         elif said == remount.STANDS:
@@ -138,7 +139,7 @@ class KeptFiles:
         return bool(said)
 
     def _end(self) -> Message:
-        """That process has ended, or is about to. Returns the answer to the host. Raises TornApart."""
+        """That process has ended, or is about to. Returns the answer to the host. Raises Inconsistent."""
         assert self._work is not None
         work = self._work
         os.waitpid(work.pid, 0)
@@ -146,11 +147,11 @@ class KeptFiles:
             pass
         self._work = None
         os.close(work.pidfd)
-        work.leash.close()
+        work.control_socket.close()
         if not work.stands:
             self._layers.failed(work.change)
             if work.begun and work.error is None:
-                raise TornApart
+                raise Inconsistent
         answer: Message = {"event": "files", "id": work.about["id"], "ask": work.about["ask"]}
         if work.done or work.stands:  # what is still there will be removed the next time
             return answer | {"kept": work.change.keeps, "chain": self._layers.chain()}

@@ -13,7 +13,7 @@ from isolation.backends.namespace.checkpoints import remount, session
 from isolation.backends.namespace.host import supervisor_pool
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.rootfs import changes, layer_tree
-from isolation.backends.namespace.supervisor.handle import KeeperProcess
+from isolation.backends.namespace.supervisor.handle import SupervisorHandle
 from isolation.backends.refusal import not_started
 from isolation.errors import FeatureMissing, GuestError, LaunchError, SandboxClosed, WireError
 from isolation.hookspecs import Machine
@@ -55,16 +55,16 @@ class NamespaceMachine(Machine):
         self._exits: dict[int, Message] = {}
         self._oom = False
         self._started: dict[int, float] = {}
-        self._last: Message | None = None  # the keeper's last word
+        self._last: Message | None = None  # the supervisor's last word
         self._closed = False
         self._owner = os.getpid()
         self._files_lock = threading.Lock()
         self._chain: tuple[int, ...] = (layer_tree.ORIGIN,)  # what the files lie in, the live layer first
-        self._keeper: KeeperProcess = supervisor_pool.keeper_for(plan)
+        self._supervisor: SupervisorHandle = supervisor_pool.supervisor_for(plan)
         # The time of a wall-clock limit begins with the clone, so that none is made ahead.
-        self._number, self._control = self._keeper.new_init(ahead=plan.limits.wall is None)
+        self._number, self._control = self._supervisor.new_init(ahead=plan.limits.wall is None)
         try:
-            self._keeper.scratch()
+            self._supervisor.scratch()
             message = self._event("ready")
             (self._store,) = self._control.take_fds(1)
         except BaseException:
@@ -176,7 +176,7 @@ class NamespaceMachine(Machine):
             if self._closed:
                 raise SandboxClosed("the sandbox is closed")
             try:
-                answer = self._keeper.files(self._number, do, kept, _FILES_TIMEOUT)
+                answer = self._supervisor.files(self._number, do, kept, _FILES_TIMEOUT)
             except LaunchError:
                 answer = None
             except TimeoutError:
@@ -193,7 +193,7 @@ class NamespaceMachine(Machine):
             return  # closed already, or a fork of the process whose sandbox it is
         self._closed = True
         self._control.close()
-        self._keeper.done_with(self._number)
+        self._supervisor.done_with(self._number)
         if self._store >= 0:
             os.close(self._store)
             self._store = -1
@@ -234,9 +234,9 @@ class NamespaceMachine(Machine):
             self._oom = True
 
     def _last_word(self, timeout: float = 5.0) -> Message | None:
-        if self._last is None and self._keeper.pidfd >= 0:
+        if self._last is None and self._supervisor.pidfd >= 0:
             with contextlib.suppress(TimeoutError):
-                self._last = self._keeper.last_word(self._number, timeout)
+                self._last = self._supervisor.last_word(self._number, timeout)
         return self._last
 
     def _verdict_of_end(self) -> Verdict:
@@ -251,7 +251,7 @@ class NamespaceMachine(Machine):
 
 
 class BorrowedMachine(NamespaceMachine):
-    """A machine lent by the host: its wire, without the keeper and the store behind it."""
+    """A machine lent by the host: its wire, without the supervisor and the store behind it."""
 
     def __init__(self, token: dict[str, str], fd: int) -> None:
         self.workdir = token["workdir"]
@@ -278,7 +278,7 @@ class BorrowedMachine(NamespaceMachine):
 
 
 def verdict_of_exit(message: Message) -> Verdict:
-    """From the word of who waited for a process: PID 1 for a command, the keeper for a payload."""
+    """From the word of who waited for a process: PID 1 for a command, the supervisor for a payload."""
     status = message["status"]
     if message.get("oom") or (os.WIFSIGNALED(status) and message.get("accounts", {}).get("oom_kills")):
         return Verdict(Ended.OUT_OF_MEMORY)
@@ -290,7 +290,7 @@ def verdict_of_exit(message: Message) -> Verdict:
 
 
 def verdict_of_end(last: Message | None, *, oom: bool) -> Verdict:
-    """From the keeper's word on PID 1, for a sandbox that ended as a whole."""
+    """From the supervisor's word on PID 1, for a sandbox that ended as a whole."""
     if oom or (last and (last.get("oom") or last.get("accounts", {}).get("oom_kills"))):
         return Verdict(Ended.OUT_OF_MEMORY)
     if last and last.get("timed_out"):

@@ -1,8 +1,8 @@
-"""Who makes the next sandbox: a keeper of its own, or one that has made its like before.
+"""Who makes the next sandbox: a supervisor of its own, or one that has made its like before.
 
-The first sandbox of a plan gets a keeper of its own, which ends with it. A process that asks for an equal plan again gets a
-keeper that stays, with the base of the tree built: from then on a new sandbox is a fork of it. It ends with this process,
-or by `release`.
+The first sandbox of a plan gets a supervisor of its own, which ends with it. A process that asks for an equal plan again
+gets a supervisor that stays, with the base of the tree built: from then on a new sandbox is a fork of it. It ends with this
+process, or by `release`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.planner import make_plan
 from isolation.backends.namespace.rootfs import adoption
 from isolation.backends.namespace.supervisor import start
-from isolation.backends.namespace.supervisor.handle import KeeperProcess, commands_only
+from isolation.backends.namespace.supervisor.handle import SupervisorHandle, commands_only
 from isolation.backends.showing import python_environment
 from isolation.plain import os, threading
 from isolation.spec import SandboxSpec
 
-_KEEPERS_AT_MOST = 4
+_SUPERVISORS_AT_MOST = 4
 _PLANS_AT_MOST = 64
 
 _lock = threading.Lock()
 _owner = os.getpid()
 _plans: OrderedDict[Any, Plan] = OrderedDict()
 _seen: list[Plan] = []
-_keepers: list[tuple[Plan, KeeperProcess]] = []
+_supervisors: list[tuple[Plan, SupervisorHandle]] = []
 
 
 def plan_for(spec: SandboxSpec) -> Plan:
@@ -55,11 +55,11 @@ def _key(spec: SandboxSpec) -> Any:
     return spec, mounts, there, adopted, os.geteuid(), tuple(sys.path), len(sys.modules), tuple(os.environ.items())
 
 
-def keeper_for(plan: Plan) -> KeeperProcess:
-    """A keeper to make a sandbox of `plan` with. Raises LaunchError."""
+def supervisor_for(plan: Plan) -> SupervisorHandle:
+    """A supervisor to make a sandbox of `plan` with. Raises LaunchError."""
     with _lock:
         _forget_those_of_a_parent()
-        for known, process in _keepers:
+        for known, process in _supervisors:
             if known == plan and process.alive():
                 return process
         if plan not in _seen:
@@ -68,28 +68,28 @@ def keeper_for(plan: Plan) -> KeeperProcess:
             return start.start(plan)
         process = start.start(plan, commands_only)
         process.shared = True
-        if not _keepers:
+        if not _supervisors:
             atexit.unregister(release)
             atexit.register(release)  # it would end with this process anyway, but not without a ResourceWarning
-        _keepers.append((plan, process))
-        while len(_keepers) > _KEEPERS_AT_MOST:
-            _keepers.pop(0)[1].retire()
+        _supervisors.append((plan, process))
+        while len(_supervisors) > _SUPERVISORS_AT_MOST:
+            _supervisors.pop(0)[1].retire()
         return process
 
 
 def release() -> None:
-    """End the keepers that stay. Sandboxes that are open end with theirs."""
+    """End the supervisors that stay. Sandboxes that are open end with theirs."""
     with _lock:
         _forget_those_of_a_parent()
-        while _keepers:
-            _keepers.pop()[1].close()
+        while _supervisors:
+            _supervisors.pop()[1].close()
         _seen.clear()
 
 
 def _forget_those_of_a_parent() -> None:
-    """After a fork, the keepers are the parent's: they live by its pidfd, and speak to it."""
+    """After a fork, the supervisors are the parent's: they live by its pidfd, and speak to it."""
     global _owner
     if _owner != os.getpid():
         _owner = os.getpid()
-        _keepers.clear()
+        _supervisors.clear()
         _seen.clear()

@@ -1,4 +1,4 @@
-"""Templates of the namespace backend: a keeper with warm memory, and forks made ahead of need."""
+"""Templates of the namespace backend: a supervisor with warm memory, and forks made ahead of need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isolation.backends.namespace.host import sandbox
 from isolation.backends.namespace.host.sandbox import NamespaceMachine
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.supervisor import start
-from isolation.backends.namespace.supervisor.handle import KeeperProcess
+from isolation.backends.namespace.supervisor.handle import SupervisorHandle
 from isolation.backends.namespace.supervisor.supervisor import STACKS_MARK
 from isolation.errors import FeatureMissing, LaunchError, WireError
 from isolation.guest import Guest
@@ -38,20 +38,20 @@ class NamespaceTemplate(Template):
     def __init__(self, plan: Plan, payload: Callable[[Guest], object], *, ahead: int = 1) -> None:
         self._begin(plan, start.start(plan, payload), ahead, itertools.count(1))
 
-    def _begin(self, plan: Plan, process: KeeperProcess, ahead: int, numbers: Iterator[int]) -> None:
+    def _begin(self, plan: Plan, process: SupervisorHandle, ahead: int, numbers: Iterator[int]) -> None:
         self._plan = plan
         self._ahead = ahead
         self._numbers = numbers  # of forks and theirs: they name cgroups
-        self._keeper = process
+        self._supervisor = process
         self._spares: collections.deque[NamespaceFork] = collections.deque()
         self._branches: list[NamespaceBranch] = []
         self._account = False
         self._deadlock = ""
         self._done: list[int] = []
         try:
-            self._scratch = self._keeper.scratch()
+            self._scratch = self._supervisor.scratch()
         except BaseException:
-            self._keeper.close()
+            self._supervisor.close()
             raise
 
     def fork(self, job: Any = None, *, reseed: bool = True, account: bool = False) -> Fork:
@@ -63,16 +63,16 @@ class NamespaceTemplate(Template):
                 self._spares.pop().close()
         fork = self._spares.popleft() if self._spares else self._prepare()
         fork.begin(job)
-        # While this one runs, the keeper makes the next: on a second core it costs the host nothing but the request.
+        # While this one runs, the supervisor makes the next: on a second core it costs the host nothing but the request.
         while len(self._spares) < self._ahead:
             self._spares.append(self._prepare())
-        self._keeper.forget(self._done)
+        self._supervisor.forget(self._done)
         self._done.clear()
         return fork
 
     def branch(self, job: Any = None) -> Branch:
         branch = NamespaceBranch(
-            self._plan, self._keeper, next(self._numbers), self._scratch, self._done,
+            self._plan, self._supervisor, next(self._numbers), self._scratch, self._done,
             ahead=self._ahead, numbers=self._numbers, deadlock=self._deadlock,
         )  # fmt: skip
         try:
@@ -90,7 +90,7 @@ class NamespaceTemplate(Template):
 
     def close(self) -> None:
         self.forget_forks()
-        self._keeper.close()
+        self._supervisor.close()
 
     def forget_forks(self) -> None:
         """Close those made ahead, and the templates made of this one."""
@@ -101,15 +101,15 @@ class NamespaceTemplate(Template):
 
     def _prepare(self) -> NamespaceFork:
         return NamespaceFork(
-            self._plan, self._keeper, next(self._numbers), self._scratch, self._done, account=self._account,
+            self._plan, self._supervisor, next(self._numbers), self._scratch, self._done, account=self._account,
             deadlock=self._deadlock,
         )  # fmt: skip
 
 
 class BranchTemplate(NamespaceTemplate):
-    """What a branch has become: a sealed process that its keeper can have copied."""
+    """What a branch has become: a sealed process that its supervisor can have copied."""
 
-    def __init__(self, plan: Plan, branch: NamespaceBranch, process: BranchKeeperProcess, scratch: int) -> None:
+    def __init__(self, plan: Plan, branch: NamespaceBranch, process: NestedForkServerHandle, scratch: int) -> None:
         self._branch = branch
         process.know(scratch)
         self._begin(plan, process, branch.ahead, branch.numbers)
@@ -117,7 +117,7 @@ class BranchTemplate(NamespaceTemplate):
 
     def advance(self, job: Any = None) -> Branch:
         self.forget_forks()
-        self._keeper.request({"op": "advance"})
+        self._supervisor.request({"op": "advance"})
         self._branch.begin(job)
         return self._branch
 
@@ -126,8 +126,8 @@ class BranchTemplate(NamespaceTemplate):
         self._scratch = scratch
 
 
-class BranchKeeperProcess(KeeperProcess):
-    """The keeper of a branch: PID 1 of the branch's own sandbox, and so ended with it."""
+class NestedForkServerHandle(SupervisorHandle):
+    """The supervisor of a branch: PID 1 of the branch's own sandbox, and so ended with it."""
 
     def __init__(self, wire: Wire) -> None:
         super().__init__(-1, -1, wire)
@@ -143,8 +143,8 @@ class BranchKeeperProcess(KeeperProcess):
             self.branch.close()
 
 
-class SealedKeeper(KeeperProcess):
-    """The keeper inside of a sandbox: ends with it."""
+class SealedForkServerHandle(SupervisorHandle):
+    """The supervisor inside of a sandbox: ends with it."""
 
     def __init__(self, machine: Machine, wire: Wire) -> None:
         super().__init__(-1, -1, wire)
@@ -156,7 +156,7 @@ class SealedKeeper(KeeperProcess):
 
 
 class SealedTemplate(NamespaceTemplate):
-    """A template whose warm-up code is not trusted: it runs in a sandbox, and its forks are sandboxes within (inside.py)."""
+    """A template whose warm-up code is not trusted: it runs in a sandbox, and its forks are sandboxes within (sealed.py)."""
 
     def __init__(self, machine: NamespaceMachine, payload: str, config: Any, path: list[str], writable: list[str]) -> None:
         ours, theirs = Wire.pair()
@@ -174,17 +174,18 @@ class SealedTemplate(NamespaceTemplate):
             os.close(null)
         order = {"payload": payload, "config": config, "path": path, "writable": writable, "workdir": machine.workdir}
         wire.send(order)
-        self._begin(machine.plan, SealedKeeper(machine, wire), 1, itertools.count(1))
+        self._begin(machine.plan, SealedForkServerHandle(machine, wire), 1, itertools.count(1))
 
 
 class NamespaceFork(Fork):
-    """One fresh sandbox. What its payload says comes over its own wire; how it ended, from the keeper, which is believed."""
+    """One fresh sandbox. What its payload says comes over its own wire; how it ended, from the supervisor, which is
+    believed."""
 
     def __init__(
-        self, plan: Plan, keeper_process: KeeperProcess, number: int, scratch: int, done: list[int], *,
+        self, plan: Plan, supervisor_handle: SupervisorHandle, number: int, scratch: int, done: list[int], *,
         account: bool = False, deadlock: str = "",
     ) -> None:  # fmt: skip
-        self._keeper = keeper_process
+        self._supervisor = supervisor_handle
         self._number = number
         self._done = done
         self._begun = time.monotonic()
@@ -209,7 +210,7 @@ class NamespaceFork(Fork):
         order: Message = {"op": "fork", "id": number, "payload": True, "template": bool(more), "fds": len(given)}
         order["account"], order["deadlock"] = account, deadlock
         try:
-            self._keeper.request(order, given)
+            self._supervisor.request(order, given)
         finally:
             theirs.close()
             for fd in more:
@@ -218,7 +219,7 @@ class NamespaceFork(Fork):
                 os.close(fd)
 
     def _more(self) -> list[int]:
-        """Descriptors for the keeper above it, which this call hands over."""
+        """Descriptors for the supervisor above it, which this call hands over."""
         return []
 
     def begin(self, job: Any) -> None:
@@ -249,7 +250,7 @@ class NamespaceFork(Fork):
     def wait(self, timeout: float | None = None) -> Verdict | None:
         if self._verdict is None:
             try:
-                self._exit = self._keeper.last_word(self._number, timeout)
+                self._exit = self._supervisor.last_word(self._number, timeout)
             except TimeoutError:
                 return None
             if self._exit is not None and self._exit["event"] == "unforked":
@@ -309,7 +310,7 @@ class NamespaceFork(Fork):
     def _ask_for_stacks(self) -> None:
         before = len(self.stacks())
         try:
-            self._keeper.request({"op": "dump", "id": self._number})
+            self._supervisor.request({"op": "dump", "id": self._number})
         except LaunchError:
             return
         deadline = time.monotonic() + _STACKS_WAIT
@@ -323,7 +324,7 @@ class NamespaceFork(Fork):
 
     def _kill(self) -> None:
         try:
-            self._keeper.request({"op": "kill", "id": self._number})
+            self._supervisor.request({"op": "kill", "id": self._number})
         except LaunchError:
             pass  # gone, and its sandboxes with it
 
@@ -332,7 +333,7 @@ class NamespaceBranch(NamespaceFork, Branch):
     """A fork whose payload is about to be forked itself."""
 
     def __init__(
-        self, plan: Plan, keeper_process: KeeperProcess, number: int, scratch: int, done: list[int], *,
+        self, plan: Plan, supervisor_handle: SupervisorHandle, number: int, scratch: int, done: list[int], *,
         ahead: int, numbers: Iterator[int], deadlock: str = "",
     ) -> None:  # fmt: skip
         self.ahead = ahead
@@ -340,19 +341,19 @@ class NamespaceBranch(NamespaceFork, Branch):
         self.numbers = numbers
         self._plan = plan
         self._template: BranchTemplate | None = None
-        super().__init__(plan, keeper_process, number, scratch, done, deadlock=deadlock)
+        super().__init__(plan, supervisor_handle, number, scratch, done, deadlock=deadlock)
 
     def _more(self) -> list[int]:
         ours, theirs = Wire.pair()
-        self._own_keeper = BranchKeeperProcess(Wire(ours))
+        self._own_supervisor = NestedForkServerHandle(Wire(ours))
         return [theirs.detach()]
 
     def filenos(self) -> tuple[int, ...]:
-        return (*super().filenos(), self._own_keeper.wire.fileno())
+        return (*super().filenos(), self._own_supervisor.wire.fileno())
 
     def template(self, timeout: float | None = None) -> Template | None:
         try:
-            scratch = self._own_keeper.ready(timeout)
+            scratch = self._own_supervisor.ready(timeout)
         except LaunchError:
             self.wait(5.0)
             self._raise_failure()  # which says more
@@ -360,8 +361,8 @@ class NamespaceBranch(NamespaceFork, Branch):
         if scratch is None:
             return None
         if self._template is None:
-            self._template = BranchTemplate(self._plan, self, self._own_keeper, scratch)
-            self._own_keeper.branch = self
+            self._template = BranchTemplate(self._plan, self, self._own_supervisor, scratch)
+            self._own_supervisor.branch = self
         else:
             self._template.become(scratch)
         return self._template
@@ -375,4 +376,4 @@ class NamespaceBranch(NamespaceFork, Branch):
             super().close()
             if self._template is not None:
                 self._template.forget_forks()
-            self._own_keeper.wire.close()
+            self._own_supervisor.wire.close()

@@ -13,7 +13,7 @@ from isolation.linux import syscalls
 from isolation.plain import os, socket
 
 
-def streams(
+def take_descriptors(
     plan: Plan,
     inherited: Sequence[Inherited],
     shared: Sequence[shared_memory.Object],
@@ -21,37 +21,37 @@ def streams(
     scratch: Sequence[int],
     crash: int,
     stacks: int,
-    leash: socket.socket,
+    control_socket: socket.socket,
     keep: Sequence[int],
 ) -> None:
     """Leave nothing in the table of descriptors, nor in memory, that is not the sandbox's own, and start where commands
-    start. Stacks are written to `stacks`, whose file is `crash` from now on. `leash` is closed."""
+    start. Stacks are written to `stacks`, whose file is `crash` from now on. `control socket` is closed."""
     os.chdir(plan.workdir)
     os.dup2(crash, stacks, inheritable=False)
     if "fds" in plan.defences:
-        fds.adopt(inherited, stdio, scratch, [*keep, stacks, leash.fileno(), *shared_memory.sources(shared)])
+        fds.adopt(inherited, stdio, scratch, [*keep, stacks, control_socket.fileno(), *shared_memory.sources(shared)])
     shared_memory.adopt(shared, inherited)  # after that: what is mapped is what the descriptors are, too
     shared_memory.forget(shared)
-    leash.close()
+    control_socket.close()
 
 
-def name() -> None:
+def set_process_name() -> None:
     """What ps(1) shows; and let debuggers inside have it."""
     syscalls.set_name("isolation")
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
 
 
-def give_up(leash: socket.socket, error: BaseException) -> NoReturn:
-    """Tell the keeper why there will be no sandbox, and end."""
-    say(leash, error)
+def give_up(control_socket: socket.socket, error: BaseException) -> NoReturn:
+    """Tell the supervisor why there will be no sandbox, and end."""
+    send_error(control_socket, error)
     os._exit(1)
 
 
-def say(leash: socket.socket, error: BaseException) -> None:
-    """Tell the keeper what went wrong."""
+def send_error(control_socket: socket.socket, error: BaseException) -> None:
+    """Tell the supervisor what went wrong."""
     number = error.errno if isinstance(error, OSError) else 0
     text = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
     try:
-        leash.send(f"x{number or 0} {text}".encode("utf-8", "replace")[:4000])
+        control_socket.send(f"x{number or 0} {text}".encode("utf-8", "replace")[:4000])
     except OSError:
-        pass  # the keeper is gone, or the leash is closed already
+        pass  # the supervisor is gone, or the control socket is closed already

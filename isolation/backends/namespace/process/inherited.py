@@ -5,10 +5,10 @@ network namespace, a directory one out of the root, a writable file a way to wri
 those numbers, and would later close whatever reused them. So each number stays taken:
 
     a file that the sandbox's tree has too  → the tree's own, opened again at the same offset; with what the template has
-                                              written to it, where its copy was put aside (aside.py)
+                                              written to it, where its copy was put aside (open_files.py)
     an unlinked file (pytest's capture, …)  → a private copy, in memory
     the host's stdout or stderr, duplicated → the sandbox's
-    what can be made anew                   → a new one, in the same state (anew.py)
+    what can be made anew                   → a new one, in the same state (recreated.py)
     anything else                           → /dev/null
 """
 
@@ -85,7 +85,7 @@ def _classify(fd: int, stdio: dict[tuple[int, int], int]) -> Inherited:
     path = os.readlink(f"/proc/self/fd/{fd}")
     if (match := _OF_PROCESS.match(path)) is not None and int(match[1]) in (os.getpid(), os.getppid()):
         return Inherited(fd, identity, path=f"/proc/self/{path[match.end() :]}", flags=flags)  # of who is forked
-    if not path.startswith("/"):  # a pipe, which anew.py is for
+    if not path.startswith("/"):  # a pipe, which recreated.py is for
         return Inherited(fd, identity)
     if path.startswith(f"/memfd:{PREFIX}"):
         return Inherited(fd, identity)

@@ -1,6 +1,6 @@
 """PID 1 of a sandbox for commands: builds it, locks it, then reaps, starts and signals processes as the host says.
 
-It is a fork of the keeper that never runs anything of the guest's. The guest cannot harm it: signals from inside a PID
+It is a fork of the supervisor that never runs anything of the guest's. The guest cannot harm it: signals from inside a PID
 namespace do not reach its PID 1 (pid_namespaces(7)), it is not dumpable, so neither ptrace(2) nor /proc shows its
 memory, environment or descriptors, and its wire is in no other process. So what it reports of the guest's end is
 the truth, whatever the guest does. When it ends, the kernel ends everything inside.
@@ -32,23 +32,23 @@ _SIGCHLD_MASK = 1 << (signal.SIGCHLD - 1)
 
 
 @dataclass
-class Birth:
-    """What it needs besides the plan. Descriptors are numbers in the keeper's table, which it inherits."""
+class InitArgs:
+    """What it needs besides the plan. Descriptors are numbers in the supervisor's table, which it inherits."""
 
     control: int  # the host's wire
-    leash: socket.socket  # to the keeper, which answers what it is asked; at its end: die
+    control_socket: socket.socket  # to the supervisor, which answers what it is asked; at its end: die
     construction: Construction | None  # None: it builds the base, too
     memory_files: tuple[int, int] | None
     signal_mask: frozenset[int]  # of the host, for commands
     umask: int
 
 
-def live(plan: Plan, birth: Birth) -> NoReturn:
+def live(plan: Plan, args: InitArgs) -> NoReturn:
     """Be PID 1."""
-    control = Wire(socket.socket(fileno=birth.control), accept_fds=True)
+    control = Wire(socket.socket(fileno=args.control), accept_fds=True)
     try:
-        store = _build(plan, birth)
-        _serve(plan, birth, control, store)
+        store = _build(plan, args)
+        _serve(plan, args, control, store)
     except BaseException as error:
         _give_up(control, error)
 
@@ -63,49 +63,50 @@ def _give_up(control: Wire, error: BaseException) -> NoReturn:
     os._exit(1)
 
 
-def _build(plan: Plan, birth: Birth) -> int:
-    construction = birth.construction
+def _build(plan: Plan, args: InitArgs) -> int:
+    construction = args.construction
     if construction is not None:
         store = construction.enter_and_build()
     else:
-        steps.die_with_keeper()
+        steps.die_with_supervisor()
         os.setsid()
         if plan.cgroup is not None:
-            steps.ask_keeper(birth.leash, messages.JOIN_CGROUP)
-        steps.become_root_of_namespace(plan, birth.leash)
+            steps.ask_supervisor(args.control_socket, messages.JOIN_CGROUP)
+        steps.become_root_of_namespace(plan, args.control_socket)
         steps.build_base(plan)
         syscalls.unshare(NAMESPACES)
-        construction = Construction(plan, steps.with_modes(plan, steps.look_at_lowers(plan)), birth.umask, first=True)
-        construction.use_leash(birth.leash.fileno())
+        construction = Construction(plan, steps.with_modes(plan, steps.look_at_lowers(plan)), args.umask, first=True)
+        construction.use_control_socket(args.control_socket.fileno())
         store = construction.build_fresh()
-    _leave_mounts(birth.leash)
+    _leave_mounts(args.control_socket)
     construction.seal()
     if "dumpable" in plan.defences:
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     return store
 
 
-def _leave_mounts(leash: socket.socket) -> None:
-    """Give the keeper a share in the mount namespace: to take it apart waits for the whole machine twice (RCU), and the end
-    of this process, for which the host waits, would wait with it. The keeper lets go of it then, when nobody is in it."""
+def _leave_mounts(control_socket: socket.socket) -> None:
+    """Give the supervisor a share in the mount namespace: to take it apart waits for the whole machine twice (RCU), and the
+    end of this process, for which the host waits, would wait with it. The supervisor lets go of it then, when nobody is in
+    it."""
     mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    socket.send_fds(leash, [messages.MOUNTS], [mounts])
+    socket.send_fds(control_socket, [messages.MOUNTS], [mounts])
     os.close(mounts)
 
 
-def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
-    """The loop. Ends with the sandbox, when the host or the keeper closes its end."""
+def _serve(plan: Plan, args: InitArgs, control: Wire, store: int) -> NoReturn:
+    """The loop. Ends with the sandbox, when the host or the supervisor closes its end."""
     signals = syscalls.signalfd(_SIGCHLD_MASK)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):
         os.dup2(null, fd, inheritable=False)
-    leash = birth.leash.fileno()
-    memory_files = birth.memory_files
+    control_socket = args.control_socket.fileno()
+    memory_files = args.memory_files
     if plan.watch_memory:
-        _show_memory(birth.leash, store)
-    inherited.close_all_but({0, 1, 2, birth.control, leash, signals, store, *(memory_files or ())})
-    # The numbers from FIRST_PASSED up are for commands; a keeper with many sandboxes has given us such.
-    leash, signals, store = _low(leash), _low(signals), _low(store)
+        _show_memory(args.control_socket, store)
+    inherited.close_all_but({0, 1, 2, args.control, control_socket, signals, store, *(memory_files or ())})
+    # The numbers from FIRST_PASSED up are for commands; a supervisor with many sandboxes has given us such.
+    control_socket, signals, store = _low(control_socket), _low(signals), _low(store)
     control = Wire(socket.socket(fileno=_low(control.sock.detach())), accept_fds=True)
     if memory_files is not None:
         memory_files = (_low(memory_files[0]), _low(memory_files[1]))
@@ -114,17 +115,17 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
         environment.scrub_command_line()
     syscalls.set_name("isolation-init")
     _default_signals()
-    server = _Server(plan, control, leash, birth.signal_mask)
+    server = _Server(plan, control, control_socket, args.signal_mask)
     control.send({"event": "ready"}, fds=[store])
     os.close(store)
     if memory_files is not None:
         server.watch = memory_watch.Watch(plan.limits.memory or 0, memory_files, -1, -1, kills=False)
     poller = select.poll()
-    for fd in (control.fileno(), leash, signals):
+    for fd in (control.fileno(), control_socket, signals):
         poller.register(fd, select.POLLIN)
     while True:
         ready = [fd for fd, _events in poller.poll()]
-        if leash in ready:
+        if control_socket in ready:
             os._exit(0)
         if signals in ready:
             os.read(signals, 1024)
@@ -136,10 +137,10 @@ def _serve(plan: Plan, birth: Birth, control: Wire, store: int) -> NoReturn:
                 server.handle(message)
 
 
-def _show_memory(leash: socket.socket, store: int) -> None:
-    """To the keeper, which watches it: this process is within the guest's sight, and could be hindered."""
+def _show_memory(control_socket: socket.socket, store: int) -> None:
+    """To the supervisor, which watches it: this process is within the guest's sight, and could be hindered."""
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    socket.send_fds(leash, [messages.PLACES], [proc, store])
+    socket.send_fds(control_socket, [messages.PLACES], [proc, store])
     os.close(proc)
 
 
@@ -162,9 +163,9 @@ def _default_signals() -> None:
 class _Server:
     """What PID 1 knows of the guest's processes."""
 
-    def __init__(self, plan: Plan, control: Wire, leash: int, signal_mask: frozenset[int]) -> None:
+    def __init__(self, plan: Plan, control: Wire, control_socket: int, signal_mask: frozenset[int]) -> None:
         self.watch: memory_watch.Watch | None = None  # only to know what the kernel has done
-        self._leash = leash
+        self._control_socket = control_socket
         self._watched = plan.watch_memory
         self._env = plan.env
         self._control = control
@@ -219,7 +220,7 @@ class _Server:
             process.returncode = 0  # reaped here, not by subprocess
             self._commands[process.pid] = number
             if self._watched:
-                os.write(self._leash, messages.ACTIVE)  # now that there is something to watch
+                os.write(self._control_socket, messages.ACTIVE)  # now that there is something to watch
             self._control.send({"event": "spawned", "id": number, "pid": process.pid}, fds=reply)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

@@ -1,5 +1,5 @@
-"""An eye on a sandbox's memory, of its keeper: no process inside can name that one, and so none can blind it (a guest that
-may lower the limits of who watches, by prlimit(2), keeps it from opening what it looks at).
+"""An eye on a sandbox's memory, of its supervisor: no process inside can name that one, and so none can blind it (a guest
+that may lower the limits of who watches, by prlimit(2), keeps it from opening what it looks at).
 
 Where a cgroup holds the limit, the kernel kills at once, and no stack could be written any more: so it is
 written when the limit is near. Where there is none (an ordinary user without a delegated cgroup), the watch adds up

@@ -5,8 +5,8 @@ that overlay. To a fork's, the template's copy would be the lower file, whose nu
 does not write to a database when its path leads to another inode than the one that it has opened (SQLITE_READONLY_DBMOVED).
 
 So a template's copies are put aside while it waits to be forked. A fork finds, at each level, the file that is below them
-all, and fills its own copy of that from the descriptor that it has inherited (fds.py). Before the template goes on, they are
-put back where they were; it has seen nothing, as its overlay knows them by what they are and not by where.
+all, and fills its own copy of that from the descriptor that it has inherited (inherited.py). Before the template goes on,
+they are put back where they were; it has seen nothing, as its overlay knows them by what they are and not by where.
 
 What is told here of a file is the template's, which is not trusted. It all happens in its own store, without a symlink.
 """
@@ -64,7 +64,7 @@ def mark(inherited: Sequence[fds.Inherited], put_aside: Sequence[Held]) -> Seque
 
 
 def encode(files: Iterable[Held]) -> bytes:
-    """For the keeper."""
+    """For the supervisor."""
     return b"".join(b"\0%d %s" % (one.inode, one.path) for one in files)
 
 
@@ -117,7 +117,7 @@ class Aside:
             raise OSError("the files that a template has open could not be put aside")
         return [int(word) for word in answer.split()[1:]]
 
-    def _be_mover(self, leash: socket.socket, *, back: bool) -> NoReturn:
+    def _be_mover(self, control_socket: socket.socket, *, back: bool) -> NoReturn:
         try:
             steps.leave_host_ids(self._plan)
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of ids has cleared it
@@ -125,7 +125,7 @@ class Aside:
             syscalls.setns(self._mounts, syscalls.CLONE_NEWNS)
             chosen = self.put_aside if back else range(len(self._files))
             moved = [number for number in chosen if self._move(number, back=back)]
-            leash.send(b" ".join([b"a", *(b"%d" % number for number in moved)]))
+            control_socket.send(b" ".join([b"a", *(b"%d" % number for number in moved)]))
         finally:
             os._exit(0)
 

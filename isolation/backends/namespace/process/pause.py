@@ -1,15 +1,15 @@
 """PID 1 of a fork: sleeps, while the kernel reaps.
 
-A fork's payload has the keeper for its parent, so its PID 1 need not run Python; and copying a warm interpreter's page
+A fork's payload has the supervisor for its parent, so its PID 1 need not run Python; and copying a warm interpreter's page
 tables for a process that only sleeps would double the cost of a fork (0.5 ms for a bare interpreter here, 2.3 ms with
-numpy). So it shares the keeper's memory (CLONE_VM), and runs the dozen instructions below on a stack of its own:
+numpy). So it shares the supervisor's memory (CLONE_VM), and runs the dozen instructions below on a stack of its own:
 
     rt_sigaction(SIGCHLD, SIG_IGN)    orphans inside are reaped by the kernel (wait(2), NOTES)
-    poll(NULL, 0, -1)                 for ever: it ends by SIGKILL, from the keeper or with the keeper's PID namespace
-    exit_group(0)
+    poll(NULL, 0, -1)                 for ever: it ends by SIGKILL, from the supervisor or with the supervisor's PID
+    namespace exit_group(0)
 
-It holds the keeper's credentials and descriptors, and is out of the guest's reach as the keeper is: neither is dumpable,
-and signals from inside do not reach a PID 1 without handlers.
+It holds the supervisor's credentials and descriptors, and is out of the guest's reach as the supervisor is: neither is
+dumpable, and signals from inside do not reach a PID 1 without handlers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _SIG_IGN = 1
 
 
 class Sleeper:
-    """Makes sleeping PID 1s for one keeper. Their stack is shared: they never return, and all hold the same."""
+    """Makes sleeping PID 1s for one supervisor. Their stack is shared: they never return, and all hold the same."""
 
     def __init__(self) -> None:
         self._code = MachineCode(_CODE[syscalls.MACHINE])

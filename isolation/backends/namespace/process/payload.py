@@ -1,4 +1,4 @@
-"""A fork's payload: a clone of the keeper that builds its own sandbox, locks itself in, and becomes the guest."""
+"""A fork's payload: a clone of the supervisor that builds its own sandbox, locks itself in, and becomes the guest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.process import environment, finish, messages, shared_memory
-from isolation.backends.namespace.process.fork_point import Descent
+from isolation.backends.namespace.process.fork_point import ForkPoint
 from isolation.backends.namespace.process.inherited import Inherited
 from isolation.backends.namespace.process.steps import Construction
 from isolation.guest import Guest
@@ -21,10 +21,10 @@ DUMP_SIGNAL = signal.SIGRTMAX - 1  # makes a payload write the stacks of its thr
 
 
 @dataclass
-class Birth:
-    """What a payload needs besides the plan. Descriptors are numbers in the keeper's table, which it inherits."""
+class PayloadArgs:
+    """What a payload needs besides the plan. Descriptors are numbers in the supervisor's table, which it inherits."""
 
-    leash: socket.socket  # to the keeper, which answers what it is asked
+    control_socket: socket.socket  # to the supervisor, which answers what it is asked
     construction: Construction
     wire: int  # to the host
     stdio: Sequence[int]
@@ -35,47 +35,47 @@ class Birth:
     shared: Sequence[shared_memory.Object]
     signal_mask: frozenset[int]  # of the host
     umask: int
-    midwife: socket.socket | None = None  # of a template: to the keeper of its forks
+    fork_channel: socket.socket | None = None  # of a template: to the supervisor of its forks
     account: bool = False
 
 
 def write_stacks_to(fd: int) -> None:
-    """In the keeper, once: in it and in every fork, the stacks of all threads go to descriptor `fd` at a crash, and when it
-    gets DUMP_SIGNAL. A fork finds its own file there."""
+    """In the supervisor, once: in it and in every fork, the stacks of all threads go to descriptor `fd` at a crash, and
+    when it gets DUMP_SIGNAL. A fork finds its own file there."""
     faulthandler.enable(file=fd, all_threads=True)
     faulthandler.register(DUMP_SIGNAL, file=fd, all_threads=True)
 
 
-def become(plan: Plan, birth: Birth) -> Guest:
+def become(plan: Plan, args: PayloadArgs) -> Guest:
     """In the clone. Returns with everything sealed, and nothing of the host's left in reach."""
     try:
-        return _become(plan, birth)
+        return _become(plan, args)
     except BaseException as error:
-        finish.give_up(birth.leash, error)
+        finish.give_up(args.control_socket, error)
 
 
-def _become(plan: Plan, birth: Birth) -> Guest:
-    store = birth.construction.enter_and_build()
-    if plan.watch_memory or birth.account:
+def _become(plan: Plan, args: PayloadArgs) -> Guest:
+    store = args.construction.enter_and_build()
+    if plan.watch_memory or args.account:
         proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        socket.send_fds(birth.leash, [messages.PLACES], [proc, store])  # for the keeper to look at
+        socket.send_fds(args.control_socket, [messages.PLACES], [proc, store])  # for the supervisor to look at
         os.close(proc)
     os.close(store)
-    birth.construction.seal()
+    args.construction.seal()
     descent = None
-    if birth.midwife is not None:
-        descent = Descent(plan, birth.midwife, birth.stacks)
-        descent.introduce(birth.construction.mounts())
-    keep = [birth.wire, *([birth.midwife.fileno()] if birth.midwife is not None else [])]
-    finish.streams(
-        plan, birth.inherited, birth.shared, birth.stdio, birth.scratch, birth.crash, birth.stacks, birth.leash, keep
+    if args.fork_channel is not None:
+        descent = ForkPoint(plan, args.fork_channel, args.stacks)
+        descent.introduce(args.construction.mounts())
+    keep = [args.wire, *([args.fork_channel.fileno()] if args.fork_channel is not None else [])]
+    finish.take_descriptors(
+        plan, args.inherited, args.shared, args.stdio, args.scratch, args.crash, args.stacks, args.control_socket, keep
     )
     if not plan.inherit_env:
         if "environment" in plan.defences:
             environment.scrub()
         os.environ.update(plan.env)
-    finish.name()
+    finish.set_process_name()
     syscalls.fork_after_child()
-    signal.pthread_sigmask(signal.SIG_SETMASK, birth.signal_mask)
-    wire = Wire(socket.socket(fileno=birth.wire), accept_fds=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, args.signal_mask)
+    wire = Wire(socket.socket(fileno=args.wire), accept_fds=True)
     return Guest(wire, fork=None if descent is None else descent.forks)

@@ -1,4 +1,4 @@
-"""Which of a process's descriptors, of those that are of no file, a fork can have made anew (anew.py).
+"""Which of a process's descriptors, of those that are of no file, a fork can have made anew (recreated.py).
 
 What has an end elsewhere (a child process, a server, a terminal) cannot be had, nor what does not tell all of its state. A
 socket with an address is left as well: if it was a thread that answered there, it is better to be refused than to wait for

@@ -6,7 +6,7 @@
     an event, timer or signal   a new one, in the same state
     a device of memory          opened again (null(4), random(4))
 
-What these are, stocktaking.py finds out. In a process in which much may have been replaced (by gevent, say): so nothing of
+What these are, recreatable.py finds out. In a process in which much may have been replaced (by gevent, say): so nothing of
 `socket` and `select` is used that is not the kernel's own.
 """
 

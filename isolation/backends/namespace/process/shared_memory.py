@@ -5,7 +5,7 @@ on the host, to what a lock of all processes is made of, to a database's index. 
 writable by mprotect(2), if its descriptor could write. So each fork gets, at the same place and with the same content:
 
     a file that the sandbox's tree has too → the tree's own
-    an unlinked file that has a descriptor → what that descriptor has become (fds.py)
+    an unlinked file that has a descriptor → what that descriptor has become (inherited.py)
     any other object, to `_COPY_AT_MOST`   → a copy, which the fork and the processes that it starts share
     a larger one                           → private memory (copy-on-write), which the fork alone writes
     memory of a device, rings of a kernel  → nothing: who touches that gets SIGSEGV
@@ -261,7 +261,7 @@ def _open_own(item: Object, inherited: Sequence[fds.Inherited]) -> int:
 
 
 def _fill_inherited(item: Object) -> None:
-    """What fds.py has not copied, as it is too long; a page beyond the end could not be touched."""
+    """What inherited.py has not copied, as it is too long; a page beyond the end could not be touched."""
     if item.source >= 0 and os.fstat(item.inherited).st_size < min(item.size, os.fstat(item.source).st_size):
         fds.copy_file(item.source, item.inherited)
 

@@ -18,16 +18,16 @@ from isolation.linux import privileges, seccomp, syscalls, userns
 from isolation.linux.syscall_script import Memory, SyscallScript
 from isolation.plain import os, socket
 
-Answer = Callable[[int], object]  # of a keeper, to the process with this pid
+Answer = Callable[[int], object]  # of a supervisor, to the process with this pid
 _FORKS_OF_TEMPLATE = 16  # whose limits of processes may be used up at the same time
 
 
 class Construction:
-    """Every step that can be written down beforehand, once for a keeper (script.py). `leash` is each clone's own socket to
-    the keeper, as a number in its table.
+    """Every step that can be written down beforehand, once for a supervisor (syscall_script.py). `control socket` is each
+    clone's own socket to the supervisor, as a number in its table.
 
-    What comes first is for a clone of a keeper that has a base; `build_fresh` and `seal` are for all. `first`: the clone is
-    the sandbox's own PID 1. `template`: what is made will be forked itself.
+    What comes first is for a clone of a supervisor that has a base; `build_fresh` and `seal` are for all. `first`: the
+    clone is the sandbox's own PID 1. `template`: what is made will be forked itself.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Construction:
         template: bool = False,
     ) -> None:
         self._script = script = SyscallScript()
-        self._leash = script.slot()
-        script.call("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # see die_with_keeper
+        self._control_socket = script.slot()
+        script.call("prctl", syscalls.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # see die_with_supervisor
         script.call("setsid")
         if plan.cgroup is not None:
-            write_ask(script, self._leash, messages.JOIN_CGROUP)
+            write_ask(script, self._control_socket, messages.JOIN_CGROUP)
         _write_enter_base(script, plan, base, namespaces)
         self._fresh = script.mark()
         if "keyring" in plan.defences:
@@ -60,15 +60,15 @@ class Construction:
             network.write_loopback_up(script)
             network.write_open_low_ports(script)
         self._seal = script.mark()
-        _write_seal(script, plan, self._leash, first=first, template=template)
+        _write_seal(script, plan, self._control_socket, first=first, template=template)
         script.finish()
 
-    def use_leash(self, leash: int) -> None:
+    def use_control_socket(self, control_socket: int) -> None:
         """Before a clone is made."""
-        self._script.set(self._leash, leash)
+        self._script.set(self._control_socket, control_socket)
 
     def enter_and_build(self) -> int:
-        """In a clone of a keeper that has a base: everything up to `seal`. Returns a descriptor of the store."""
+        """In a clone of a supervisor that has a base: everything up to `seal`. Returns a descriptor of the store."""
         self._script.run(0, self._seal)
         return self._script.result(self._store)
 
@@ -88,18 +88,18 @@ class Construction:
         self._script.run(self._seal)
 
 
-def ask_keeper(leash: socket.socket, request: bytes) -> None:
-    """One byte there, one back: the keeper has mapped ids ("m", "i"), or put this process into its cgroup ("c")."""
-    leash.send(request)
-    if leash.recv(1) != request:
+def ask_supervisor(control_socket: socket.socket, request: bytes) -> None:
+    """One byte there, one back: the supervisor has mapped ids ("m", "i"), or put this process into its cgroup ("c")."""
+    control_socket.send(request)
+    if control_socket.recv(1) != request:
         os._exit(1)
 
 
-def become_root_of_namespace(plan: Plan, leash: socket.socket) -> None:
+def become_root_of_namespace(plan: Plan, control_socket: socket.socket) -> None:
     """In a clone with a new user namespace: have ids in it. Real root keeps its host's, until `leave_host_ids`."""
     who = plan.identity
     if who.ranged:
-        ask_keeper(leash, messages.MAP_RANGE)  # only real root, outside, can map a range
+        ask_supervisor(control_socket, messages.MAP_RANGE)  # only real root, outside, can map a range
     else:
         userns.map_own_ids(0, 0, who.uid, who.gid)  # devpts wants a mapped root (bubblewrap)
     if "counters" in plan.defences:
@@ -152,15 +152,15 @@ def with_modes(plan: Plan, modes: Mapping[str, int]) -> list[FreshOperation]:
     ]
 
 
-def write_ask(script: SyscallScript, leash: Memory, request: bytes) -> None:
-    """`ask_keeper`, as steps."""
-    script.call("write", leash.value(), request, 1, only=1, about="the keeper")
-    _write_await(script, leash)
+def write_ask(script: SyscallScript, control_socket: Memory, request: bytes) -> None:
+    """`ask_supervisor`, as steps."""
+    script.call("write", control_socket.value(), request, 1, only=1, about="the supervisor")
+    _write_await(script, control_socket)
 
 
-def _write_await(script: SyscallScript, leash: Memory) -> None:
-    """The keeper answers with the same byte, or closes."""
-    script.call("read", leash.value(), script.memory(bytes(8)), 1, only=1, about="the keeper")
+def _write_await(script: SyscallScript, control_socket: Memory) -> None:
+    """The supervisor answers with the same byte, or closes."""
+    script.call("read", control_socket.value(), script.memory(bytes(8)), 1, only=1, about="the supervisor")
 
 
 def _write_enter_base(script: SyscallScript, plan: Plan, base: int, namespaces: int) -> None:
@@ -177,26 +177,26 @@ class Seal:
 
     def __init__(self, plan: Plan, *, template: bool) -> None:
         self._script = script = SyscallScript()
-        self._leash = script.slot()
+        self._control_socket = script.slot()
         # The template's is higher (see _write_limits), and what a user namespace is made with is for all of its siblings.
-        _write_inner_user_namespace(script, plan, self._leash)
+        _write_inner_user_namespace(script, plan, self._control_socket)
         _write_limits(script, plan, first=False, template=template)
         if "capabilities" in plan.defences:
             privileges.write_drop_capabilities(script, keep_setfcap=False)
         if "seccomp" in plan.defences and not template:
             privileges.write_filter_system_calls(script, seccomp.compiled_leaf_filter())
         if plan.identity.ranged:
-            _write_await(script, self._leash)
+            _write_await(script, self._control_socket)
         script.finish()
 
-    def run(self, leash: int) -> None:
+    def run(self, control_socket: int) -> None:
         """In the fork. Raises OSError."""
-        self._script.set(self._leash, leash)
+        self._script.set(self._control_socket, control_socket)
         self._script.run()
 
 
-def _write_seal(script: SyscallScript, plan: Plan, leash: Memory, *, first: bool, template: bool) -> None:
-    _write_inner_user_namespace(script, plan, leash)
+def _write_seal(script: SyscallScript, plan: Plan, control_socket: Memory, *, first: bool, template: bool) -> None:
+    _write_inner_user_namespace(script, plan, control_socket)
     _write_limits(script, plan, first=first, template=template)
     if "capabilities" in plan.defences:
         privileges.write_drop_capabilities(script, keep_setfcap=plan.nesting and plan.identity.uid == 0)
@@ -206,23 +206,23 @@ def _write_seal(script: SyscallScript, plan: Plan, leash: Memory, *, first: bool
     if "seccomp" in plan.defences:
         privileges.write_filter_system_calls(script, seccomp.compiled_template_filter() if template else plan.filter)
     if plan.identity.ranged:
-        _write_await(script, leash)  # only now: what came between needs no ids, and the keeper has had its time
+        _write_await(script, control_socket)  # only now: what came between needs no ids, and the supervisor has had its time
 
 
-def _write_inner_user_namespace(script: SyscallScript, plan: Plan, leash: Memory) -> None:
+def _write_inner_user_namespace(script: SyscallScript, plan: Plan, control_socket: Memory) -> None:
     """The guest's own, below the one that owns the mounts: even with capabilities in its own, it has none over them."""
     script.call("unshare", syscalls.CLONE_NEWUSER)
     who = plan.identity
     if who.ranged:
         script.call("prctl", syscalls.PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its maps belong to host root
-        script.call("write", leash.value(), messages.MAP_INNER, 1, only=1, about="the keeper")
+        script.call("write", control_socket.value(), messages.MAP_INNER, 1, only=1, about="the supervisor")
     else:
         userns.write_map_own_ids(script, who.uid, who.gid, 0, 0)
 
 
 def _write_limits(script: SyscallScript, plan: Plan, *, first: bool, template: bool) -> None:
     """Only behind the user namespace: one is bound to the limits of who makes it, and counts all processes below its parent,
-    which is to say those of every sandbox of this keeper."""
+    which is to say those of every sandbox of this supervisor."""
     for number, value in plan.rlimits:
         if number == resource.RLIMIT_NPROC:
             # PID 1 of a sandbox for commands is one of the processes that are counted; that of a fork is above. For a
@@ -231,8 +231,8 @@ def _write_limits(script: SyscallScript, plan: Plan, *, first: bool, template: b
         _write_rlimit(script, number, value)
 
 
-def die_with_keeper() -> None:
-    """The keeper is single-threaded, so its death is the death of the thread that made this process (prctl(2))."""
+def die_with_supervisor() -> None:
+    """The supervisor is single-threaded, so its death is the death of the thread that made this process (prctl(2))."""
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

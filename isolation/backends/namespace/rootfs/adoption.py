@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from isolation.backends.namespace.rootfs.mounts import NEW, BaseOperation, adopted, make_directory
+from isolation.backends.namespace.rootfs.mounts import NEW_ROOT, BaseOperation, adopted, make_directory
 from isolation.linux.userns import RANGE_SIZE
 from isolation.plain import os
 from isolation.units import format_size
@@ -75,8 +75,8 @@ class Adopt(BaseOperation):
         return adopted(self.number)
 
     def execute(self) -> None:
-        make_directory(NEW + self.target)
-        copy(self.lower, NEW + self.target, self.entries)
+        make_directory(NEW_ROOT + self.target)
+        copy(self.lower, NEW_ROOT + self.target, self.entries)
 
     def describe(self) -> str:
         return f"adopted  {self.source} ({len(self.entries)} entries of other owners or groups, as the guest's own)"
@@ -99,9 +99,9 @@ class Seed(BaseOperation):
     copied: tuple[Copied, ...]
 
     def execute(self) -> None:
-        make_directory(NEW + self.target, self.mode)
+        make_directory(NEW_ROOT + self.target, self.mode)
         for one in self.copied:
-            target = f"{NEW}{self.target}/{one.path}"
+            target = f"{NEW_ROOT}{self.target}/{one.path}"
             make_directory(target)
             copy(one.lower, target, one.entries)
 

@@ -20,7 +20,7 @@ def of_store(
 ) -> list[Change]:
     """Every path added, changed or deleted in the store behind the descriptor, sorted; at most `most`. `level`: how many
     forks away from the host; what was there before is in the stores of the levels above. `chain`: the layers that the
-    files lie in, the uppermost first (layers.py)."""
+    files lie in, the uppermost first (layer_tree.py)."""
     found: list[Change] = []
     for operation in operations:
         if isinstance(operation, Overlay):

@@ -1,7 +1,7 @@
 """Real root only: the sources of a sandbox's tree, opened while host root, and shifted to the mapped range.
 
-The keeper does this once, in a mount namespace of its own. What belongs to the user (project, Python environment, mounts)
-becomes id-mapped mounts: owners 0 to 65535 on disk are 0 to 65535 inside (mount_setattr(2), MOUNT_ATTR_IDMAP).
+The supervisor does this once, in a mount namespace of its own. What belongs to the user (project, Python environment,
+mounts) becomes id-mapped mounts: owners 0 to 65535 on disk are 0 to 65535 inside (mount_setattr(2), MOUNT_ATTR_IDMAP).
 System directories are not mapped, so that a file which only root may read is not readable.
 """
 
@@ -24,7 +24,7 @@ _COPY_BYTES = 2 << 30
 
 class Source(NamedTuple):
     """owned    it is the user's: id-mapped
-    by_view  a file, not by its own inode, but by that of a view of its directory (operations.py, Bind)
+    by_view  a file, not by its own inode, but by that of a view of its directory (mounts.py, Bind)
     """
 
     path: str
@@ -102,7 +102,7 @@ def _mapped_user_namespace(base: int) -> int:
 
 
 def _copy_shifted(source: str, target: str, name: str, base: int) -> None:
-    """A copy whose owners are in the range. Raises OSError when it is too large to be made for every keeper."""
+    """A copy whose owners are in the range. Raises OSError when it is too large to be made for every supervisor."""
     import shutil  # late: with all that it can unpack it takes long
 
     files = size = 0

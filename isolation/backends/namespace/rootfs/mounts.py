@@ -4,7 +4,7 @@ They come in two kinds. The *base* is what never changes: read-only views of the
 in /new while the host's tree stands at /old, and every fork starts with a copy of the finished mount namespace. The
 *fresh* part is what a guest writes to; it is made anew in each sandbox, whose root is then already `/`. Everything
 written lands in the *store*, a tmpfs of the sandbox's own: in layers/N (the uppers of overlays) or private/N. It is
-written down as a script of system calls (script.py), which every fork then runs.
+written down as a script of system calls (syscall_script.py), which every fork then runs.
 
 A fork of a fork starts with a copy of the mount namespace of the template above it, and makes its fresh part on top: what
 was an empty directory there is an overlay over what the template has put into it, and an overlay has the template's upper
@@ -22,8 +22,8 @@ from isolation.linux import syscalls
 from isolation.linux.syscall_script import SyscallScript
 from isolation.plain import os
 
-OLD = "/old"
-NEW = "/new"
+OLD_ROOT = "/old"
+NEW_ROOT = "/new"
 HIDDEN = "/.isolation"  # covered before anything of the guest's runs
 EMPTY = HIDDEN + "/empty"
 BASE = HIDDEN + "/base"
@@ -34,7 +34,7 @@ PROC = HIDDEN + "/proc"
 DEEPEST = 6  # levels of templates and forks below the host, and so stores in one mount namespace
 LAYERS = "/layers"
 PRIVATE = "/private"
-KEPT = "/kept"  # layers of sandboxes whose files were kept once: layering.py
+KEPT = "/kept"  # layers of sandboxes whose files were kept once: remount.py
 
 # `userxattr` is what lets a user namespace keep whiteouts and opaque marks; the others say what follows from it anyway
 # and keep the kernel log quiet (kernel: Documentation/filesystems/overlayfs.rst). `volatile` skips pointless syncs.
@@ -116,7 +116,7 @@ class Directory(BaseOperation):
     mode: int = 0o755
 
     def execute(self) -> None:
-        make_directory(NEW + self.target, self.mode)
+        make_directory(NEW_ROOT + self.target, self.mode)
 
     def describe(self) -> str:
         return f"dir      {self.target}"
@@ -130,8 +130,8 @@ class Symlink(BaseOperation):
     to: str
 
     def execute(self) -> None:
-        make_directory(os.path.dirname(NEW + self.target))
-        os.symlink(self.to, NEW + self.target)
+        make_directory(os.path.dirname(NEW_ROOT + self.target))
+        os.symlink(self.to, NEW_ROOT + self.target)
 
     def describe(self) -> str:
         return f"symlink  {self.target} -> {self.to}"
@@ -145,8 +145,8 @@ class TextFile(BaseOperation):
     text: str
 
     def execute(self) -> None:
-        make_directory(os.path.dirname(NEW + self.target))
-        with open(NEW + self.target, "w", encoding="utf-8") as file:
+        make_directory(os.path.dirname(NEW_ROOT + self.target))
+        with open(NEW_ROOT + self.target, "w", encoding="utf-8") as file:
             file.write(self.text)
 
     def describe(self) -> str:
@@ -154,7 +154,7 @@ class TextFile(BaseOperation):
 
 
 @dataclass(frozen=True)
-class View(BaseOperation):
+class ReadOnlyView(BaseOperation):
     """Base: a host directory, read-only. `lower` is where it stands now, `source` where it is on the host.
 
     An overlay without an upper, not a bind: that also cuts what a read-only bind lets through. A unix socket or FIFO of
@@ -166,9 +166,9 @@ class View(BaseOperation):
     lower: str
 
     def execute(self) -> None:
-        make_directory(NEW + self.target)
-        data = overlay_view(NEW + EMPTY, _escape(self.lower))
-        syscalls.mount("overlay", NEW + self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
+        make_directory(NEW_ROOT + self.target)
+        data = overlay_view(NEW_ROOT + EMPTY, _escape(self.lower))
+        syscalls.mount("overlay", NEW_ROOT + self.target, "overlay", syscalls.MS_NODEV | syscalls.MS_NOSUID, data)
 
     def describe(self) -> str:
         return f"view     {_from(self.target, self.source)} (read-only)"
@@ -191,7 +191,7 @@ class Bind(BaseOperation):
     by_view: str | None = None
 
     def execute(self) -> None:
-        path = NEW + self.target
+        path = NEW_ROOT + self.target
         make_mount_point(path, directory=self.directory)
         flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | os.O_CLOEXEC
         fd = syscalls.open_tree(self._of_view() or self.lower, flags)
@@ -208,12 +208,12 @@ class Bind(BaseOperation):
             return None
         directory, name = os.path.split(self.lower)
         try:
-            View(self.by_view, "", directory).execute()
+            ReadOnlyView(self.by_view, "", directory).execute()
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             return None
-        return os.path.join(NEW + self.by_view, name)
+        return os.path.join(NEW_ROOT + self.by_view, name)
 
     def describe(self) -> str:
         kind = "device" if self.device else "writable: reaches the host" if self.writable else "read-only"
@@ -228,10 +228,10 @@ class Lower(BaseOperation):
     lower: str
 
     def execute(self) -> None:
-        make_directory(NEW + self.target)
+        make_directory(NEW_ROOT + self.target)
         fd = syscalls.open_tree(self.lower, syscalls.OPEN_TREE_CLONE | os.O_CLOEXEC)
         syscalls.mount_setattr(fd, syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV)
-        syscalls.move_mount(fd, NEW + self.target)
+        syscalls.move_mount(fd, NEW_ROOT + self.target)
         os.close(fd)
 
     def describe(self) -> str:

@@ -20,8 +20,8 @@ from isolation.backends.namespace.rootfs.mounts import (
     HIDDEN,
     LAYERS,
     LOWER,
-    NEW,
-    OLD,
+    NEW_ROOT,
+    OLD_ROOT,
     PRIVATE,
     PROC,
     BaseOperation,
@@ -43,21 +43,21 @@ def build_base(operations: Sequence[BaseOperation], mount_point: str) -> None:
     syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
     syscalls.mount("isolation", mount_point, "tmpfs", _FLAGS, "mode=0755")
     os.chdir(mount_point)
-    os.mkdir("." + OLD)
-    syscalls.pivot_root(".", "." + OLD)
+    os.mkdir("." + OLD_ROOT)
+    syscalls.pivot_root(".", "." + OLD_ROOT)
     os.chdir("/")
-    os.mkdir(NEW, 0o755)
-    syscalls.mount(NEW, NEW, "", syscalls.MS_BIND)
+    os.mkdir(NEW_ROOT, 0o755)
+    syscalls.mount(NEW_ROOT, NEW_ROOT, "", syscalls.MS_BIND)
     for directory in (HIDDEN, EMPTY, BASE, LOWER, ADOPTED, *map(store_of, range(1, DEEPEST + 1))):
-        os.mkdir(NEW + directory, 0o755)
+        os.mkdir(NEW_ROOT + directory, 0o755)
     _execute(operations)
     # A /proc of a new PID namespace may be mounted only where another is wholly visible in the same mount namespace
     # (kernel: mount_too_revealing), so the host's stays until then, and is covered with the rest of HIDDEN.
-    os.mkdir(NEW + PROC, 0o755)
-    syscalls.mount(OLD + "/proc", NEW + PROC, "", syscalls.MS_BIND | syscalls.MS_REC)
-    syscalls.mount("", NEW, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | _FLAGS)
-    syscalls.umount2(OLD, syscalls.MNT_DETACH)
-    os.chdir(NEW)
+    os.mkdir(NEW_ROOT + PROC, 0o755)
+    syscalls.mount(OLD_ROOT + "/proc", NEW_ROOT + PROC, "", syscalls.MS_BIND | syscalls.MS_REC)
+    syscalls.mount("", NEW_ROOT, "", syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY | _FLAGS)
+    syscalls.umount2(OLD_ROOT, syscalls.MNT_DETACH)
+    os.chdir(NEW_ROOT)
     syscalls.pivot_root(".", ".")
     syscalls.umount2(".", syscalls.MNT_DETACH)
     os.chdir("/")

@@ -14,7 +14,7 @@ from isolation.backends.namespace.rootfs import adoption
 from isolation.backends.namespace.rootfs.idmap import Source
 from isolation.backends.namespace.rootfs.mounts import (
     BASE,
-    OLD,
+    OLD_ROOT,
     BaseOperation,
     Bind,
     CopiedFile,
@@ -25,10 +25,10 @@ from isolation.backends.namespace.rootfs.mounts import (
     Operation,
     Overlay,
     Private,
+    ReadOnlyView,
     Rebind,
     Symlink,
 )
-from isolation.backends.namespace.rootfs.mounts import View as ReadOnly
 from isolation.backends.showing import SYSTEM
 from isolation.errors import SpecError
 from isolation.linux.mountinfo import MountTable
@@ -47,7 +47,7 @@ _MANY_LINKS = 40  # as the kernel: path_resolution(7)
 
 
 class View:
-    """Collects operations. `staged` is set for real root, whose sources are prepared by the keeper (stage.py). `own`:
+    """Collects operations. `staged` is set for real root, whose sources are prepared by the supervisor (idmap.py). `own`:
     whose files can be written to inside; what is of others, and is to be, is adopted then (adoption.py).
 
     notes    what people are to hear before anything runs
@@ -96,7 +96,7 @@ class View:
                 fresh.append(operation)
             elif parent is None and isinstance(operation, BaseOperation):
                 base.append(operation)
-            elif isinstance(operation, (ReadOnly, Bind)):
+            elif isinstance(operation, (ReadOnlyView, Bind)):
                 place = self._base_place()
                 base.append(replace(operation, target=place))
                 directory = operation.directory if isinstance(operation, Bind) else True
@@ -251,7 +251,7 @@ class View:
             self._lowers[number] = lower
             self.add(Overlay(target, real, number, adopts=self._adopt(real, number, lower)))
         else:
-            self.add(ReadOnly(target, real, lower))
+            self.add(ReadOnlyView(target, real, lower))
         for path in beneath:
             below = os.path.join(target, os.path.relpath(path, real))
             self._overlay(path, below, owned=owned, writable=writable, explicit=True)
@@ -300,24 +300,24 @@ class View:
         for parent in _parents(target):
             operation = self._operations.get(parent)
             if operation is not None:
-                same = isinstance(operation, (Overlay, ReadOnly)) and operation.source == operation.target
+                same = isinstance(operation, (Overlay, ReadOnlyView)) and operation.source == operation.target
                 return operation if same else None
         return None
 
     def _is_as_good(self, covering: Operation, *, owned: bool, writable: bool) -> bool:
         """Whether what covers a path already shows it as it should be."""
-        assert isinstance(covering, (Overlay, ReadOnly))
+        assert isinstance(covering, (Overlay, ReadOnlyView))
         if writable and not isinstance(covering, Overlay):
             return False
         return self._stage is None or not owned or Source(covering.source, owned=True) in self.staged
 
     def _lower(self, real: str, *, owned: bool, by_view: bool = False) -> str:
         if self._stage is None:
-            return OLD + real
+            return OLD_ROOT + real
         source = Source(real, owned, by_view)
         if source not in self.staged:
             self.staged.append(source)
-        return f"{OLD}{self._stage}/{self.staged.index(source)}"
+        return f"{OLD_ROOT}{self._stage}/{self.staged.index(source)}"
 
 
 def _system() -> list[str]:

@@ -17,12 +17,12 @@ LOOK_AGAIN = (0.001, 0.1)  # s: at first, and at most, for what has ended, but c
 
 
 @dataclass
-class Order:
+class SandboxRequest:
     """What it takes to make one sandbox.
 
     given    descriptors from the host
-    ours     the keeper's end of the leash, on which a sandbox asks for what it cannot do itself; `theirs` is its own
-    template whether the payload is to be forked itself
+    ours     the supervisor's end of the control socket, on which a sandbox asks for what it cannot do itself; `theirs` is
+    its own template whether the payload is to be forked itself
     """
 
     number: int
@@ -37,14 +37,14 @@ class Order:
 
 
 class Child:
-    """A sandbox, as its keeper knows it."""
+    """A sandbox, as its supervisor knows it."""
 
-    def __init__(self, number: int, pid: int, pidfd: int, leash: socket.socket, cgroup: Cgroup | None) -> None:
+    def __init__(self, number: int, pid: int, pidfd: int, control_socket: socket.socket, cgroup: Cgroup | None) -> None:
         self.number = number
         # Of its payload, or of its PID 1 where it is one for commands; -1 for a payload that has yet to say who it is.
         self.pid = pid
         self.pidfd = pidfd
-        self.leash = leash
+        self.control_socket = control_socket
         self.cgroup = cgroup
         self.init = -1  # pidfd of the PID 1 of a payload
         self.crash = -1
@@ -74,7 +74,7 @@ class Child:
             signal.pidfd_send_signal(self.init if self.init >= 0 else self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
-        self.leash.close()
+        self.control_socket.close()
         if self.files is not None:
             self.files.close()
         if self.watch is not None:

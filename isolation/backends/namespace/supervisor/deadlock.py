@@ -1,4 +1,4 @@
-"""An eye of a keeper's on its forks: does any thread of one still have something that could wake it?
+"""An eye of a supervisor's on its forks: does any thread of one still have something that could wake it?
 
 A fork has one thread of its template's, and so waits for ever for a lock that another of them held, for a pool's answer, a
 timer. The kernel tells what each thread waits in (proc_pid_syscall(5)): where all threads of all processes of a sandbox are

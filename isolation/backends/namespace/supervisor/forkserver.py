@@ -1,4 +1,4 @@
-"""The keeper of a template that is a copy of the host's own memory."""
+"""The supervisor of a template that is a copy of the host's own memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from isolation.backends.namespace.process.inherited import Inherited
 from isolation.backends.namespace.process.pause import Sleeper
 from isolation.backends.namespace.process.steps import Construction
 from isolation.backends.namespace.rootfs.mounts import FreshOperation
-from isolation.backends.namespace.supervisor.child import Child, Order
-from isolation.backends.namespace.supervisor.nested import BranchKeeper
-from isolation.backends.namespace.supervisor.supervisor import Keeper, error_in, host_pid
+from isolation.backends.namespace.supervisor.child import Child, SandboxRequest
+from isolation.backends.namespace.supervisor.nested import NestedForkServer
+from isolation.backends.namespace.supervisor.supervisor import Supervisor, error_in, host_pid
 from isolation.guest import Guest
 from isolation.linux import syscalls, userns
 from isolation.linux.cgroup import Hierarchy
@@ -27,7 +27,7 @@ _PAYLOAD_NAMESPACES = syscalls.CLONE_NEWCGROUP  # once it has joined its cgroup,
 _INHERITED = syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID
 
 
-class WarmKeeper(Keeper):
+class ForkServer(Supervisor):
     """Makes forks of itself: root of the user namespace that owns them, and PID 1 above theirs."""
 
     def __init__(
@@ -90,25 +90,25 @@ class WarmKeeper(Keeper):
             raise error_in(answer)
         return given[0], json.loads(answer)
 
-    def _be_builder(self, leash: socket.socket) -> NoReturn:
+    def _be_builder(self, control_socket: socket.socket) -> NoReturn:
         try:
             mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             steps.build_base(self._plan)
-            socket.send_fds(leash, [json.dumps(steps.look_at_lowers(self._plan)).encode()], [mounts])
+            socket.send_fds(control_socket, [json.dumps(steps.look_at_lowers(self._plan)).encode()], [mounts])
         except OSError as error:
-            leash.send(f"x{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000])
+            control_socket.send(f"x{error.errno or 0} {error.strerror or error}".encode("utf-8", "replace")[:4000])
         finally:
             os._exit(0)
 
-    def _clone_payload(self, order: Order) -> Child | Guest:
-        """A PID 1, and the payload as the second process of its namespace; whose parent, though, is this keeper."""
+    def _clone_payload(self, order: SandboxRequest) -> Child | Guest:
+        """A PID 1, and the payload as the second process of its namespace; whose parent, though, is this supervisor."""
         construction = self._construction(_PAYLOAD_NAMESPACES, template=order.template)
-        construction.use_leash(order.theirs.fileno())
+        construction.use_control_socket(order.theirs.fileno())
         syscalls.unshare(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWTIME)  # for children
-        first = pid = midwife = None
+        first = pid = fork_channel = None
         try:
             if order.template:
-                midwife, first = self._make_branch_keeper(order.given.pop(0))
+                fork_channel, first = self._make_nested_fork_server(order.given.pop(0))
             else:
                 first = self._sleeper.clone()[1]
             syscalls.fork_before()
@@ -128,18 +128,18 @@ class WarmKeeper(Keeper):
         wire, stdin, stdout, stderr, crash, *scratch = order.given
         if pid == 0:
             order.ours.close()
-            birth = payload.Birth(
+            args = payload.PayloadArgs(
                 order.theirs, construction, wire, (stdin, stdout, stderr), crash, self._stacks, scratch, self._inherited,
-                self._shared, self._mask, self._umask, midwife, order.account,
+                self._shared, self._mask, self._umask, fork_channel, order.account,
             )  # fmt: skip
-            # The keeper's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
+            # The supervisor's, not this fork's. Closed here, as sockets that are only forgotten warn of it in some test.
             for other in self._children.values():
-                other.leash.close()
+                other.control_socket.close()
             self._wire.sock.close()
             self._children, self._ending, self._cgroups = {}, {}, None
-            return payload.become(self._plan, birth)
-        if midwife is not None:
-            midwife.close()
+            return payload.become(self._plan, args)
+        if fork_channel is not None:
+            fork_channel.close()
         child = Child(order.number, pid, pidfd, order.ours, order.cgroup)
         child.init = first
         child.crash = os.dup(crash)
@@ -147,13 +147,13 @@ class WarmKeeper(Keeper):
             child.watch = memory_watch.Watch(self._plan.limits.memory or 0, order.memory_files, -1, -1, kills=False)
         return child
 
-    def _make_branch_keeper(self, wire: int) -> tuple[socket.socket, int]:
+    def _make_nested_fork_server(self, wire: int) -> tuple[socket.socket, int]:
         """For a template: who will keep its forks is PID 1 above them. Returns the template's end of a socket to it, and its
         pidfd."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid, pidfd = syscalls.clone(0)
         if pid == 0:
-            BranchKeeper(self, wire, ours, self._fresh, self._sleeper, self._stacks, level=2).live()
+            NestedForkServer(self, wire, ours, self._fresh, self._sleeper, self._stacks, level=2).live()
         ours.close()
         os.close(wire)
         return theirs, pidfd
@@ -162,7 +162,7 @@ class WarmKeeper(Keeper):
         return self._plan.clone_flags & ~(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)  # it has both from the base
 
     def _map_inner(self, child: Child) -> None:
-        """This keeper is in the user namespace above, and has nothing to lose."""
+        """This supervisor is in the user namespace above, and has nothing to lose."""
         userns.map_range(host_pid(child.pidfd), 0)
 
     def forks(self) -> Iterator[Guest]:

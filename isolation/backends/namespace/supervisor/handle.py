@@ -11,19 +11,19 @@ from isolation.guest import Guest
 from isolation.plain import os, socket, threading, time
 from isolation.wire import Message, Wire, wait_readable
 
-END_WAIT = 15.0  # s, for a keeper to end its sandboxes; more than it takes (supervisor.py)
-_SEND_TIMEOUT = 30  # s, for a keeper to read what it is asked
+END_WAIT = 15.0  # s, for a supervisor to end its sandboxes; more than it takes (supervisor.py)
+_SEND_TIMEOUT = 30  # s, for a supervisor to read what it is asked
 
 
-class KeeperProcess:
-    """The host's handle of a keeper."""
+class SupervisorHandle:
+    """The host's handle of a supervisor."""
 
     def __init__(self, pid: int, pidfd: int, wire: Wire) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.wire = wire
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT, 0))
-        self.shared = False  # by several machines, see launcher.py; it stays when one of them is closed
+        self.shared = False  # by several machines, see supervisor_pool.py; it stays when one of them is closed
         self._scratch: int | None = None
         self._ended: dict[int, Message] = {}
         self._unwanted: set[int] = set()
@@ -49,7 +49,7 @@ class KeeperProcess:
 
     def _request_init(self) -> tuple[int, Wire]:
         self._numbers += 1
-        ours, theirs = Wire.pair()  # after the keeper's fork: a copy of theirs in it would keep the wire alive
+        ours, theirs = Wire.pair()  # after the supervisor's fork: a copy of theirs in it would keep the wire alive
         try:
             self.request({"op": "fork", "id": self._numbers, "fds": 1}, [theirs.fileno()])
         except LaunchError:
@@ -71,7 +71,7 @@ class KeeperProcess:
                 self.close()
 
     def done_with(self, number: int) -> None:
-        """A machine is closed: wait for its end; and end the keeper, unless others use it."""
+        """A machine is closed: wait for its end; and end the supervisor, unless others use it."""
         if not self.shared:
             self.close()
             return
@@ -86,7 +86,7 @@ class KeeperProcess:
                 self.close()
 
     def scratch(self) -> int:
-        """How many private files a fork wants; waits until the keeper is ready. Raises LaunchError."""
+        """How many private files a fork wants; waits until the supervisor is ready. Raises LaunchError."""
         with self._lock:
             return self._first_word() if self._scratch is None else self._scratch
 
@@ -123,7 +123,7 @@ class KeeperProcess:
                 self._note(message)
 
     def request(self, message: Message, given: Sequence[int] = ()) -> None:
-        """Ask for a clone, or for the end of one. Raises LaunchError when the keeper is gone."""
+        """Ask for a clone, or for the end of one. Raises LaunchError when the supervisor is gone."""
         try:
             with self._lock:
                 self.wire.send(message, fds=given)
@@ -131,7 +131,8 @@ class KeeperProcess:
             raise LaunchError("the process that makes sandboxes is gone; was it killed?") from error
 
     def last_word(self, number: int, timeout: float | None) -> Message | None:
-        """What the keeper says of a clone's end ("exit", "ended" or "unforked"), waiting for it; None when it says nothing.
+        """What the supervisor says of a clone's end ("exit", "ended" or "unforked"), waiting for it; None when it says
+        nothing.
 
         Raises TimeoutError.
         """
@@ -139,7 +140,7 @@ class KeeperProcess:
 
     def files(self, number: int, do: str, kept: int | None, timeout: float) -> Message | None:
         """Ask that the files of a sandbox be kept, or what is kept be restored or forgotten; the answer, or None when the
-        sandbox has ended. Raises TimeoutError, and LaunchError when the keeper is gone."""
+        sandbox has ended. Raises TimeoutError, and LaunchError when the supervisor is gone."""
         with self._lock:
             self._asked += 1
             ask = self._asked
@@ -154,7 +155,7 @@ class KeeperProcess:
         return None if answer is None or answer.get("ended") else answer
 
     def _wait_for(self, there: Callable[[], bool], timeout: float | None) -> bool:
-        """Read what the keeper says until something is known; False when it says no more. Raises TimeoutError."""
+        """Read what the supervisor says until something is known; False when it says no more. Raises TimeoutError."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not there():
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -200,7 +201,7 @@ class KeeperProcess:
             self._ended.setdefault(message["id"], message)
 
     def close(self) -> None:
-        """End the keeper and all its sandboxes; returns when they are gone."""
+        """End the supervisor and all its sandboxes; returns when they are gone."""
         with self._closing:
             if self.pidfd < 0:
                 return
@@ -218,6 +219,6 @@ class KeeperProcess:
 
 
 def commands_only(guest: Guest) -> None:
-    """The function of a keeper that stays, but whose memory nobody wants."""
+    """The function of a supervisor that stays, but whose memory nobody wants."""
     for _job in guest.forks():
         pass

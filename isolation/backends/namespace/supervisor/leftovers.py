@@ -1,4 +1,4 @@
-"""What a fork left behind, looked at by its keeper when the payload has ended, and before all is taken down."""
+"""What a fork left behind, looked at by its supervisor when the payload has ended, and before all is taken down."""
 
 from __future__ import annotations
 

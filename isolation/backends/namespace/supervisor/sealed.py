@@ -1,6 +1,6 @@
 """A template that is itself in a sandbox: warm-up code that is not trusted. Run there as `python -m …inside`.
 
-The outer sandbox may nest; in it, this program becomes the keeper of forks in namespaces below its own, by the same code
+The outer sandbox may nest; in it, this program becomes the supervisor of forks in namespaces below its own, by the same code
 that serves templates on the host. The host talks to it over its stdin, a socket, and believes nothing that it says.
 """
 

@@ -1,4 +1,4 @@
-"""The keeper: a fork of the host that clones sandboxes, and sees to it that none outlives the host.
+"""The supervisor: a fork of the host that clones sandboxes, and sees to it that none outlives the host.
 
 It is single-threaded, which is what makes a bare clone(2) of it safe, and it waits in the host's own namespaces, out of
 every guest's reach. It ends its sandboxes when the host asks, and all of them when the host is gone: it holds a pidfd of
@@ -16,9 +16,9 @@ from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.process import inherited as fds
 from isolation.backends.namespace.process import messages, steps
 from isolation.backends.namespace.rootfs import idmap
-from isolation.backends.namespace.supervisor.forkserver import WarmKeeper
-from isolation.backends.namespace.supervisor.handle import END_WAIT, KeeperProcess, commands_only
-from isolation.backends.namespace.supervisor.supervisor import Keeper
+from isolation.backends.namespace.supervisor.forkserver import ForkServer
+from isolation.backends.namespace.supervisor.handle import END_WAIT, SupervisorHandle, commands_only
+from isolation.backends.namespace.supervisor.supervisor import Supervisor
 from isolation.errors import LaunchError
 from isolation.guest import Guest, streams
 from isolation.linux import fork, syscalls, userns
@@ -26,8 +26,8 @@ from isolation.plain import os, select, socket
 from isolation.wire import Wire, wait_readable
 
 
-def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> KeeperProcess:
-    """Fork a keeper off this process. `function` is what its forks run; None for one sandbox for commands.
+def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> SupervisorHandle:
+    """Fork a supervisor off this process. `function` is what its forks run; None for one sandbox for commands.
 
     Raises LaunchError, naming what could not be prepared.
     """
@@ -40,15 +40,15 @@ def start(plan: Plan, function: Callable[[Guest], object] | None = None) -> Keep
     try:
         pid = fork.fork()
         if pid == 0:
-            _become_keeper(plan, function, theirs, ours, host, mask)
+            _become_supervisor(plan, function, theirs, ours, host, mask)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
     os.close(host)
-    return KeeperProcess(pid, os.pidfd_open(pid), Wire(ours))
+    return SupervisorHandle(pid, os.pidfd_open(pid), Wire(ours))
 
 
-def _become_keeper(
+def _become_supervisor(
     plan: Plan,
     function: Callable[[Guest], object] | None,
     theirs: socket.socket,
@@ -75,7 +75,7 @@ def _become_keeper(
         os.setsid()
         wire = Wire(theirs, accept_fds=True)
         if function is None:
-            Keeper(plan, wire, host, mask).serve()
+            Supervisor(plan, wire, host, mask).serve()
         else:
             serve_warm(plan, wire, host, mask, function)
         status = 0
@@ -87,7 +87,7 @@ def _become_keeper(
 
 
 def serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int], function: Callable[[Guest], object]) -> None:
-    """The keeper of a template is itself PID 1 of a PID namespace, beneath which it makes its forks: so the kernel ends
+    """The supervisor of a template is itself PID 1 of a PID namespace, beneath which it makes its forks: so the kernel ends
     them all with it. Its parent only waits, and clears up."""
     inherited = fds.inventory(exclude=[wire.fileno(), host])
     cgroups = None
@@ -102,11 +102,11 @@ def serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int], function
         pid, pidfd = syscalls.clone(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWPID)
         if pid == 0:
             ours.close()
-            steps.die_with_keeper()
+            steps.die_with_supervisor()
             steps.become_root_of_namespace(plan, theirs)
             theirs.close()
-            keeper = WarmKeeper(plan, wire, host, mask, cgroups, inherited)
-            _run(Guest(wire, fork=lambda _guest: keeper.forks()), function)
+            supervisor = ForkServer(plan, wire, host, mask, cgroups, inherited)
+            _run(Guest(wire, fork=lambda _guest: supervisor.forks()), function)
     except OSError as error:
         wire.send({"event": "failed", "errno": error.errno, "what": error.strerror or str(error)})
     else:
@@ -122,7 +122,7 @@ def serve_warm(plan: Plan, wire: Wire, host: int, mask: frozenset[int], function
 
 
 def _see_end(pid: int, pidfd: int, host: int) -> None:
-    """Wait for a warm keeper. It ends with the host; should it not, it is ended."""
+    """Wait for a fork server. It ends with the host; should it not, it is ended."""
     poller = select.poll()
     for fd in (pidfd, host):
         poller.register(fd, select.POLLIN)

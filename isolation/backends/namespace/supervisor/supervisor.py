@@ -1,4 +1,4 @@
-"""What a keeper does all day: makes sandboxes as the host asks, and tells it of their end."""
+"""What a supervisor does all day: makes sandboxes as the host asks, and tells it of their end."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import resource
 import signal
 from collections.abc import Callable
 
-from isolation.backends.namespace.checkpoints.session import KeptFiles, TornApart
+from isolation.backends.namespace.checkpoints.session import Inconsistent, KeptFiles
 from isolation.backends.namespace.plan import Plan
 from isolation.backends.namespace.process import init, memory_watch, messages, payload
 from isolation.backends.namespace.process.steps import Construction
 from isolation.backends.namespace.rootfs import idmap
 from isolation.backends.namespace.supervisor import leftovers
-from isolation.backends.namespace.supervisor.child import LOOK_AGAIN, Child, Order
+from isolation.backends.namespace.supervisor.child import LOOK_AGAIN, Child, SandboxRequest
 from isolation.backends.namespace.supervisor.deadlock import DeadlockWatch
 from isolation.errors import WireError
 from isolation.guest import Guest
@@ -29,11 +29,11 @@ STACKS_MARK = b"\0\n"  # between the stacks of one time and those of the next
 _NS_GET_PARENT = 0xB702  # ioctl_ns(2)
 _DUMPS_AT_MOST = 100
 _ENDING = 0.05  # s, which a PID 1 rarely takes to end
-_END_ALL = 10.0  # s, for all of them; then the kernel does it, when the keeper itself ends
+_END_ALL = 10.0  # s, for all of them; then the kernel does it, when the supervisor itself ends
 _DUMP_INTERVAL = 0.25  # s, near the memory limit
 
 
-class Keeper:
+class Supervisor:
     """Serves one plan's sandboxes to one host. This one makes sandboxes for commands."""
 
     def __init__(self, plan: Plan, wire: Wire, host: int, mask: frozenset[int]) -> None:
@@ -109,8 +109,8 @@ class Keeper:
             for child in self._children.values():
                 if child.pidfd >= 0 and child.look_again is None:
                     waiting[child.pidfd] = lambda child=child: self._ended(child)  # type: ignore[misc]
-                if child.leash.fileno() >= 0:
-                    waiting[child.leash.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
+                if child.control_socket.fileno() >= 0:
+                    waiting[child.control_socket.fileno()] = lambda child=child: self._answer(child)  # type: ignore[misc]
                 if child.files is not None and child.files.fileno() >= 0:
                     waiting[child.files.fileno()] = lambda child=child: self._hear_of_files(child)  # type: ignore[misc]
             for pidfd in self._ending:
@@ -131,7 +131,7 @@ class Keeper:
         if fd in self._ending or fd in self._others():
             return True
         for child in self._children.values():
-            if fd in (child.pidfd, child.leash.fileno(), -1 if child.files is None else child.files.fileno()):
+            if fd in (child.pidfd, child.control_socket.fileno(), -1 if child.files is None else child.files.fileno()):
                 return True
         return False
 
@@ -204,7 +204,11 @@ class Keeper:
         """Keep them, restore or forget what is kept. The answer comes later."""
         try:
             if child.files is None:
-                while child.mounts < 0 and child.leash.fileno() >= 0 and wait_readable(child.leash.fileno(), 0):
+                while (
+                    child.mounts < 0
+                    and child.control_socket.fileno() >= 0
+                    and wait_readable(child.control_socket.fileno(), 0)
+                ):
                     self._answer(child)  # it has sent them, but has not been heard yet
                 if child.mounts < 0:
                     raise OSError(errno.ENOTSUP, "this is no sandbox for commands, or it has ended")
@@ -220,7 +224,7 @@ class Keeper:
         assert child.files is not None
         try:
             answer = child.files.give_up() if late else child.files.hear()
-        except TornApart:
+        except Inconsistent:
             child.kill()
         else:
             if answer is not None:
@@ -228,7 +232,7 @@ class Keeper:
 
     def _fork(self, message: Message) -> Guest | None:
         ours, theirs = socket.socketpair()
-        order = Order(message["id"], self._wire.take_fds(message["fds"]), ours, theirs)
+        order = SandboxRequest(message["id"], self._wire.take_fds(message["fds"]), ours, theirs)
         order.template, order.account = bool(message.get("template")), bool(message.get("account"))
         order.deadlock = message.get("deadlock", "")
         try:
@@ -254,15 +258,15 @@ class Keeper:
             os.close(fd)
         return None
 
-    def _clone_init(self, order: Order) -> Child:
+    def _clone_init(self, order: SandboxRequest) -> Child:
         construction = self._construction(init.NAMESPACES)
         if construction is not None:
-            construction.use_leash(order.theirs.fileno())
+            construction.use_control_socket(order.theirs.fileno())
         pid, pidfd = syscalls.clone(self._init_flags())
         if pid == 0:
             order.ours.close()
-            birth = init.Birth(order.given[0], order.theirs, construction, order.memory_files, self._mask, self._umask)
-            init.live(self._plan, birth)
+            args = init.InitArgs(order.given[0], order.theirs, construction, order.memory_files, self._mask, self._umask)
+            init.live(self._plan, args)
         child = Child(order.number, pid, pidfd, order.ours, order.cgroup)
         wall = self._plan.limits.wall
         child.deadline = None if wall is None else time.monotonic() + wall
@@ -277,13 +281,13 @@ class Keeper:
         """How a clone becomes a sandbox, where there is a base to start from."""
         return None
 
-    def _clone_payload(self, order: Order) -> Child | Guest:
-        raise OSError(errno.ENOTSUP, "this keeper makes sandboxes for commands only")
+    def _clone_payload(self, order: SandboxRequest) -> Child | Guest:
+        raise OSError(errno.ENOTSUP, "this supervisor makes sandboxes for commands only")
 
     def _answer(self, child: Child) -> None:
         """What a process cannot do for itself while it builds its sandbox."""
         try:
-            request, given, _flags, _ = socket.recv_fds(child.leash, 4096, 2)
+            request, given, _flags, _ = socket.recv_fds(child.control_socket, 4096, 2)
         except BlockingIOError:
             return
         except ConnectionResetError:  # it was ended before it had read the last answer
@@ -305,11 +309,11 @@ class Keeper:
                 self._show(child, *given)
                 return
             else:
-                child.leash.close()
+                child.control_socket.close()
                 if request[:1] == messages.FAILED:
                     self._unforked(child.number, error_in(request))
                 return
-            child.leash.send(request)
+            child.control_socket.send(request)
         except OSError as error:
             self._unforked(child.number, error)
             child.kill()
@@ -323,8 +327,8 @@ class Keeper:
             )  # fmt: skip
 
     def _map_inner(self, child: Child) -> None:
-        """Map the guest's own user namespace. That is written from the one above it only, which this keeper, who must keep
-        host root's rights to its cgroups, does not enter: a child does."""
+        """Map the guest's own user namespace. That is written from the one above it only, which this supervisor, who must
+        keep host root's rights to its cgroups, does not enter: a child does."""
         directory = os.open(f"/proc/{host_pid(child.pidfd)}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         users = os.open("ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         parent = fcntl.ioctl(users, _NS_GET_PARENT)

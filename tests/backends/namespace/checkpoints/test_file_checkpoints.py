@@ -104,19 +104,19 @@ def project(project: Path) -> Path:
     return project
 
 
-@pytest.fixture(params=["own keeper", "shared keeper"])
+@pytest.fixture(params=["own supervisor", "shared supervisor"])
 def box(request: pytest.FixtureRequest, project: Path) -> Iterator[Sandbox]:
     supervisor_pool.release()
-    if request.param == "shared keeper":
+    if request.param == "shared supervisor":
         with Sandbox(of(project)):
-            pass  # from the second sandbox on, a keeper stays
+            pass  # from the second sandbox on, a supervisor stays
     with Sandbox(of(project)) as made:
         yield made
 
 
 @pytest.fixture(params=["as it is", "before Linux 6.5"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A keeper is a fork of this process, and so is its helper."""
+    """A supervisor is a fork of this process, and so is its helper."""
     if request.param != "as it is":
         plain = syscalls.move_mount_onto
 
@@ -290,8 +290,8 @@ def test_a_full_store_is_told(project: Path) -> None:
 def inventory(box: Sandbox) -> tuple[int, int, int, int]:
     machine = box.machine
     assert isinstance(machine, NamespaceMachine)
-    keeper = machine._keeper.pid
-    family = [keeper, *(int(pid) for pid in Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())]
+    supervisor = machine._supervisor.pid
+    family = [supervisor, *(int(pid) for pid in Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split())]
     try:
         held = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in family)
     except PermissionError:
@@ -555,7 +555,7 @@ done 2>&-
     assert sh(box, "ls -A /.isolation; find /srv/again -type f | wc -l").strip() == "3"
 
 
-def test_two_sandboxes_of_one_keeper(project: Path) -> None:
+def test_two_sandboxes_of_one_supervisor(project: Path) -> None:
     with Sandbox(of(project)):
         pass
     with Sandbox(of(project)) as one, Sandbox(of(project)) as two:
@@ -624,7 +624,7 @@ def test_the_end_of_the_sandbox_in_the_middle(
         assert isinstance(machine, NamespaceMachine)
         ends = {
             "closed": box.close,
-            "killed": lambda: machine._keeper.request({"op": "kill", "id": machine._number}),
+            "killed": lambda: machine._supervisor.request({"op": "kill", "id": machine._number}),
             "wall": lambda: None,
         }
         assert isinstance(closed_by(box, ends[how], box.keep_files), SandboxClosed)

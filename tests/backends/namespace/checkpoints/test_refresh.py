@@ -122,11 +122,11 @@ def test_nobody_waits_for_a_look_that_does_not_end(monkeypatch: pytest.MonkeyPat
     """It is killed. If even that takes too long, it works for the guest in the kernel, and the sandbox has to end."""
     plan = make_plan(SandboxSpec())
     files = session.KeptFiles(plan, -1)
-    monkeypatch.setattr(session.refreshing, "live", lambda *_arguments: signal.pause())
+    monkeypatch.setattr(session.refresh, "live", lambda *_arguments: signal.pause())
     files.begin({"do": "refresh", "id": 1, "ask": 1})
     with monkeypatch.context() as patch:
         patch.setattr(session, "wait_readable", lambda *_arguments: False)
-        with pytest.raises(session.TornApart):
+        with pytest.raises(session.Inconsistent):
             files.give_up()
     assert files.give_up()["errno"] == errno.ETIME
     assert files.fileno() == -1

@@ -10,11 +10,10 @@ import pytest
 from isolation.backends.namespace.process import inherited as fds
 from isolation.backends.namespace.process import open_files
 from isolation.backends.namespace.process.open_files import Aside, Held
-from isolation.backends.namespace.rootfs.mounts import Overlay, Private, Rebind
-from isolation.backends.namespace.rootfs.mounts import View as ReadOnly
+from isolation.backends.namespace.rootfs.mounts import Overlay, Private, ReadOnlyView, Rebind
 
 FRESH = [
-    Private("/tmp", 1), Overlay("/project", "/project", 2), Rebind("/project/shared", "/.isolation/base/3", True, ReadOnly("", "", "")),
+    Private("/tmp", 1), Overlay("/project", "/project", 2), Rebind("/project/shared", "/.isolation/base/3", True, ReadOnlyView("", "", "")),
 ]  # fmt: skip
 
 
