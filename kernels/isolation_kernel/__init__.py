@@ -5,9 +5,9 @@ Theory of operation. Who speaks to whom:
     frontend ── five TCP ports, or unix sockets ──┐
        │ starts                                   │
     launcher.py    one process per kernel, on the host. It listens before anything else, so that no client
-       │           has to try again; makes the sandbox (box.py); forwards signals; ends with its parent
+       │           has to try again; makes the sandbox (kernel.py); forwards signals; ends with its parent
        │             relay.py     passes bytes from TCP to the kernel's unix sockets; no key, no parsing
-       │             services.py  answers what the kernel asks for (status, changes, export), holds the clock of cells
+       │             requests.py  answers what the kernel asks for (status, changes, export), holds the clock of cells
        │ five listening unix sockets, one wire
     inside/        in the sandbox: ipykernel, which takes those sockets instead of making some
 

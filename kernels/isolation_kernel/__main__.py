@@ -3,7 +3,7 @@
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # an eighth of the time that imports take; hosting.py enables it
+    gc.disable()  # an eighth of the time that imports take; session.py enables it
     from isolation_kernel.launcher import main
 
     raise SystemExit(main())

@@ -25,14 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _launch(sys.argv[1:] if argv is None else argv, signals, parent)
     except IsolationError as error:
-        from isolation_kernel.hosting import say
+        from isolation_kernel.container.session import say
 
         say(str(error))
         return _FAILED
 
 
 def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
-    from isolation_kernel.connection import Connection, Doors
+    from isolation_kernel.protocol.connection import Connection, Doors
 
     if "-f" not in argv[:-1]:
         raise SpecError("no connection file (… -f FILE): this is what a kernelspec runs; see 'isolation kernel --help'")
@@ -47,14 +47,14 @@ def _launch(argv: Sequence[str], signals: Signals, parent: Parent) -> int:
         return _accompany(adopted, signals, parent)
 
     from isolation import command_line
-    from isolation_kernel.hosting import Hosting
+    from isolation_kernel.container.session import Hosting
     from isolation_kernel.options import parse
 
     line = parse(argv)
     command_line.hide_values(line.options.env)
     doors = Doors(connection.paths() if connection.transport == "ipc" else None)
     if line.options.in_machine:
-        from isolation_kernel.machine.hosting import MachineHosting
+        from isolation_kernel.machine.session import MachineHosting
         from isolation_kernel.machine.starting import Starting
 
         with MachineHosting(line.options, listeners or doors.listeners) as machine:

@@ -14,9 +14,9 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 from traitlets import Dict
 
-from isolation_kernel.connection import CHANNELS, Connection, private_directory, sweep
 from isolation_kernel.options import Options, parse
 from isolation_kernel.pool import client
+from isolation_kernel.protocol.connection import CHANNELS, Connection, private_directory, sweep
 
 
 class Provisioner(LocalProvisioner):

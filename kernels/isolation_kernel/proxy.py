@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from isolation.spec import is_host_name
-from isolation_kernel.connection import Doors
+from isolation_kernel.protocol.connection import Doors
 
 _WAITING: Final = 4  # connections that are dialled ahead
 _AT_WORK: Final = 64

@@ -22,9 +22,10 @@ import jupyter_kernel_test
 import pytest
 from conftest import alive, machines
 from isolation_kernel.export import Room
-from isolation_kernel.inside.bridge import Lines, line
-from isolation_kernel.machine import box, files, saved
+from isolation_kernel.machine import kernel as box
+from isolation_kernel.machine import notebook_archive, snapshot_cache
 from isolation_kernel.options import Options
+from isolation_kernel.protocol.stream import Lines, line
 from jupyter_client import BlockingKernelClient
 from kernel import frontend
 from kernel.conftest import install
@@ -300,16 +301,16 @@ def test_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "sub" / "link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "fifo")
     archive = io.BytesIO()
-    files.pack(str(tmp_path), archive, writable=False)
+    notebook_archive.pack(str(tmp_path), archive, writable=False)
     archive.seek(0)
     with tarfile.open(fileobj=archive) as found:
         entries = {entry.name: entry for entry in found}
     assert sorted(entries) == ["a.ipynb", "sub", "sub/link"]
     assert entries["sub/link"].issym()
     assert not entries["a.ipynb"].mode & 0o222
-    monkeypatch.setattr(files, "AT_MOST", 1)
+    monkeypatch.setattr(notebook_archive, "AT_MOST", 1)
     with pytest.raises(LaunchError, match="--notebook none"):
-        files.pack(str(tmp_path), io.BytesIO(), writable=True)
+        notebook_archive.pack(str(tmp_path), io.BytesIO(), writable=True)
 
 
 def test_a_saved_machine_does_not_depend_on_a_directory_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -317,17 +318,17 @@ def test_a_saved_machine_does_not_depend_on_a_directory_in_the_home(monkeypatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = Options(backend="microvm")
     here = {
-        saved.spec_for(options.spec(directory, {}), directory)
+        snapshot_cache.spec_for(options.spec(directory, {}), directory)
         for directory in (os.path.expanduser("~/one"), os.path.expanduser("~/two"), "/tmp/three")
     }
     assert len(here) == 1
     assert here.pop()[1]
-    elsewhere, copied = saved.spec_for(options.spec("/srv/four", {}), "/srv/four")
+    elsewhere, copied = snapshot_cache.spec_for(options.spec("/srv/four", {}), "/srv/four")
     assert copied
     assert [mount.target for mount in elsewhere.mounts] == ["/srv/four"]
     assert not os.listdir(elsewhere.mounts[0].source)
     package = os.path.dirname(isolation.__file__)  # shown already, as something to import from
-    assert saved.spec_for(options.spec(package, {}), package) == (options.spec(package, {}), False)
+    assert snapshot_cache.spec_for(options.spec(package, {}), package) == (options.spec(package, {}), False)
 
 
 class FakeMachine:
@@ -368,27 +369,27 @@ def test_the_old_machine_serves_while_a_new_one_is_made(
 ) -> None:
     """A change of the system is no reason for a notebook to wait; any other is."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(saved, "Sandbox", FakeMachine)
+    monkeypatch.setattr(snapshot_cache, "Sandbox", FakeMachine)
     begun: list[Any] = []
-    monkeypatch.setattr(saved.renewing, "start", lambda *given: begun.append(given))
+    monkeypatch.setattr(snapshot_cache.renewing, "start", lambda *given: begun.append(given))
     spec, words = isolation.SandboxSpec(backend="microvm"), ["--a"]
     monkeypatch.setattr(FakeMachine, "system", "first")
-    assert [saved.template(spec, words).text for _ in range(2)] == ["first", "first"]  # type: ignore[attr-defined]
+    assert [snapshot_cache.template(spec, words).text for _ in range(2)] == ["first", "first"]  # type: ignore[attr-defined]
     assert (FakeMachine.made, begun) == (1, [])
     monkeypatch.setattr(FakeMachine, "system", "second")
-    assert saved.template(spec, words).text == "first"  # type: ignore[attr-defined]
+    assert snapshot_cache.template(spec, words).text == "first"  # type: ignore[attr-defined]
     assert begun == [(spec, words)]
     assert "the system has changed" in capfd.readouterr().err
-    saved.renew(*begun.pop())
-    assert saved.template(spec, words).text == "second"  # type: ignore[attr-defined]
-    with saved._lock(saved.fcntl.LOCK_EX, ".renewing"):
-        saved.renew(spec, words)  # another process does it already
+    snapshot_cache.renew(*begun.pop())
+    assert snapshot_cache.template(spec, words).text == "second"  # type: ignore[attr-defined]
+    with snapshot_cache._lock(snapshot_cache.fcntl.LOCK_EX, ".renewing"):
+        snapshot_cache.renew(spec, words)  # another process does it already
     assert (FakeMachine.made, begun) == (2, [])
     monkeypatch.setattr(FakeMachine, "fits", False)
-    assert saved.template(spec, words).text == "second"  # type: ignore[attr-defined]
+    assert snapshot_cache.template(spec, words).text == "second"  # type: ignore[attr-defined]
     assert FakeMachine.made == 3
-    assert sorted(path.name for path in saved.root().iterdir() if not path.name.startswith(".")) == [
-        saved._place(spec, words).name
+    assert sorted(path.name for path in snapshot_cache.root().iterdir() if not path.name.startswith(".")) == [
+        snapshot_cache._place(spec, words).name
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import leftovers
-from isolation_kernel.connection import runtime_root, sweep
+from isolation_kernel.protocol.connection import runtime_root, sweep
 from kernel.frontend import Kernel
 from kernel.test_frontends import descendants, zombie
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from isolation_kernel.inside.undo import supervisor
+from isolation_kernel.inside.checkpoint import supervisor
 from kernel.conftest import ROUTES
 from kernel.frontend import PATIENCE, Kernel
 from kernel.test_frontends import descendants

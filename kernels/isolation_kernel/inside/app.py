@@ -17,8 +17,8 @@ from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from traitlets import Type, default
 
-from isolation_kernel.connection import CHANNELS
 from isolation_kernel.inside.arrivals import Arrivals
+from isolation_kernel.protocol.connection import CHANNELS
 
 _SHELL, _IOPUB = (CHANNELS.index(name) + 1 for name in ("shell", "iopub"))  # ports
 _PATIENCE: Final = 15.0  # s, for frontends that connect again: libzmq tries after 0.1 to 0.2, if its process runs
@@ -123,7 +123,9 @@ class KernelApp(IPKernelApp):
     """Takes over listening sockets. Their numbers stand where an ordinary kernel has the descriptors of its own."""
 
     given: dict[int, int]  # by a channel's port: the descriptor of its listening socket
-    blocking_class = Type(klass=object)  # jupyter_client has its name there, which is looked up at the start: deferred.py
+    blocking_class = Type(
+        klass=object
+    )  # jupyter_client has its name there, which is looked up at the start: lazy_imports.py
 
     @default("blocking_class")
     def _blocking_class(self) -> Any:

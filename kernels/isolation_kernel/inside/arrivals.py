@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import zmq
 
-from isolation_kernel.connection import CHANNELS
+from isolation_kernel.protocol.connection import CHANNELS
 
 _IOPUB: Final = CHANNELS.index("iopub")
 _INNER: Final = b"-inner"  # end of the endpoint of what is no frontend (app.py)

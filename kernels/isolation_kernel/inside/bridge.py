@@ -20,53 +20,18 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO, Final
 
 from isolation.guest import Guest
 from isolation.mux import Mux, MuxError
 from isolation.wire import Wire
 from isolation_kernel.inside import forwarder
-from isolation_kernel.inside.host import FIRST_GIVEN
+from isolation_kernel.inside.host_channel import FIRST_GIVEN
+from isolation_kernel.protocol.stream import CONTROL, EXITS, WIRE, Lines, line
 
-CONTROL, WIRE, FIRST = 0, 1, 2  # numbers of streams; those from FIRST on are the host's to give
-_LINE_AT_MOST: Final = 1 << 20
 _CHANNELS: Final = 5
-EXITS: Final = 5  # the number of one more, behind which is forwarder.py
 _LAST_WORDS: Final = 2.0  # s
-
-
-class Lines:
-    """Objects out of bytes: a line of JSON each. Used on both sides; on the host against a guest that may send anything."""
-
-    def __init__(self, handle: Callable[[dict[str, Any]], None]) -> None:
-        self._handle = handle
-        self._rest = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        """Raises MuxError for what is no such object, or too long."""
-        first, *more = data.split(b"\n")
-        self._rest += first  # which copies nothing of what was there: it may come a byte at a time
-        if len(self._rest) > _LINE_AT_MOST:
-            raise MuxError("the other end sent a line without an end")
-        if not more:
-            return
-        *lines, rest = more
-        lines.insert(0, bytes(self._rest))
-        self._rest = bytearray(rest)
-        for line in lines:
-            try:
-                message = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise MuxError(f"the other end sent something that is not JSON: {error}") from error
-            if not isinstance(message, dict):
-                raise MuxError("the other end sent JSON that is not an object")
-            self._handle(message)
-
-
-def line(message: dict[str, Any]) -> bytes:
-    """For `Lines`."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 class Bridge:

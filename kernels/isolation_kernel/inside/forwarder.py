@@ -10,8 +10,8 @@ import select
 import signal
 import socket
 
-from isolation_kernel.inside.host import FIRST_GIVEN
-from isolation_kernel.relay import Relay
+from isolation_kernel.inside.host_channel import FIRST_GIVEN
+from isolation_kernel.protocol.relay import Relay
 
 _PORT = 3128
 

@@ -13,11 +13,11 @@ from IPython.core.error import UsageError
 
 from isolation.errors import WireError
 from isolation_kernel.inside import arrivals, usage
-from isolation_kernel.inside.host import Host, Refused
-from isolation_kernel.inside.undo import request
+from isolation_kernel.inside.checkpoint import request
+from isolation_kernel.inside.host_channel import Host, Refused
 
 if TYPE_CHECKING:
-    from isolation_kernel.inside.undo.checkpoint import Undo
+    from isolation_kernel.inside.checkpoint.checkpoint import Undo
 
 _ARRIVE: Final = 60.0  # s of an emulated machine, for frontends that are connected to its host
 _USAGE = """\

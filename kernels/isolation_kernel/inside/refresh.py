@@ -7,7 +7,7 @@ import os
 import sys
 
 from isolation.errors import WireError
-from isolation_kernel.inside.host import Host, Refused
+from isolation_kernel.inside.host_channel import Host, Refused
 
 
 class Refresh:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from isolation_kernel.inside import usage
-from isolation_kernel.inside.host import FIRST_GIVEN, Host
+from isolation_kernel.inside.host_channel import FIRST_GIVEN, Host
 
 if TYPE_CHECKING:
-    from isolation_kernel.inside.undo.checkpoint import Undo
+    from isolation_kernel.inside.checkpoint.checkpoint import Undo
 
 _CHANNELS: Final = ("shell", "iopub", "stdin", "control", "hb")
 _RUNTIME: Final = "/tmp/.isolation-kernel"
@@ -52,28 +52,28 @@ def main(argv: Sequence[str]) -> None:
             return
         app, undo = _application(host, given, order["connection"], order["arguments"])
         _settle()
-    from isolation_kernel.inside import deferred  # late, as everything that imports much
+    from isolation_kernel.inside import lazy_imports  # late, as everything that imports much
 
-    deferred.when_imported("psutil", lambda module: usage.show_limits(module, order["memory"], order["cpus"]))
+    lazy_imports.when_imported("psutil", lambda module: usage.show_limits(module, order["memory"], order["cpus"]))
     host.tell("ready")
     undo.run()
 
 
 def _application(host: Host, given: Sequence[int], told: dict[str, Any], arguments: Sequence[str]) -> tuple[Any, Undo]:
     """An IPKernelApp up to where only its loop is missing, and who runs it."""
-    from isolation_kernel.inside import deferred
+    from isolation_kernel.inside import lazy_imports
 
-    with deferred.client_side():
+    with lazy_imports.client_side():
         from isolation_kernel.inside.app import KernelApp
 
-        kernel_class = deferred.kernel_class()
+        kernel_class = lazy_imports.kernel_class()
     history = [] if any(word.startswith("--HistoryManager.hist_file") for word in arguments) else [_HISTORY]
     given_arguments = ["-f", _write_connection_file(told), *history, *arguments]
     sys.argv = ["ipykernel_launcher", *given_arguments]
     KernelApp.given = {number + 1: fd for number, fd in enumerate(given)}
     app: Any = KernelApp.instance(kernel_class=kernel_class)
     app.initialize(given_arguments)
-    from isolation_kernel.inside.undo.checkpoint import Undo
+    from isolation_kernel.inside.checkpoint.checkpoint import Undo
 
     undo = Undo(app, host, given_arguments)
     _equip(app.shell, host, undo)

@@ -1,4 +1,4 @@
-"""Starts a process of its own, which makes a new saved machine while kernels are still forked from the old one (saved.py).
+"""Starts a process of its own, which makes a new saved machine while kernels are still forked from the old one.
 
 It belongs to no frontend, and ends when it is done.
 """

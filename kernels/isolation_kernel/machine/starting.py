@@ -12,7 +12,7 @@ import signal
 import threading
 from typing import Final
 
-from isolation_kernel.hosting import TO_GROUP, ParentLike, SignalsLike, say
+from isolation_kernel.container.session import TO_GROUP, ParentLike, SignalsLike, say
 
 _QUIET: Final = 2.0  # s, that nobody wonders about
 _AGAIN: Final = 30.0  # s

@@ -13,9 +13,9 @@ from typing import Any, Final
 from isolation import command_line
 from isolation.errors import IsolationError, WireError
 from isolation.wire import Wire
-from isolation_kernel.connection import CHANNELS, Connection, Doors
-from isolation_kernel.hosting import Hosting, say
+from isolation_kernel.container.session import Hosting, say
 from isolation_kernel.options import parse
+from isolation_kernel.protocol.connection import CHANNELS, Connection, Doors
 
 _WARMING: Final = 120.0  # s
 

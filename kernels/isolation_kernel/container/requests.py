@@ -1,4 +1,4 @@
-"""What a kernel asks its host for: status, changes, export; and the clock of its cells.
+"""Runs in a launcher: answers what a kernel asks for (status, changes, export), and watches the clock of its cells.
 
 All of it is a hostile guest's word: requests are small JSON objects, checked here, and an answer that is not read in time
 costs the kernel its wire.
@@ -22,7 +22,7 @@ from isolation.result import Change
 from isolation.spec import SandboxSpec, is_path
 from isolation.units import format_size
 from isolation.wire import Message
-from isolation_kernel.box import KernelBox
+from isolation_kernel.container.kernel import KernelBox
 from isolation_kernel.export import Copy, Partial, Room
 from isolation_kernel.options import Options
 

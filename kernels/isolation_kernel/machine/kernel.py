@@ -16,10 +16,10 @@ from isolation.sandbox import Sandbox
 from isolation.spec import SandboxSpec
 from isolation.template import Branch, Template
 from isolation.wire import Wire
-from isolation_kernel.box import REQUEST_AT_MOST, send_order
+from isolation_kernel.container.kernel import REQUEST_AT_MOST, send_order
 from isolation_kernel.export import Partial, Room
-from isolation_kernel.inside.bridge import CONTROL, EXITS, FIRST, WIRE, Lines, line
-from isolation_kernel.machine import saved
+from isolation_kernel.machine import snapshot_cache
+from isolation_kernel.protocol.stream import CONTROL, EXITS, FIRST, WIRE, Lines, line
 
 _PATIENCE: Final = 60.0  # s, with a machine that is to come to rest
 
@@ -224,7 +224,7 @@ class _About:
 
 def make(spec: SandboxSpec, arguments: Sequence[str]) -> MachineBox:
     """A machine with a warm kernel, forked from the saved one. Raises IsolationError."""
-    return MachineBox(spec, saved.template(spec, arguments))
+    return MachineBox(spec, snapshot_cache.template(spec, arguments))
 
 
 __all__ = ["CONTROL", "EXITS", "FIRST", "WIRE", "MachineBox", "make"]

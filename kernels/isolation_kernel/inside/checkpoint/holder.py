@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from isolation_kernel.inside.undo import supervisor
-from isolation_kernel.inside.undo.own import GIVEN, Own
-from isolation_kernel.inside.undo.process import HOLDER_NAME, descriptors, fork, holders, processes, trackers
+from isolation_kernel.inside.checkpoint import supervisor
+from isolation_kernel.inside.checkpoint.own import GIVEN, Own
+from isolation_kernel.inside.checkpoint.process import HOLDER_NAME, descriptors, fork, holders, processes, trackers
 
 SLOTS: Final = 5  # one more than a kernel may have checkpoints, for the one that takes another's place
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36

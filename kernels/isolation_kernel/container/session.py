@@ -1,4 +1,4 @@
-"""The host's part in a kernel's life, from its order to its end: one loop over everything that may have news."""
+"""Runs in a launcher: a kernel's life from its order to its end, one loop over everything that may have news."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from isolation.result import Ended, Verdict
 from isolation.spec import Limits
 from isolation.units import format_size
 from isolation.wire import wait_readable
-from isolation_kernel.box import KernelBox
-from isolation_kernel.connection import CHANNELS, Connection, Doors, printable
+from isolation_kernel.container.kernel import KernelBox
 from isolation_kernel.options import Options, holds_home
+from isolation_kernel.protocol.connection import CHANNELS, Connection, Doors, printable
 
 if TYPE_CHECKING:
+    from isolation_kernel.container.requests import Services
+    from isolation_kernel.protocol.relay import Relay
     from isolation_kernel.proxy import Proxy
-    from isolation_kernel.relay import Relay
-    from isolation_kernel.services import Services
 
 _OUTPUT_AT_MOST: Final = 64 << 10  # bytes that a kernel may print past its channels in a second; the rest is dropped
 _DRAIN: Final = 0.3  # s, for the last bytes of a kernel that has ended
@@ -77,7 +77,7 @@ class Hosting:
             from isolation_kernel.proxy import Proxy
 
             self._proxy = Proxy(hosts, exits)
-        from isolation_kernel.services import Services  # while the kernel starts
+        from isolation_kernel.container.requests import Services  # while the kernel starts
 
         self._services = Services(self._box, self.options, spec)
 
@@ -108,7 +108,7 @@ class Hosting:
 
     def serve(self, listeners: Sequence[socket.socket], signals: SignalsLike, parent: ParentLike) -> int:
         """Until the kernel has ended, or has to. Returns its exit code, as a shell has it."""
-        from isolation_kernel.relay import Relay
+        from isolation_kernel.protocol.relay import Relay
 
         gc.freeze()
         gc.enable()
@@ -221,9 +221,9 @@ def why_ended(verdict: Verdict, reason: str, limits: Limits) -> str:
 
 def publish_why(text: str, connection: Connection, cell: Mapping[str, str]) -> None:
     """To the notebook, as the last words of the cell that ran. What listened on the iopub channel does so no more."""
-    from isolation_kernel import obituary
+    from isolation_kernel import exit_notice
 
-    obituary.publish(connection.endpoint(CHANNELS.index("iopub")), connection.told, cell, f"isolation: {text}\n")
+    exit_notice.publish(connection.endpoint(CHANNELS.index("iopub")), connection.told, cell, f"isolation: {text}\n")
 
 
 def told_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import random
 import stat
 from typing import Final
 
-from isolation_kernel.inside.undo.process import SEMAPHORE, descriptors
+from isolation_kernel.inside.checkpoint.process import SEMAPHORE, descriptors
 
 _SEMAPHORE: Final = 32  # bytes: sizeof(sem_t)
 

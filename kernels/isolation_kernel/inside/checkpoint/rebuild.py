@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from isolation_kernel.inside.app import RenewedApp
-from isolation_kernel.inside.undo.own import Own, script_magics
+from isolation_kernel.inside.checkpoint.own import Own, script_magics
 
 _KEPT: list[Any] = []
 

@@ -15,8 +15,7 @@ from isolation.mux import MuxError
 from isolation.result import Ended, Verdict
 from isolation.units import format_size
 from isolation.wire import Message
-from isolation_kernel.connection import CHANNELS, Connection, Doors
-from isolation_kernel.hosting import (
+from isolation_kernel.container.session import (
     TO_GROUP,
     Output,
     ParentLike,
@@ -26,10 +25,11 @@ from isolation_kernel.hosting import (
     told_environment,
     why_ended,
 )
-from isolation_kernel.machine import box as boxes
-from isolation_kernel.machine import files, saved
-from isolation_kernel.machine.services import MachineServices
+from isolation_kernel.machine import kernel as boxes
+from isolation_kernel.machine import notebook_archive, snapshot_cache
+from isolation_kernel.machine.requests import MachineServices
 from isolation_kernel.options import Options
+from isolation_kernel.protocol.connection import CHANNELS, Connection, Doors
 
 if TYPE_CHECKING:
     from isolation_kernel.proxy import Proxy
@@ -66,7 +66,7 @@ class MachineHosting:
             )
         self._connection = connection
         spec = self._options.spec(cwd, environ)
-        machine_spec, copied = saved.spec_for(spec.replace(env=self._options.machine_environment), cwd)
+        machine_spec, copied = snapshot_cache.spec_for(spec.replace(env=self._options.machine_environment), cwd)
         self._box = box = boxes.make(machine_spec, arguments)
         self._services = MachineServices(box, self._options, spec, self._plan_move)
 
@@ -85,7 +85,7 @@ class MachineHosting:
 
         if copied:
             with tempfile.TemporaryFile() as archive:
-                files.pack(cwd, archive, writable=self._options.notebook != "ro")
+                notebook_archive.pack(cwd, archive, writable=self._options.notebook != "ro")
                 archive.flush()
                 box.send_files(archive, cwd, order)
         else:

@@ -27,7 +27,7 @@ from isolation.paths import is_within
 from isolation.sandbox import Sandbox
 from isolation.spec import Mount, SandboxSpec
 from isolation.template import Template
-from isolation_kernel.hosting import say
+from isolation_kernel.container.session import say
 from isolation_kernel.machine import renewing
 
 PAYLOAD: Final = "isolation_kernel.inside.bridge:main"

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
-from isolation_kernel.inside.host import FIRST_GIVEN
-from isolation_kernel.inside.undo.process import address, addresses, descriptors, looked_at, processes, shared_maps
+from isolation_kernel.inside.checkpoint.process import address, addresses, descriptors, looked_at, processes, shared_maps
+from isolation_kernel.inside.host_channel import FIRST_GIVEN
 
 GIVEN: Final = range(FIRST_GIVEN, FIRST_GIVEN + 6)  # five listening sockets, and the wire
 

@@ -11,9 +11,9 @@ from isolation.spec import SandboxSpec
 from isolation.template import Template
 from isolation.units import format_size
 from isolation.wire import Message
-from isolation_kernel.machine.box import MachineBox
+from isolation_kernel.container.requests import LATER, Services, checkpoint_name, checkpoint_of, exported
+from isolation_kernel.machine.kernel import MachineBox
 from isolation_kernel.options import Options
-from isolation_kernel.services import LATER, Services, checkpoint_name, checkpoint_of, exported
 
 
 class MachineServices(Services):

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from isolation_kernel.inside.undo.own import Own, is_subshell
-from isolation_kernel.inside.undo.process import (
+from isolation_kernel.inside.checkpoint.own import Own, is_subshell
+from isolation_kernel.inside.checkpoint.process import (
     SEMAPHORE,
     addresses,
     command_of,
@@ -51,7 +51,7 @@ def refusals(own: Own, ours: Iterable[int] = ()) -> list[str]:
 
 def _debugs(kernel: Any) -> bool:
     """Whether debugpy was started, which never ends. It is not by being asked: JupyterLab wants to know its state of
-    each notebook that is opened, and so makes the debugger that stands behind ours (deferred.py)."""
+    each notebook that is opened, and so makes the debugger that stands behind ours (lazy_imports.py)."""
     debugger = getattr(kernel, "debugger", None)
     known = {} if debugger is None else vars(debugger)
     made = known.get("_debugger", None)

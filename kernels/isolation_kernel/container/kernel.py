@@ -1,4 +1,4 @@
-"""A kernel in its sandbox: made, spoken to, and ended."""
+"""Runs in a launcher: a kernel in its container, made, spoken to, and ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isolation.result import Verdict
 from isolation.sandbox import Process, Sandbox
 from isolation.spec import Limits, SandboxSpec
 from isolation.wire import Wire
-from isolation_kernel.connection import Doors
+from isolation_kernel.protocol.connection import Doors
 
 REQUEST_AT_MOST: Final = 1 << 16  # bytes of JSON; a guest sends small things only
 INSIDE: Final = "isolation_kernel.inside"

@@ -23,15 +23,15 @@ from ipykernel import _version
 from IPython.core.error import UsageError
 
 from isolation.errors import WireError
-from isolation_kernel.connection import CHANNELS
-from isolation_kernel.inside.host import Host, Refused, uninterrupted
+from isolation_kernel.inside.checkpoint import request
+from isolation_kernel.inside.checkpoint.own import Own
+from isolation_kernel.inside.checkpoint.refusals import refusals
+from isolation_kernel.inside.host_channel import Host, Refused, uninterrupted
 from isolation_kernel.inside.refresh import Refresh
-from isolation_kernel.inside.undo import request
-from isolation_kernel.inside.undo.own import Own
-from isolation_kernel.inside.undo.refusals import refusals
+from isolation_kernel.protocol.connection import CHANNELS
 
 if TYPE_CHECKING:
-    from isolation_kernel.inside.undo.holder import Lineage, Wake
+    from isolation_kernel.inside.checkpoint.holder import Lineage, Wake
 
 _LAST_WORDS: Final = 1.0  # s
 
@@ -123,7 +123,7 @@ class Undo:
 
     def roll_back(self, name: str, slot: int) -> None:
         """Does not return, but to raise UsageError."""
-        from isolation_kernel.inside.undo import holder
+        from isolation_kernel.inside.checkpoint import holder
 
         lineage, own, kernel = self._lineage, self._own, self._app.kernel
         if lineage is None:
@@ -180,8 +180,8 @@ class Undo:
 
     def _take(self) -> Wake | None:
         """Returns None; and in each kernel that comes back here, what woke that one."""
-        from isolation_kernel.inside.undo import holder
-        from isolation_kernel.inside.undo.state import State
+        from isolation_kernel.inside.checkpoint import holder
+        from isolation_kernel.inside.checkpoint.state import State
 
         wish, self._wish = self._wish, None
         assert wish is not None
@@ -212,7 +212,7 @@ class Undo:
 
     def _come_back(self, wake: Wake) -> None:
         """Another application, which answers the request that has led here."""
-        from isolation_kernel.inside.undo import holder, rebuild
+        from isolation_kernel.inside.checkpoint import holder, rebuild
 
         os.chdir("/")
         waiting = holder.become_kernel(wake, self._own)
