@@ -158,7 +158,9 @@ def main() -> int:
         config = {"args": ["-q", "-p", "no:cacheprovider"]}
         begun = time.perf_counter()
         for jobs in (1, 2):
-            with MicrovmTemplate.make(plan, "pytest_isolation.worker:main", config, path=sys.path, ahead=jobs) as template:
+            with MicrovmTemplate.make(
+                plan, "pytest_isolation.inside.worker:main", config, path=sys.path, ahead=jobs
+            ) as template:
                 warm = time.perf_counter() - begun
                 tests(template, names[:4], jobs)
                 row(f"a test in a fork of a warm pytest, {jobs} at a time", [tests(template, names, jobs) for _ in range(3)])

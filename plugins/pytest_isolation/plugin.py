@@ -84,8 +84,8 @@ def pytest_load_initial_conftests(
     if not _is_wanted(_backend(early_config, early_config.known_args_namespace.isolation)):
         return (yield)
     import isolation.plain  # noqa: F401 before the project, whose imports may replace it
-    from pytest_isolation.carry import Held, initially
-    from pytest_isolation.temporaries import Temporaries, temporaries
+    from pytest_isolation.host.temporaries import Temporaries, temporaries
+    from pytest_isolation.inside.unforkable import Held, initially
 
     early_config.stash[temporaries] = made = Temporaries()
     early_config.add_cleanup(made.stop)
@@ -117,7 +117,7 @@ def pytest_configure(config: pytest.Config) -> None:
     wanted = wanted_backend(config)
     worker = config.pluginmanager.hasplugin("isolation-controller")  # this is the pytest in the sandbox
     if wanted and not worker and not config.getoption("collectonly", False):
-        from pytest_isolation.controller import Controller
+        from pytest_isolation.host.controller import Controller
 
         config.pluginmanager.register(Controller(config, wanted), "isolation-controller")
 

@@ -13,8 +13,9 @@ from isolation.errors import SpecError
 from isolation.paths import is_within
 from isolation.plain import os
 from isolation.spec import Limits, Mount, SandboxSpec
-from pytest_isolation import page, repository
-from pytest_isolation.tmp import TmpPaths
+from pytest_isolation.host import repository
+from pytest_isolation.report import page
+from pytest_isolation.wire.tmp_paths import TmpPaths
 
 GRAINS = ("function", "class", "module")
 _JOBS_AT_MOST = 256

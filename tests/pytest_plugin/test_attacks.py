@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from pytest_isolation import text, values
+from pytest_isolation.wire import sanitize, values
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -425,10 +425,10 @@ def test_a_template_speaks_of_its_own_fixtures_only(pytester: pytest.Pytester) -
 
 def test_no_text_from_inside_moves_the_terminal() -> None:
     """Names in objects are text, too: who iterates over a list takes an object as well, and prints them."""
-    assert text.clean("a\rb\r\nc\td \u202egnp.txt\u2066") == "a\\x0db\r\nc\td \\u202egnp.txt\\u2066"
-    assert text.clean_output("10 %\r20 %\n\u202e\x1b[A") == "10 %\r20 %\n\\u202e\\x1b[A"
-    assert text.clean_name("a\r\nb\u202e") == "a\\x0d\\x0ab\\u202e"
-    cleaned = text.clean_all({"lines": {"\x1b]52;c;eA==\x07": 1, "\x9b6n": ["\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"})
+    assert sanitize.clean("a\rb\r\nc\td \u202egnp.txt\u2066") == "a\\x0db\r\nc\td \\u202egnp.txt\\u2066"
+    assert sanitize.clean_output("10 %\r20 %\n\u202e\x1b[A") == "10 %\r20 %\n\\u202e\\x1b[A"
+    assert sanitize.clean_name("a\r\nb\u202e") == "a\\x0d\\x0ab\\u202e"
+    cleaned = sanitize.clean_all({"lines": {"\x1b]52;c;eA==\x07": 1, "\x9b6n": ["\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"})
     assert cleaned == {"lines": {"\\x1b]52;c;eA==\\x07": 1, "\\x9b6n": ["\\x1b[2J"]}, "red": "\x1b[31mx\x1b[0m"}
 
 
@@ -439,8 +439,8 @@ def test_a_template_that_never_stops_talking(pytester: pytest.Pytester) -> None:
 
         @pytest.fixture(scope="session")
         def evil(request):
-            from pytest_isolation import carry
-            carry.Held.describe = lambda *a, **k: ""
+            from pytest_isolation.inside import unforkable
+            unforkable.Held.describe = lambda *a, **k: ""
             guest = request.config.pluginmanager.getplugin("isolation-worker").guest
             fd = os.dup(guest.wire.sock.fileno())
             if os.fork() == 0:

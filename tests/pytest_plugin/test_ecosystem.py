@@ -15,7 +15,7 @@ from pathlib import Path
 
 import coverage  # here, since an extension module cannot be loaded again in a later test
 import pytest
-from pytest_isolation.carriers import Carriers, Refused
+from pytest_isolation.peers.carriers import Carriers, Refused
 
 pytestmark = pytest.mark.once("user")
 
@@ -750,7 +750,7 @@ def test_hypothesis(pytester: pytest.Pytester) -> None:
 def test_examples_of_a_liar(pytester: pytest.Pytester, request: pytest.FixtureRequest) -> None:
     need("hypothesis")
     from hypothesis.database import DirectoryBasedExampleDatabase
-    from pytest_isolation.carriers.hypothesis import HypothesisCarrier
+    from pytest_isolation.peers.hypothesis import HypothesisCarrier
 
     carrier = HypothesisCarrier(DirectoryBasedExampleDatabase(pytester.path / "here" / "examples"))
     key, value = (base64.b64encode(each).decode() for each in (b"../../../outside", b"x"))

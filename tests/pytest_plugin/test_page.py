@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytest_isolation import page
-from pytest_isolation.record import RunRecord, TestRecord
+from pytest_isolation.report import page
+from pytest_isolation.report.record import RunRecord, TestRecord
 
 from isolation import plain
 from isolation.result import Change

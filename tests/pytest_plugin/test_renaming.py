@@ -52,7 +52,7 @@ SUITE = """
         with pytest.raises(OSError, match="cross-device"): os.rename("data", "/dev/shm/data")
 
     def test_undone(monkeypatch):
-        import pytest_isolation.renaming as renaming
+        import pytest_isolation.inside.renaming as renaming
         original = renaming._rename
         def fails(source, target):
             if source.endswith("f.txt"): raise PermissionError(13, "Permission denied")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytest_isolation import attributes
-from pytest_isolation.values import NotPlain, pack, unpack
+from pytest_isolation.wire import attributes
+from pytest_isolation.wire.values import NotPlain, pack, unpack
 
 pytestmark = [pytest.mark.once("user"), pytest.mark.usefixtures("nothing_left")]
 

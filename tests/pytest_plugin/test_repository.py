@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pytest_isolation import repository
+from pytest_isolation.host import repository
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

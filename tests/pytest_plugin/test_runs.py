@@ -302,8 +302,8 @@ def test_files_of_a_failed_test_are_there_afterwards(pytester: pytest.Pytester, 
 
 
 def test_names_that_lead_elsewhere_are_refused(pytester: pytest.Pytester) -> None:
-    from pytest_isolation.carriers.carrier import Refused
-    from pytest_isolation.carriers.tmp_path import TmpPathCarrier
+    from pytest_isolation.peers.carrier import Refused
+    from pytest_isolation.peers.tmp_path import TmpPathCarrier
 
     item = pytester.getitem("def test_it(tmp_path): pass", "test_it")
     carrier = TmpPathCarrier(item.config)

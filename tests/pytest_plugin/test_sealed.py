@@ -23,7 +23,7 @@ import pytest_isolation
 from pytest_isolation.sealed import arguments, artefacts, interpreter
 from pytest_isolation.sealed.arguments import Artefact, Kind
 from pytest_isolation.sealed.places import BadPlace, Places
-from pytest_isolation.sealed.screen import Screen
+from pytest_isolation.wire.screen import Screen
 from pytest_plugin.test_outcomes import SUITE, shape, without_noise
 
 import isolation

@@ -26,7 +26,7 @@ from pytest_isolation.sealed import arguments, artefacts, interpreter
 from pytest_isolation.sealed.arguments import Kind, Request
 from pytest_isolation.sealed.interpreter import Interpreter
 from pytest_isolation.sealed.places import BadPlace, Places
-from pytest_isolation.sealed.screen import Screen
+from pytest_isolation.wire.screen import Screen
 
 _FAILED: Final = 125
 _SESSION_RAN: Final = (0, 1, 2, 5)  # of pytest's exit codes
