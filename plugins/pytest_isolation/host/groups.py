@@ -18,7 +18,7 @@ class Unit:
     """Tests that follow each other, and share a sandbox.
 
     needs   by node: wide fixtures to set up in templates
-    reruns  how often the (only) test has failed, see rerun.py
+    reruns  how often the (only) test has failed, see rerunfailures.py
     """
 
     items: list[pytest.Item]

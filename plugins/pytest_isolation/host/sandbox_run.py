@@ -296,7 +296,7 @@ class Run:
             raise reports.BadReport("a message of no known kind")
 
     def _amend(self, changed: pytest.TestReport, *, shown: bool) -> None:
-        """What a failure looks like has changed since its report. (That waits: see emission.py.)"""
+        """What a failure looks like has changed since its report. (That waits: see reporter.py.)"""
         last = self._told.last
         if last is None or not last.failed or (last.when, last.outcome) != (changed.when, changed.outcome):
             raise reports.BadReport("a change of no report")

@@ -1,7 +1,7 @@
 """Plug-ins that run a test again where it has failed, within its own process: flaky, and pytest-retry.
 
-(pytest-rerunfailures is another matter: see rerun.py.) How often they may is said by their own options and markers, which
-are asked for here, on the host.
+(pytest-rerunfailures is another matter: see rerunfailures.py.) How often they may is said by their own options and markers,
+which are asked for here, on the host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`--pdb`, `--trace` and `breakpoint()`: the user's terminal, lent to a test in its sandbox while the debugger runs.
 
 The test gets a terminal of its own, whose other end the host holds: keys go in, and what it shows comes out, as far as it
-only shows something (sealed/screen.py). It is its controlling terminal, so that Ctrl-C interrupts what is debugged.
+only shows something (screen.py). It is its controlling terminal, so that Ctrl-C interrupts what is debugged.
 """
 
 from __future__ import annotations

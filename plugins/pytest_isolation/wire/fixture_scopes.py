@@ -2,7 +2,8 @@
 
 Pytest tells a fixture's scope to hooks, when it is set up; what a test will use is only in attributes that plug-ins share by
 custom (`_fixtureinfo`, `_request`; pytest-asyncio, pytest-cases and others rely on them). They are asked for here and in
-stage.py, and where one is missing, no fixture is shared: every fork sets up its own, which is slower, and as right.
+shared_fixtures.py, and where one is missing, no fixture is shared: every fork sets up its own, which is slower, and as
+right.
 """
 
 from __future__ import annotations
