@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from isolation.result import Usage, Verdict
     from isolation.sandbox import Process, Sandbox
     from isolation.spec import SandboxSpec
-    from isolation.terminal import Relay
+    from isolation.terminal.relay import Relay
 
 _FAILED: Final = 125
 _NOT_EXECUTABLE: Final = 126
@@ -218,7 +218,7 @@ def _run(options: argparse.Namespace) -> int:
     if spec.backend == "auto" and box.backend.name != registry.PREFERRED[0]:
         say(f"note: this runs in {box.backend.describe()}; not in others ({'; '.join(registry.passed_over(spec))})")
 
-    from isolation.terminal import Interrupted, Relay
+    from isolation.terminal.relay import Interrupted, Relay
 
     # The sandbox first: what makes it is a fork of this process, and a copy there of the relay's pipes would keep the
     # command from ever seeing the end of its input.

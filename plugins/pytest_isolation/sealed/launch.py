@@ -20,7 +20,7 @@ from isolation.errors import SandboxClosed, SpecError
 from isolation.paths import is_within
 from isolation.sandbox import Sandbox
 from isolation.spec import Limits, Mount, SandboxSpec
-from isolation.terminal import Interrupted, Relay
+from isolation.terminal.relay import Interrupted, Relay
 from isolation.units import parse_size
 from pytest_isolation.sealed import arguments, artefacts, interpreter
 from pytest_isolation.sealed.arguments import Kind, Request

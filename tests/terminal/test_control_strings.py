@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from isolation.control_strings import ControlStrings
+from isolation.terminal.control_strings import ControlStrings
 
 SHOWN = [
     b"plain text\r\n\x1b[31mred\x1b[0m\x1b[2J\x1b[?1049h\x1b7\x1b(0\x1bM",
