@@ -149,7 +149,9 @@ PIDS: Final = 4096  # of a command or a kernel, where nobody has said how many: 
 class Limits:
     """Bounds of the whole sandbox, all its processes together; None is "no limit of its own".
 
-    memory and disk in bytes ("512M"), cpus in cores (0.5 is half of one), wall in seconds ("2s").
+    memory and disk in bytes ("512M"), cpus in cores (0.5 is half of one), wall in seconds ("2s"). `watched`: the memory
+    limit is held by a watch, and no cgroup is made for it. For a limit that nobody has asked for: with version 2, a cgroup
+    of one's own can take moving all processes of the session that one is a part of (cgroups(7), "no internal processes").
     """
 
     memory: int | None = None
@@ -157,6 +159,7 @@ class Limits:
     cpus: float | None = None
     disk: int | None = None
     wall: float | None = None
+    watched: bool = False
 
     def __init__(
         self,
@@ -165,6 +168,8 @@ class Limits:
         cpus: str | float | None = None,
         disk: str | int | None = None,
         wall: str | float | None = None,
+        *,
+        watched: bool = False,
     ) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
@@ -174,6 +179,7 @@ class Limits:
         put("cpus", None if cpus is None else _parse_cpus(cpus))
         put("disk", None if disk is None else parse_size(disk, "disk limit"))
         put("wall", None if wall is None else parse_seconds(wall, "wall-clock limit"))
+        put("watched", watched)
         if self.memory is not None and self.memory < 1 << 20:
             raise SpecError(f"memory limit {memory!r} is less than 1M: no program runs in that (a unit missing?)")
         if self.disk is not None and self.disk < 1 << 16:
@@ -184,7 +190,7 @@ class Limits:
         said = []
         for limit in fields(self):
             value = getattr(self, limit.name)
-            if value is not None:
+            if value is not None and limit.name != "watched":
                 size = limit.name in ("memory", "disk")
                 text = format_size(value) if size else f"{value:g}{'s' if limit.name == 'wall' else ''}"
                 said.append(f"{limit.name} {text}")

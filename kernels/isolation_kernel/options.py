@@ -132,7 +132,14 @@ class Options:
 
     def _limits(self) -> Limits:
         memory, pids = (None, None) if self.in_machine else (fitting_memory(), PIDS)
-        return Limits(unless_none(self.memory, memory), unless_none(self.pids, pids), self.cpus, self.disk, self.timeout)
+        return Limits(
+            memory=unless_none(self.memory, memory),
+            pids=unless_none(self.pids, pids),
+            cpus=self.cpus,
+            disk=self.disk,
+            wall=self.timeout,
+            watched=self.memory is None and memory is not None,
+        )
 
     @property
     def machine_environment(self) -> dict[str, str]:

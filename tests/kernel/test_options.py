@@ -21,6 +21,8 @@ def test_a_kernel_is_bounded_where_nobody_says_anything() -> None:
     assert found.memory is not None
     assert 0.5 * machine < found.memory < 0.85 * machine or found.memory == options.fitting_memory()
     assert found.pids == 4096
+    assert found.watched  # and no cgroup is made, nor anybody's process moved, for what nobody has asked for
+    assert not limits(memory="2G").watched
 
 
 def test_a_container_is_smaller_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,12 +219,13 @@ def _enforcement(
     if limits.pids is not None:
         # Counted per user namespace since Linux 5.14, and so for this sandbox alone. Cheaper than a cgroup, and as strict.
         rlimits.append((resource.RLIMIT_NPROC, limits.pids))
-    wanted = {name for name, value in (("memory", limits.memory), ("cpu", limits.cpus)) if value is not None}
+    memory = None if limits.watched else limits.memory
+    wanted = {name for name, value in (("memory", memory), ("cpu", limits.cpus)) if value is not None}
     hierarchy = Hierarchy.find() if wanted else None
     if hierarchy is not None and not all(hierarchy.can(name) for name in wanted):
         hierarchy = None
     if hierarchy is not None or not wanted:
-        return hierarchy, tuple(rlimits), False
+        return hierarchy, tuple(rlimits), hierarchy is None and limits.memory is not None
     if "cpu" in wanted:
         raise FeatureMissing(
             "a cpus limit needs a cgroup with the cpu controller that this user may write; run under "

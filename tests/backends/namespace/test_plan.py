@@ -320,3 +320,16 @@ def test_system_directories_are_never_the_users_own() -> None:
     assert [source.path for source in view.staged if source.owned] == []
     view.show("/usr/local", writable=True)
     assert [source.path for source in view.staged if source.owned] == [os.path.realpath("/usr/local")]
+
+
+def test_a_limit_that_nobody_asked_for_moves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a cgroup could be made, too (version 2: by moving all processes beside it)."""
+    found = Hierarchy(2, dict.fromkeys(("memory", "cpu", "cpuacct"), "/sys/fs/cgroup/x"))
+    monkeypatch.setattr(Hierarchy, "find", lambda: found)
+    plan = make_plan(SandboxSpec(limits=Limits(memory="1G", watched=True)))
+    assert (plan.cgroup, plan.watch_memory) == (None, True)
+    assert "watched" not in plan.limits.describe()
+    plan = make_plan(SandboxSpec(limits=Limits(memory="1G")))
+    assert (plan.cgroup, plan.watch_memory) == (found, False)
+    plan = make_plan(SandboxSpec(limits=Limits(memory="1G", cpus=1, watched=True)))
+    assert (plan.cgroup, plan.watch_memory) == (found, False)
