@@ -145,7 +145,7 @@ def make_plan(spec: SandboxSpec, images: Images, accel: str) -> Plan:
     )
     seen = [*(f"/{name}" for name in SYSTEM if name != "opt"), *map(os.path.realpath, python), *places]
     env = environment_for(spec, lambda path: is_within(path, seen))
-    home = os.path.normpath(env.get("HOME", "/"))
+    home = _place(env.get("HOME", "/"))
     private = _private(env, places)
     kept, links = _kept(python, [path for path, _mode in private])
     links += [("/var/run", "/run"), *_links(env, seen)]
@@ -203,10 +203,16 @@ def _private(env: dict[str, str], places: Iterable[str]) -> list[tuple[str, int]
     wanted = {"/tmp": 0o1777, "/var/tmp": 0o1777, "/run": 0o755}
     for name in ("TMPDIR", "TEMP", "TMP", "HOME"):
         path = os.path.normpath(env.get(name, "/"))
-        if path.startswith("/") and path not in ("/", "//"):
-            wanted.setdefault(os.path.realpath(path), 0o700 if name == "HOME" else 0o1777)
+        if path.startswith("/") and os.path.realpath(path).strip("/"):
+            wanted.setdefault(_place(path), 0o700 if name == "HOME" else 0o1777)
     found = [(path, mode) for path, mode in wanted.items() if not is_within(path, places)]
     return sorted(found, key=lambda entry: entry[0].count("/"))
+
+
+def _place(path: str) -> str:
+    """Where a directory is that a variable names: what leads to it, is there (`_links`)."""
+    path = os.path.normpath(path)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _links(env: dict[str, str], seen: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -157,8 +157,9 @@ def _writable_places(shown: view.View, env: dict[str, str]) -> None:
     shown.private("/run", 0o755)
     for name in ("HOME", "TMPDIR", "TEMP", "TMP"):
         path = os.path.normpath(env.get(name, "/"))
-        if path.startswith("/") and path not in ("/", "//"):
-            shown.private(shown.follow(path), 0o700 if name == "HOME" else 0o1777)
+        if path.startswith("/") and os.path.realpath(path).strip("/"):
+            place = shown.follow(path) if os.path.islink(path) else path
+            shown.private(place, 0o700 if name == "HOME" else 0o1777)
     if not shown.shows("/var/run"):
         shown.add(Symlink("/var/run", "/run"))
 
