@@ -21,8 +21,8 @@ _PROGRAM: Final = """
 import json, os, pickle, sys
 os.nice(10)
 sys.path[:] = json.loads(sys.stdin.buffer.readline())
-from isolation_kernel.machine import saved
-saved.renew(*pickle.load(sys.stdin.buffer))
+from isolation_kernel.machine import snapshot_cache
+snapshot_cache.renew(*pickle.load(sys.stdin.buffer))
 """
 
 

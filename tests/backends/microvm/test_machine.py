@@ -274,7 +274,8 @@ def test_a_state_that_is_none(box: Sandbox) -> None:
 HOST = """
 import os, sys, time, threading
 from isolation import Mount, Sandbox, SandboxSpec, Limits
-from isolation.backends.microvm import boot, vm
+from isolation.backends.microvm import boot
+from isolation.backends.microvm.vm import vm
 point = sys.argv[1]
 
 def say():
@@ -399,7 +400,7 @@ def test_interrupted_while_it_is_made() -> None:
         """
         import os, signal, sys, threading, time
         from isolation import Sandbox, SandboxSpec
-        from isolation.backends.microvm import vm
+        from isolation.backends.microvm.vm import vm
         spec = SandboxSpec(backend="microvm")
         with Sandbox(spec) as box:
             box.run(["true"])
