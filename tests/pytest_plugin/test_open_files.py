@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import sqlite3
 from pathlib import Path
@@ -228,7 +229,7 @@ def test_places_and_files_of_the_kernel(pytester: pytest.Pytester) -> None:
 
 def test_a_file_that_tests_do_not_see_is_named(pytester: pytest.Pytester, tmp_path_factory: pytest.TempPathFactory) -> None:
     """It is /dev/null to them. What lies in the project, in /tmp or in the system is there."""
-    elsewhere = Path("/var/lib") if os.geteuid() == 0 else Path.home()
+    elsewhere = Path("/var/lib") if os.geteuid() == 0 else Path(pwd.getpwuid(os.getuid()).pw_dir)  # $HOME is pytester's
     path = elsewhere / f"isolation-test-{os.getpid()}"
     path.mkdir()
     try:
