@@ -32,6 +32,7 @@ from isolation_kernel.inside.checkpoint.process import HOLDER_NAME, descriptors,
 SLOTS: Final = 5  # one more than a kernel may have checkpoints, for the one that takes another's place
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _ANSWER: Final = 20.0  # s, for a fork
+_ENDED: Final = "the process that kept it has ended; take another"
 _REQUEST: Final = 1 << 17
 
 
@@ -134,15 +135,18 @@ class Lineage:
 
     def wake(self, slot: int, message: dict[str, Any]) -> Successor:
         """Have the holder in a slot make a kernel, which waits for the end of this one. Raises Gone."""
-        if not any(holders(slot)):
-            raise Gone("the process that kept it has ended; take another")
+        holder = _pidfd(next(holders(slot), -1))
+        if holder < 0:
+            raise Gone(_ENDED)
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         end = self._ours[slot]
         life, its_life = os.pipe2(os.O_CLOEXEC)
         try:
             socket.send_fds(end, [json.dumps(message).encode()], [life])
-            if not select.select([end], [], [], _ANSWER)[0]:
-                raise Gone("it does not answer")
+            # One that is killed is there for some moments yet.
+            heard = select.select([end.fileno(), holder], [], [], _ANSWER)[0]
+            if end.fileno() not in heard:
+                raise Gone(_ENDED if heard else "it does not answer")
             answer = json.loads(end.recv(_REQUEST))
             if "error" in answer:
                 raise Gone(answer["error"])
@@ -151,7 +155,16 @@ class Lineage:
             raise Gone(str(error)) from None
         finally:
             os.close(life)
+            os.close(holder)
         return Successor(self, answer["pid"], its_life)
+
+
+def _pidfd(pid: int) -> int:
+    """-1 for a process that is no more."""
+    try:
+        return os.pidfd_open(pid) if pid > 0 else -1
+    except ProcessLookupError:
+        return -1
 
 
 @dataclass
